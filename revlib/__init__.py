@@ -1,0 +1,21 @@
+"""revlib: reversible networks in PyTorch, trained in the activation memory of one step."""
+
+from revlib.couplings import Additive, Coupling
+from revlib.loop import raise_pending
+from revlib.schedulers import Checkpoint, Naive, Reversible
+from revlib.sequence import ReversibleSequence, invert, reversible
+from revlib.step import Step
+
+__version__ = "0.1.0"
+__all__ = [
+    "Additive",
+    "Checkpoint",
+    "Coupling",
+    "Naive",
+    "Reversible",
+    "ReversibleSequence",
+    "Step",
+    "invert",
+    "raise_pending",
+    "reversible",
+]

@@ -1,0 +1,105 @@
+"""The engine: runs a stack under a plan that says what forward keeps; backward recovers the rest.
+
+The graph is the one that naive autograd builds. Forward only runs dropped steps under
+:func:`torch.autograd.graph.saved_tensors_hooks`, so that the graph keeps empty holders instead of tensors, and a
+:class:`~revlib.tape.Tape` fills them when backward asks. Hooks, closures, double backward, ``autograd.grad``, frozen
+parameters and partial losses need no special case here, because nothing about the graph is special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+
+from revlib import loop
+from revlib.record import Record
+from revlib.replay import Autocast, Randomness
+from revlib.step import Branch, State, evaluate, merge, route
+from revlib.tape import Tape
+
+__all__ = ["Plan", "run"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What forward keeps: the activations of these steps, and these whole states. Backward recovers the rest.
+
+    Step k leads from state k to state k + 1, so a stack of n steps has the states 0, ..., n. A step whose activations
+    are not kept is repeated from state k if that is kept, and is otherwise undone, together with all steps between,
+    from the nearest state above that is kept or already recovered.
+    """
+
+    activations: Collection[int] = ()
+    states: Collection[int] = ()
+
+    def check(self, length: int) -> None:
+        for k in range(length):
+            if k not in self.activations and not any(k <= j <= length for j in self.states):
+                raise ValueError(
+                    f"the plan of this scheduler keeps neither the activations of step {k} nor any of the states "
+                    f"{k}, ..., {length}, so backward could not recover the step; keep state {length}, the last."
+                )
+
+
+def run(
+    branches: Sequence[Branch], state: State, context: Mapping[str, Any], plan: Plan, tolerance: float | None
+) -> State:
+    """Run the steps in order on ``state`` and return the last state, differentiable in everything they use."""
+    contexts = route(branches, len(state), context)
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        return _run(branches, state, contexts, plan, tolerance)
+    return _plain(branches, state, contexts)
+
+
+def _plain(branches: Sequence[Branch], state: State, contexts: Sequence[dict[str, Any]]) -> State:
+    for branch, context in zip(branches, contexts, strict=True):
+        s, *inputs = state
+        state = (*inputs, merge(branch, s, evaluate(branch, tuple(inputs), context)))
+    return state
+
+
+def _hooks_impossible() -> bool:
+    """Function transforms and forward-mode differentiation do not go through saved tensors."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    )
+
+
+def _run(
+    branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, tolerance: float | None
+) -> State:
+    if all(k in plan.activations for k in range(len(branches))):
+        return _plain(branches, state, contexts)
+    return _taped(branches, state, contexts, plan, tolerance)
+
+
+@torch.compiler.disable  # the hooks run in backward, where a compiled frame could not be recompiled
+def _taped(
+    branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, tolerance: float | None
+) -> State:
+    if _hooks_impossible():
+        return _plain(branches, state, contexts)
+    loop.raise_pending(wait=False)
+    plan.check(len(branches))
+    tensors = [*state, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
+    tensors += [p for b in branches if isinstance(b.fn, nn.Module) for p in b.fn.parameters()]
+    tape = Tape(len(state), Randomness(tensors), Autocast(tensors), tolerance)
+    needed_below = False
+    for k, (branch, context) in enumerate(zip(branches, contexts, strict=True)):
+        dropped, repeated = k not in plan.activations, k in plan.states
+        if repeated:
+            tape.keep(k, state)
+        # Backward evaluates a step to refill its holders, or to reach one below it.
+        needed_below = dropped or (needed_below and not repeated)
+        state = tape.advance(Record(branch, context, dropped, repeated, guarded=needed_below), state)
+    if len(branches) in plan.states:
+        tape.keep(len(branches), state)
+    return state

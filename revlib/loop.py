@@ -1,0 +1,120 @@
+"""Closing the loop: what backward recovered must be what forward had.
+
+No version counter sees a private random generator, a function that counts its calls, or a stream that does not invert
+accurately. All of them leave a trace: a stream recovered in backward differs from the stream that forward merged away.
+Forward keeps a sample of up to 128 elements of each such stream; backward compares.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
+
+_SAMPLES = 128
+_serial = itertools.count()
+
+
+class Sampler:
+    """Picks a grid of up to 128 elements of a tensor, at an offset that moves from one forward to the next."""
+
+    def __init__(self) -> None:
+        self.offset = next(_serial)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        if t.ndim == 0 or t.numel() == 0:
+            return t.detach().clone()
+        per_dim = max(1, int(_SAMPLES ** (1 / t.ndim) + 1e-9))
+        strides = [-(-n // per_dim) for n in t.shape]
+        return t.detach()[tuple(slice(self.offset % s, None, s) for s in strides)].clone()
+
+
+class Witness(NamedTuple):
+    """One recovered stream: which step gave it back, and both samples."""
+
+    name: str
+    original: Tensor
+    recovered: Tensor
+
+
+def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
+    r"""$4\sqrt{\epsilon}$ of the coarsest arithmetic that took part: half of the digits, and two bits.
+
+    float64 6e-8, float32 1.4e-3, float16 0.13, bfloat16 0.35. Accelerators may multiply float32 with TF32's 10-bit
+    mantissa, so float32 counts as float16 there.
+    """
+    eps = max((torch.finfo(d).eps for d in dtypes), default=torch.finfo(torch.float64).eps)
+    if on_accelerator and torch.float32 in dtypes:
+        eps = max(eps, 2.0**-10)
+    return 4 * math.sqrt(eps)
+
+
+def _errors(witnesses: Sequence[Witness]) -> Tensor:
+    """Relative error of each recovered sample, in the norm; a stream of zeros is measured against the largest one."""
+    with torch.no_grad():
+        wide = [(w.original.to(_wide(w.original)), w.recovered.to(_wide(w.original))) for w in witnesses]
+        norms = torch.stack([torch.linalg.vector_norm(a).double() for a, _ in wide])
+        gaps = torch.stack([torch.linalg.vector_norm(b - a).double() for a, b in wide])
+        return gaps / torch.where(norms > 0, norms, norms.max().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _judge(errors: Tensor, names: Sequence[str], tolerance: float, when: str) -> None:
+    # NaN is no verdict: an overflowing forward has NaN gradients under naive autograd too, and GradScaler skips them.
+    bad = [(e, n) for e, n in zip(errors.tolist(), names, strict=True) if tolerance < e < math.inf]
+    if bad:
+        error, name = bad[0]
+        raise RuntimeError(
+            f"{when} recovered the stream that enters {name} with a relative error of {error:.2g}, "
+            f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
+            "(a random generator of its own, a call counter, a tensor edited since forward), or its stream does not "
+            "invert accurately (its result is far larger than the stream, or computed in a lower precision: keep the "
+            "streams in float32 and normalise the branches). Compare with scheduler=Naive(); if the error is "
+            "acceptable, raise the scheduler's tolerance."
+        )
+
+
+_pending: list[tuple[torch.cuda.Event, Tensor, list[str], float]] = []
+
+
+def close(witnesses: Sequence[Witness], tolerance: float | None, dtypes: set[torch.dtype]) -> None:
+    """Compare, and raise where a stream came back wrong: at once on a CPU.
+
+    On CUDA the verdict is copied without a synchronisation and raised by the first forward or backward of any stack
+    that finds it ready, or by :func:`raise_pending`. Inside a CUDA-graph capture nothing can be raised or compared.
+    """
+    if not witnesses:
+        return
+    names = [w.name for w in witnesses]
+    if tolerance is None:
+        tolerance = default_tolerance(dtypes, witnesses[0].original.device.type != "cpu")
+    if witnesses[0].original.device.type != "cuda":
+        _judge(_errors(witnesses), names, tolerance, "backward")
+    elif not torch.cuda.is_current_stream_capturing():
+        errors = _errors(witnesses)
+        host = torch.empty(errors.shape, dtype=errors.dtype, pin_memory=True)
+        host.copy_(errors, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        _pending.append((done, host, names, tolerance))
+
+
+def raise_pending(*, wait: bool = True) -> None:
+    """Raise if an earlier backward on a GPU recovered a stream wrongly.
+
+    Such verdicts arrive without a host synchronisation, so the last one of a run may still be under way when the run
+    ends; call this once there. ``wait=False`` looks only at those that have arrived, as every stack does by itself.
+    """
+    while _pending and (wait or _pending[0][0].query()):
+        done, host, names, tolerance = _pending.pop(0)
+        done.synchronize()
+        _judge(host, names, tolerance, "an earlier backward")

@@ -1,0 +1,107 @@
+"""RevViT: the Reversible Vision Transformer, out of timm's layers and a reversible sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+from revlib.schedulers import Scheduler
+from revlib.sequence import ReversibleSequence
+
+__all__ = ["RevViT"]
+
+
+class RevViT(nn.Module):
+    r"""Reversible Vision Transformer: two copies of the embedded patches run through reversible blocks.
+
+    $$y_1 = x_1 + \mathrm{Attention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
+
+    and the head sees the normalised concatenation of both streams, averaged over the patches. There is no class token.
+
+    Args:
+        img_size: pixels, a number or (height, width). patch_size: pixels; it must divide both.
+        in_chans, num_classes: channels in; classes out (0: no classifier, ``forward`` returns pooled features).
+        embed_dim, depth, num_heads, mlp_ratio: width of each stream, blocks, heads, hidden width of the MLP / width.
+        drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
+            (rising linearly over the blocks).
+        scheduler: how backward gets activations back; also ``model.blocks.scheduler = ...`` at any time.
+
+    Shapes: images (B, in_chans, H, W) to logits (B, num_classes). With N patches, features are (B, N, 2 embed_dim).
+    Cost: activation memory of one block at any depth, about 17.5 B·N·embed_dim elements at the peak of backward.
+
+    Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.2 (no residual around the pair, no
+    layer between blocks) and section 3.2.3 (fusion by concatenation).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 128,
+        depth: int = 6,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"img_size must be divisible by patch_size={patch_size}, got {height}x{width}; "
+                f"resize to {max(1, height // patch_size) * patch_size}x{max(1, width // patch_size) * patch_size}"
+            )
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+        self.num_classes, self.embed_dim = num_classes, embed_dim
+        self.num_features = self.head_hidden_size = 2 * embed_dim
+
+        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+        self.blocks = ReversibleSequence(scheduler=scheduler)
+        for rate in calculate_drop_path_rates(drop_path_rate, depth):
+            attention = Attention(embed_dim, num_heads, qkv_bias=True, attn_drop=attn_drop_rate, proj_drop=drop_rate)
+            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate)
+            self.blocks.append(tuple(nn.Sequential(norm_layer(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
+        self.norm = norm_layer(2 * embed_dim)
+        self.head = nn.Linear(2 * embed_dim, num_classes) if num_classes else nn.Identity()
+
+        trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks.apply(init_weights_vit_timm)
+        self.head.apply(init_weights_vit_timm)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, N, 2 embed_dim), normalised."""
+        x = self.patch_embed(images) + self.pos_embed
+        return self.norm(torch.cat(self.blocks(x, x), dim=-1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, N, 2 embed_dim) to (B, num_classes), or to the pooled features before the classifier."""
+        x = x.mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh last layer for another number of classes, on the device and in the dtype of the model."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(2 * self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.apply(init_weights_vit_timm).to(self.pos_embed)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone, beside biases and norms."""
+        return {"pos_embed"}

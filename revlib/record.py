@@ -1,0 +1,151 @@
+"""What the tape keeps of one step: how to run its function again, and what autograd wanted to save of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from revlib.replay import ModuleState
+from revlib.step import Branch, State
+
+__all__ = ["FOR_GOOD", "Holder", "Record", "Saved"]
+
+FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
+
+
+class _Save(torch.autograd.Function):
+    """A node outside of every graph, holding a tensor as autograd does: version-checked, under the ambient hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return key.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("a node that only holds a tensor was differentiated")
+
+
+class Saved:
+    """One stream, kept as a saved tensor."""
+
+    def __init__(self, stream: Tensor) -> None:
+        with torch.enable_grad():
+            key = torch.empty(0, requires_grad=True, device="cpu")
+            # Detached, since the graph of the stream leads to holders, they to the tape, and the tape to here.
+            self.token: Tensor = _Save.apply(key, stream.detach())  # type: ignore[no-untyped-call]
+
+    def get(self) -> Tensor:
+        try:
+            return self.token.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "an output of a reversible sequence was modified by an inplace operation between forward and backward; "
+                "backward starts from it, so edit a clone of it instead."
+            ) from error
+
+
+class Holder:
+    """Stands in the graph for one saved tensor; dies when autograd releases its node."""
+
+    __slots__ = ("__weakref__", "fresh", "step", "values")
+
+    def __init__(self, step: int, tensor: Tensor) -> None:
+        self.step = step
+        self.fresh: Tensor | None = tensor  # while its forward runs, for functions that differentiate inside
+        self.values: dict[Any, Tensor] = {}  # by graph task
+
+    def get(self, task: int) -> Tensor | None:
+        value = self.values.get(FOR_GOOD)
+        return self.values.get(task) if value is None else value
+
+
+@dataclass
+class Record:
+    """One step of one forward: how to run its function again, and what autograd wanted to save of it."""
+
+    branch: Branch
+    context: dict[str, Any]
+    dropped: bool  # its saved tensors are not kept
+    repeated: bool  # it is repeated from its own input, not inverted from its output
+    guarded: bool  # something may need it to be evaluated in backward
+    module: ModuleState = field(init=False)
+    needs: tuple[bool, ...] = ()  # requires_grad of its m streams
+    dtype: torch.dtype = torch.float32  # of the stream it merges away, with its stride
+    stride: tuple[int, ...] = ()
+    versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # of context tensors
+    drawn: dict[torch.device, Tensor] = field(default_factory=dict)
+    holders: list[weakref.ref[Holder]] = field(default_factory=list)
+    kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
+    split: int = 0  # the function made so many holders, the coupling the rest
+    sample: Tensor | None = None  # of the stream that backward will recover
+
+    def living(self) -> Iterator[Holder]:
+        return (h for h in (ref() for ref in self.holders) if h is not None)
+
+    def check(self) -> None:
+        """Raise unless the function would run now as it ran in forward."""
+        self.module.check(self.branch.name)
+        for key, t, version in self.versions:
+            if t._version != version:
+                raise RuntimeError(
+                    f"context tensor {key!r} of {self.branch.name} was modified by an inplace operation between "
+                    "forward and backward; edit a clone of it instead."
+                )
+
+    def observe(self, state: State) -> None:
+        """Before the first run: what the step is about to see."""
+        self.module = ModuleState(self.branch.fn)
+        self.needs = tuple(t.requires_grad for t in state)
+        self.dtype, self.stride = state[0].dtype, state[0].stride()
+        self.versions = [
+            (key, t, t._version)
+            for key, value in self.context.items()
+            for t in tree_leaves(value)
+            if isinstance(t, Tensor) and not t.is_inference()
+        ]
+
+    def hold(self, step: int, t: Tensor) -> Holder:
+        """In place of a tensor that autograd saves."""
+        holder = Holder(step, t)
+        self.holders.append(weakref.ref(holder))
+        self.kinds.append((t.shape, t.dtype))
+        return holder
+
+    def refill(self, key: Any, part: slice, run: Callable[[], Any]) -> Any:
+        """Run a part of the step with gradients, as forward did; its holders get what autograd saves this time."""
+        holders, kinds, saved = self.holders[part], self.kinds[part], list[Tensor]()
+
+        def pack(t: Tensor) -> Tensor:
+            i = len(saved)
+            if self.dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
+                self._mismatch(i, kinds, f"{tuple(t.shape)} {t.dtype}")
+            saved.append(t.detach())
+            return saved[-1]
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda t: t):
+            result = run()
+        if self.dropped and len(saved) != len(kinds):
+            self._mismatch(len(saved), kinds, "nothing more")
+        for ref, value in zip(holders, saved, strict=False):
+            holder = ref()
+            if holder is not None:
+                holder.values[key] = value
+        return result
+
+    def _mismatch(self, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:
+        expected = f"{tuple(kinds[i][0])} {kinds[i][1]}" if i < len(kinds) else "nothing more"
+        raise RuntimeError(
+            f"{self.branch.name} does not repeat: as saved tensor {i} autograd kept {expected} in forward, and {came} "
+            "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
+            "and the default random generators. Something it reads has changed since forward, or it chooses at random."
+        )

@@ -1,0 +1,192 @@
+"""Reversible stacks: a module that composes steps, and its form without modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from revlib.couplings import Additive, Coupling
+from revlib.schedulers import Reversible, Scheduler
+from revlib.step import Branch, Pair, State, Step, retreat, route
+from revlib.step import checked as _checked_coupling
+
+__all__ = ["ReversibleSequence", "invert", "reversible"]
+
+Functions = Iterable[Any]  # of (F, G) pairs and Steps
+
+
+def _branches(items: Iterable[Any], coupling: Coupling) -> list[Branch]:
+    branches = []
+    for i, item in enumerate(items):
+        if isinstance(item, Step):
+            branches.append(Branch(item, item.coupling, f"step {i} ({_name(item.fn)})"))
+        else:
+            F, G = item  # noqa: N806
+            branches.append(Branch(F, coupling, f"F of block {i} ({_name(F)})"))
+            branches.append(Branch(G, coupling, f"G of block {i} ({_name(G)})"))
+    return branches
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
+
+
+def _checked_scheduler(scheduler: Scheduler) -> Scheduler:
+    if not isinstance(scheduler, Scheduler):
+        raise TypeError(
+            f"scheduler must be a value from revlib.schedulers such as Reversible(), got {scheduler!r}"
+            + ("; call it to make one" if isinstance(scheduler, type) else "")
+        )
+    return scheduler
+
+
+def _checked_streams(streams: tuple[Any, ...]) -> State:
+    for i, stream in enumerate(streams):
+        if not isinstance(stream, Tensor):
+            raise TypeError(f"stream {i} must be a tensor, got {type(stream).__name__}; pass context by keyword")
+        if not (stream.is_floating_point() or stream.is_complex()):
+            raise TypeError(f"stream {i} must be floating-point, got {stream.dtype}; cast or embed it first")
+    if len(streams) < 2:
+        raise TypeError(
+            f"a reversible sequence runs on at least two streams, got {len(streams)}; "
+            "duplicate the input, seq(x, x), or split it, seq(*x.chunk(2, dim=-1))"
+        )
+    return streams
+
+
+def _item(item: Any) -> Step | Pair:
+    if isinstance(item, (Step, Pair)):
+        return item
+    try:
+        F, G = item  # noqa: N806
+    except (TypeError, ValueError):
+        raise TypeError(f"expected a pair (F, G) or a Step, got {type(item).__name__}; wrap it as Step(fn)") from None
+    for name, fn in (("F", F), ("G", G)):
+        if not isinstance(fn, nn.Module):
+            raise TypeError(
+                f"{name} of a pair must be an nn.Module, got {type(fn).__name__}; "
+                "for plain functions use revlib.reversible(...)"
+            )
+    return Pair(F, G)
+
+
+class ReversibleSequence(nn.Module):
+    r"""Reversible steps in order, trained in the memory of one.
+
+    A pair $(F, G)$ computes $y_1 = x_1 + F(x_2)$, $y_2 = x_2 + G(y_1)$, with the coupling in place of the sums. It is
+    two steps of the recurrence $(s_1, \dots, s_m) \mapsto (s_2, \dots, s_m, s_1 \oplus f(s_2, \dots, s_m))$, and
+    :class:`~revlib.Step` gives any other. After an odd number of steps the streams come out rotated.
+
+    Args:
+        items: pairs ``(F, G)`` of modules, and Steps, in any order.
+        coupling: the law of the pairs; Steps carry their own.
+        scheduler: how backward gets activations back; swap it at any time by assignment. Parameters, ``state_dict``
+            and outputs do not depend on it.
+
+    Shapes: streams of any shape, not necessarily the same; what F returns must merge into the first stream, what G
+    returns into the second. ``seq(x1, x2, **context) -> (y1, y2)``; ``seq.inverse(y1, y2, **context) -> (x1, x2)``.
+    A context argument reaches the functions whose signature names it, and gradients flow to tensors among them.
+
+    Functions must be deterministic given their streams, context, parameters and the default random generators: backward
+    runs them a second time. Tensors that a custom ``autograd.Function`` puts on ``ctx`` by attribute, instead of by
+    ``ctx.save_for_backward``, stay in memory: correct, at their cost.
+
+    Raises:
+        TypeError: an item, a stream or a context name of the wrong kind.
+        ValueError: a function's result that does not fit its stream.
+        RuntimeError: in backward, where its gradients would be wrong: an output, parameter, buffer or context tensor
+            edited in place since forward, a mode switched, a function that does not repeat, a stream that did not
+            invert accurately.
+
+    Source: Gomez et al. 2017 (RevNet); Mangalam et al. 2022 (Reversible Vision Transformers).
+    """
+
+    def __init__(
+        self, items: Functions = (), coupling: Coupling | None = None, scheduler: Scheduler | None = None
+    ) -> None:
+        super().__init__()
+        self.coupling = _checked_coupling(coupling or Additive())
+        self.scheduler = scheduler or Reversible()
+        for item in items:
+            self.append(item)
+
+    def append(self, item: Any) -> ReversibleSequence:
+        """Add a pair or a Step at the end."""
+        self.add_module(str(len(self)), _item(item))
+        return self
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler) -> None:
+        self._scheduler = _checked_scheduler(scheduler)
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The steps as the engine sees them."""
+        return _branches(self, self.coupling)
+
+    def forward(self, *streams: Tensor, **context: Any) -> State:
+        return self.scheduler.run(self.branches, _checked_streams(streams), context)
+
+    def inverse(self, *streams: Tensor, **context: Any) -> State:
+        """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.
+
+        Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode.
+        """
+        return _invert(self.branches, _checked_streams(streams), context)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self._modules.values()))
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> ReversibleSequence: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        items = list(self)
+        return type(self)(items[index], self.coupling, self.scheduler) if isinstance(index, slice) else items[index]
+
+    def extra_repr(self) -> str:
+        return f"coupling={self.coupling}, scheduler={self.scheduler}"
+
+
+def _invert(branches: list[Branch], state: State, context: Mapping[str, Any]) -> State:
+    contexts = route(branches, len(state), context)
+    for branch, routed in zip(reversed(branches), reversed(contexts), strict=True):
+        state = retreat(branch, state, routed)
+    return state
+
+
+def reversible(
+    functions: Functions,
+    *streams: Tensor,
+    coupling: Coupling | None = None,
+    scheduler: Scheduler | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> State:
+    """:class:`ReversibleSequence` without modules: ``y1, y2 = reversible([(f, g), ...], x1, x2)``.
+
+    ``functions`` are pairs of callables, and Steps. Gradients flow to everything they capture. What plain functions
+    capture cannot be checked for edits since forward, other than by closing the loop.
+    """
+    branches = _branches(functions, _checked_coupling(coupling or Additive()))
+    return _checked_scheduler(scheduler or Reversible()).run(branches, _checked_streams(streams), context or {})
+
+
+def invert(
+    functions: Functions,
+    *streams: Tensor,
+    coupling: Coupling | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> State:
+    """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``."""
+    branches = _branches(functions, _checked_coupling(coupling or Additive()))
+    return _invert(branches, _checked_streams(streams), context or {})

@@ -1,0 +1,51 @@
+"""Property-test your own functions, couplings and schedulers in a few lines.
+
+The assertions need nothing but torch. :mod:`revlib.testing.strategies` needs hypothesis
+(``pip install "revlib-torch[testing]"``)::
+
+    from hypothesis import given
+    from revlib.testing import assert_inverts, assert_same_gradients, strategies
+
+    @given(strategies.cases())
+    def test_my_scheduler(case):
+        assert_same_gradients(case.stack, *case.streams, context=case.context, schedulers=[MyScheduler()])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from revlib.testing.assertions import (
+    assert_inverts,
+    assert_memory_flat,
+    assert_same_gradients,
+    assert_unmerges,
+)
+from revlib.testing.memory import Footprint, LiveBytes, footprint
+
+if TYPE_CHECKING:
+    from revlib.testing import strategies
+
+__all__ = [
+    "Footprint",
+    "LiveBytes",
+    "assert_inverts",
+    "assert_memory_flat",
+    "assert_same_gradients",
+    "assert_unmerges",
+    "footprint",
+    "strategies",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "strategies":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    try:
+        return importlib.import_module("revlib.testing.strategies")
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise ModuleNotFoundError(
+            'revlib.testing.strategies needs hypothesis: pip install "revlib-torch[testing]"', name="hypothesis"
+        ) from error

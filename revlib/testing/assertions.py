@@ -1,0 +1,176 @@
+"""Assertions about reversible sequences. Naive autograd is the oracle; messages name the tensor and the error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from revlib.couplings import Coupling
+from revlib.schedulers import Checkpoint, Naive, Reversible, Scheduler
+from revlib.sequence import ReversibleSequence
+from revlib.testing.memory import footprint
+
+__all__ = ["assert_inverts", "assert_memory_flat", "assert_same_gradients", "assert_unmerges"]
+
+_RTOL = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+
+
+def _rtol(given: float | None, tensors: Iterable[Tensor]) -> float:
+    """Unless given: 1e-10 in float64, 1e-4 in float32, a tenth in float16, three tenths in bfloat16."""
+    coarse = {torch.float16: 0.1, torch.bfloat16: 0.3}
+    return max(({**_RTOL, **coarse}[t.dtype] for t in tensors), default=1e-10) if given is None else given
+
+
+def _compare(what: str, got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None], rtol: float) -> None:
+    """Relative error in the norm of each tensor; one far smaller than the largest is measured against a thousandth of
+    that, since gradients that vanish exactly (of a key's bias, say) are nothing but rounding."""
+    sizes = {k: float(t.detach().abs().double().norm()) for k, t in want.items() if t is not None}
+    floor = 1e-3 * max(sizes.values(), default=0.0)
+    problems = []
+    for name in want:
+        a, b = got[name], want[name]
+        if a is None or b is None:
+            if a is not b:
+                problems.append((float("inf"), f"{name}: {'none' if a is None else 'one'}, not like the oracle's"))
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            problems.append((float("inf"), f"{name}: {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}"))
+            continue
+        gap = (a.detach() - b.detach()).abs().double()
+        error, allowed = float(gap.norm()), rtol * max(sizes[name], floor)
+        if not error <= allowed:
+            relative = error / sizes[name] if sizes[name] else float("inf")
+            where = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)) if gap.ndim else ()
+            at = f"largest at {list(where)}: {a[where].item():.6g}, not {b[where].item():.6g}"
+            problems.append((relative, f"{name} {tuple(a.shape)}: relative error {relative:.3g} > {rtol:.3g}; {at}"))
+    if problems:
+        problems.sort(key=lambda p: -p[0])
+        listed = "\n  ".join(text for _, text in problems[:8])
+        raise AssertionError(f"{what}: {len(problems)} of {len(want)} tensors differ\n  {listed}")
+
+
+def assert_unmerges(coupling: Coupling, s: Tensor, f: Any, *, rtol: float | None = None) -> None:
+    """The law of a coupling: ``unmerge(merge(s, f), f)`` gives ``s`` back, in its shape."""
+    with torch.no_grad():
+        recovered = coupling.unmerge(coupling.merge(s, f), f)
+    _compare(f"{coupling} does not unmerge what it merged", {"s": recovered}, {"s": s}, _rtol(rtol, [s]))
+
+
+def assert_inverts(
+    stack: ReversibleSequence,
+    *streams: Tensor,
+    context: Mapping[str, Any] | None = None,
+    rtol: float | None = None,
+) -> None:
+    """``stack.inverse(*stack(*streams))`` gives the streams back, in ``eval()`` mode (which is left afterwards)."""
+    modes = [(m, m.training) for m in stack.modules()]
+    try:
+        with torch.no_grad():
+            stack.eval()
+            recovered = stack.inverse(*stack(*streams, **(context or {})), **(context or {}))
+    finally:
+        for module, training in modes:
+            module.training = training
+    names = [f"stream {i}" for i in range(len(streams))]
+    _compare(
+        f"a stack of {len(stack.branches)} steps does not invert",
+        dict(zip(names, recovered, strict=True)),
+        dict(zip(names, streams, strict=True)),
+        _rtol(rtol, streams),
+    )
+
+
+def _default_loss(outputs: Sequence[Tensor]) -> Tensor:
+    """Curved, and different for each output, so that no mistake cancels."""
+    terms = [(y.abs().square() if y.is_complex() else y.sin() * y).sum() / (i + 1) for i, y in enumerate(outputs)]
+    return torch.stack([t.double() for t in terms]).sum()
+
+
+def _observe(
+    stack: ReversibleSequence,
+    scheduler: Scheduler,
+    streams: Sequence[Tensor],
+    context: Mapping[str, Any],
+    loss: Loss,
+    seed: int,
+) -> dict[str, Tensor | None]:
+    """Everything a training step leaves behind, on a copy of the stack."""
+    stack = copy.deepcopy(stack)
+    stack.scheduler = scheduler
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in streams]
+
+    def leaf(v: Any) -> Any:
+        return v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+
+    context = tree_map(leaf, dict(context))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        outputs = stack(*leaves, **context)
+        total = loss(outputs)
+        if total.requires_grad:
+            total.backward()
+        seen: dict[str, Tensor | None] = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+        seen |= {f"gradient of stream {i}": t.grad for i, t in enumerate(leaves)}
+        tensors = {"".join(map(str, path)): v for path, v in tree_flatten_with_path(context)[0]}
+        seen |= {f"gradient of context{k}": v.grad for k, v in tensors.items() if isinstance(v, Tensor)}
+        seen |= {f"gradient of {k}": p.grad for k, p in stack.named_parameters()}
+        seen |= {f"buffer {k}": b for k, b in stack.named_buffers() if b.is_floating_point()}
+        seen["the caller's next random number"] = torch.rand((), dtype=torch.float64)
+    return seen
+
+
+def assert_same_gradients(
+    stack: ReversibleSequence,
+    *streams: Tensor,
+    context: Mapping[str, Any] | None = None,
+    schedulers: Iterable[Scheduler] = (Reversible(), Checkpoint()),
+    oracle: Scheduler | None = None,
+    loss: Loss | None = None,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Every scheduler leaves behind what the oracle, ``Naive()``, does.
+
+    Compared are the outputs, the gradients of all streams, context tensors and parameters that require one, the
+    buffers, and the next number from the default random generator. Neither the stack nor its gradients are touched.
+
+    Args:
+        loss: maps the outputs to a scalar; a curved function of all of them unless given.
+        rtol: relative error allowed in the norm of each tensor; by precision unless given: 1e-10 in float64, 1e-4 in
+            float32, 0.1 in float16, 0.3 in bfloat16.
+    """
+    rtol = _rtol(rtol, streams)
+    arguments = (streams, context or {}, loss or _default_loss, seed)
+    want = _observe(stack, oracle or Naive(), *arguments)
+    for scheduler in schedulers:
+        got = _observe(stack, scheduler, *arguments)
+        _compare(f"{scheduler} against {oracle or Naive()} on {len(stack.branches)} steps", got, want, rtol)
+
+
+def assert_memory_flat(
+    make: Callable[[int], ReversibleSequence],
+    *streams: Tensor,
+    depths: Sequence[int] = (4, 16),
+    rtol: float = 0.03,
+) -> None:
+    """The activation bytes of a training step do not grow with depth.
+
+    ``make(depth)`` builds a stack; the peak at each depth may exceed that at the first by ``rtol``. Bytes are counted,
+    not sampled: on a CPU the result is exact. The streams should be large beside a few hundred bytes a step.
+    """
+    prints = {}
+    for depth in depths:
+        stack = make(depth)
+        prints[depth] = footprint(stack, streams, stack.parameters())
+    first = prints[depths[0]]
+    for found in prints.values():
+        if found.peak > first.peak * (1 + rtol) or found.held > first.held * (1 + rtol):
+            table = "\n  ".join(f"depth {d}: held {p.held:,} B, peak {p.peak:,} B" for d, p in prints.items())
+            raise AssertionError(f"activation memory grows with depth (allowed: {rtol:.0%})\n  {table}")

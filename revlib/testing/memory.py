@@ -1,0 +1,75 @@
+"""Counting activation bytes on a CPU, exactly and repeatably: every live storage once, from birth to death."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Footprint", "LiveBytes", "footprint"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within this context, ``now`` is the sum of bytes of the live storages that operations made, ``peak`` its maximum.
+
+    Storages of ``known`` tensors count nothing. Memory that an operation takes and returns inside itself is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._bytes = {t.untyped_storage()._cdata: 0 for t in known}
+
+    def _born(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._bytes:
+            self._bytes[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._died, key)
+
+    def _died(self, key: int) -> None:
+        self.now -= self._bytes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._born(t)
+        return result
+
+
+class Footprint(NamedTuple):
+    """Activation bytes of a training step: ``held`` between forward and backward, and the ``peak`` of backward."""
+
+    held: int
+    peak: int
+
+
+def footprint(
+    run: Callable[..., Sequence[Tensor]], streams: Sequence[Tensor], parameters: Iterable[Tensor] = ()
+) -> Footprint:
+    """Activation bytes of ``run(*streams)`` and of the backward pass of the sum of its outputs' mean squares.
+
+    Gradients are allocated beforehand, so that they do not mix with the activations that backward frees.
+    """
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in streams]
+    known = [*leaves, *parameters]
+    for t in known:
+        if t.requires_grad:
+            t.grad = torch.zeros_like(t)
+    gc.collect()
+    with LiveBytes([*known, *(t.grad for t in known if t.grad is not None)]) as live:
+        outputs = run(*leaves)
+        loss = torch.stack([y.float().square().mean() for y in outputs]).sum()
+        del outputs
+        held = live.peak = live.now
+        loss.backward()
+    return Footprint(held, live.peak)

@@ -1,0 +1,149 @@
+"""Hypothesis strategies: functions, streams, contexts, stacks, schedulers, and whole cases.
+
+They draw shapes and a seed, never single elements, so that cases shrink to the smallest shapes and shallowest stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from revlib.schedulers import Checkpoint, Naive, Plan, Reversible, Scheduler
+from revlib.sequence import ReversibleSequence
+from revlib.step import Step
+
+__all__ = ["Case", "branches", "cases", "contexts", "dtypes", "schedulers", "seeds", "stacks", "streams"]
+
+
+class Branch(nn.Module):
+    """A small function of one or more streams: normalise, mix, activate, project; with what real blocks do besides.
+
+    It names the context arguments ``gain`` and ``shift``, adds dropout, batch norm and in-place activation if asked.
+    """
+
+    def __init__(self, widths: Sequence[int], out: int, *, dropout: float, batch_norm: bool, inplace: bool) -> None:
+        super().__init__()
+        hidden = 2 * max(out, 2)
+        self.inputs = nn.ModuleList(nn.Linear(w, hidden) for w in widths)
+        self.norm = nn.BatchNorm1d(hidden) if batch_norm else nn.LayerNorm(hidden)
+        self.act = nn.ReLU(inplace=True) if inplace else nn.Tanh()
+        self.drop = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden, out)
+
+    def forward(self, *streams: Tensor, gain: Tensor | None = None, shift: float = 0.0) -> Tensor:
+        h = torch.stack([f(s) for f, s in zip(self.inputs, streams, strict=True)]).sum(0)
+        h = self.drop(self.act(self.norm(h.flatten(0, -2)).view(h.shape)))
+        return self.out(h if gain is None else h * gain) + shift
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of random generators."""
+    return st.integers(0, 2**16)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Precisions in which gradients can be compared closely."""
+    return st.sampled_from([torch.float64, torch.float32])
+
+
+@st.composite
+def branches(draw: st.DrawFn, widths: Sequence[int] = (4,), out: int = 4) -> nn.Module:
+    """Functions from streams of ``widths`` channels to ``out`` channels, deterministic or not, in train mode."""
+    torch.manual_seed(draw(seeds()))
+    return Branch(
+        widths,
+        out,
+        dropout=draw(st.sampled_from([0.0, 0.3])),
+        batch_norm=draw(st.booleans()),
+        inplace=draw(st.booleans()),
+    )
+
+
+@st.composite
+def streams(draw: st.DrawFn, widths: Sequence[int] = (4, 4), dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Streams of shape (batch, tokens, width) with elements of order one; any subset requires a gradient."""
+    batch, tokens = draw(st.integers(2, 4)), draw(st.integers(2, 5))
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    return tuple(
+        torch.randn(batch, tokens, w, generator=generator, dtype=dtype).requires_grad_(draw(st.booleans()))
+        for w in widths
+    )
+
+
+@st.composite
+def contexts(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Context that :func:`branches` understand: a tensor that may require a gradient, a number, either, or nothing."""
+    context: dict[str, Any] = {}
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(draw(seeds()))
+        gain = torch.rand((), generator=generator, dtype=dtype) + 0.5
+        context["gain"] = gain.requires_grad_(draw(st.booleans()))
+    if draw(st.booleans()):
+        context["shift"] = draw(st.sampled_from([-1.0, 0.5]))
+    return context
+
+
+@st.composite
+def stacks(
+    draw: st.DrawFn, widths: Sequence[int] = (4, 4), dtype: torch.dtype = torch.float64, max_depth: int = 5
+) -> ReversibleSequence:
+    """Stacks on ``len(widths)`` streams: pairs and single steps (more than two streams: steps), some modules shared,
+    some parameters frozen. Whatever order pairs and steps come in, every function fits the streams it meets."""
+    rotation = list(widths)
+    items: list[Any] = []
+    for _ in range(draw(st.integers(1, max_depth))):
+        pair = len(widths) == 2 and draw(st.booleans())
+        functions = []
+        for _ in range(2 if pair else 1):
+            functions.append(draw(branches(rotation[1:], rotation[0])))
+            rotation = [*rotation[1:], rotation[0]]
+        items.append(tuple(functions) if pair else Step(functions[0]))
+        same = [i for i in items[:-1] if type(i) is type(items[-1]) and len(set(widths)) == 1]
+        if same and draw(st.integers(0, 4)) == 4:
+            items[-1] = draw(st.sampled_from(same))
+    stack = ReversibleSequence(items).to(dtype)
+    for parameter in stack.parameters():
+        parameter.requires_grad_(draw(st.integers(0, 5)) != 5)
+    return stack
+
+
+@dataclass(frozen=True)
+class Planned(Scheduler):
+    """A scheduler that keeps the steps and states it is told to, as far as the stack reaches, and the last state."""
+
+    activations: tuple[int, ...]
+    states: tuple[int, ...]
+
+    def plan(self, length: int) -> Plan:
+        return Plan(self.activations, {length} | {j for j in self.states if j < length})
+
+
+def schedulers() -> st.SearchStrategy[Scheduler]:
+    """The library's schedulers, and arbitrary plans."""
+    some = st.sets(st.integers(0, 9), max_size=4).map(lambda s: tuple(sorted(s)))
+    return st.one_of(
+        st.sampled_from([Reversible(), Checkpoint(), Naive()]), st.builds(Planned, activations=some, states=some)
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack with streams and context that fit it."""
+
+    stack: ReversibleSequence
+    streams: tuple[Tensor, ...]
+    context: dict[str, Any]
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_streams: int = 3, max_depth: int = 5) -> Case:
+    """A stack on two or more streams of equal or different widths, with streams and context."""
+    count = draw(st.integers(2, max_streams))
+    widths = draw(st.one_of(st.just([4] * count), st.lists(st.integers(1, 5), min_size=count, max_size=count)))
+    stack = draw(stacks(widths, dtype, max_depth))
+    return Case(stack, draw(streams(widths, dtype)), draw(contexts(dtype)))
