@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from revlib import loop
@@ -85,12 +86,12 @@ def _run(
 def _taped(
     branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, tolerance: float | None
 ) -> State:
-    if _hooks_impossible():
+    parameters = [p for b in branches if isinstance(b.fn, nn.Module) for p in b.fn.parameters()]
+    if _hooks_impossible() or any(is_lazy(p) for p in parameters):  # a lazy module's first call is unlike its second
         return _plain(branches, state, contexts)
     loop.raise_pending(wait=False)
     plan.check(len(branches))
-    tensors = [*state, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
-    tensors += [p for b in branches if isinstance(b.fn, nn.Module) for p in b.fn.parameters()]
+    tensors = [*state, *parameters, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
     tape = Tape(len(state), Randomness(tensors), Autocast(tensors), tolerance)
     needed_below = False
     for k, (branch, context) in enumerate(zip(branches, contexts, strict=True)):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
 
@@ -92,7 +93,7 @@ def close(witnesses: Sequence[Witness], tolerance: float | None, dtypes: set[tor
     On CUDA the verdict is copied without a synchronisation and raised by the first forward or backward of any stack
     that finds it ready, or by :func:`raise_pending`. Inside a CUDA-graph capture nothing can be raised or compared.
     """
-    if not witnesses:
+    if not witnesses or witnesses[0].original.is_meta or isinstance(witnesses[0].original, FakeTensor):
         return
     names = [w.name for w in witnesses]
     if tolerance is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib.replay import ModuleState
 from revlib.step import Branch, State
@@ -41,10 +41,16 @@ class Saved:
             key = torch.empty(0, requires_grad=True, device="cpu")
             # Detached, since the graph of the stream leads to holders, they to the tape, and the tape to here.
             self.token: Tensor = _Save.apply(key, stream.detach())  # type: ignore[no-untyped-call]
+        self.opened: Callable[[], Tensor | None] = lambda: None
 
     def get(self) -> Tensor:
+        stream = self.opened()  # neighbouring states share streams; the ambient hooks may allow to open each only once
+        if stream is not None:
+            return stream
         try:
-            return self.token.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+            stream = self.token.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+            self.opened = weakref.ref(stream)
+            return stream
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -54,6 +60,26 @@ class Saved:
             ) from error
 
 
+class Versioned(NamedTuple):
+    """A tensor with the version that it must still have when autograd uses it."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Versioned:
+        return cls(t, -1 if t.is_inference() else t._version)
+
+    def get(self) -> Tensor:
+        if self.version >= 0 and self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {tuple(self.tensor.shape)}, saved inside a reversible sequence, is at version "
+                f"{self.tensor._version}; expected version {self.version}. Edit a clone of it instead."
+            )
+        return self.tensor
+
+
 class Holder:
     """Stands in the graph for one saved tensor; dies when autograd releases its node."""
 
@@ -61,12 +87,14 @@ class Holder:
 
     def __init__(self, step: int, tensor: Tensor) -> None:
         self.step = step
-        self.fresh: Tensor | None = tensor  # while its forward runs, for functions that differentiate inside
-        self.values: dict[Any, Tensor] = {}  # by graph task
+        self.fresh: Versioned | None = Versioned.of(
+            tensor
+        )  # while forward runs, for functions that differentiate inside
+        self.values: dict[Any, Versioned] = {}  # by graph task
 
     def get(self, task: int) -> Tensor | None:
-        value = self.values.get(FOR_GOOD)
-        return self.values.get(task) if value is None else value
+        value = self.values.get(FOR_GOOD) or self.values.get(task)
+        return None if value is None else value.get()
 
 
 @dataclass
@@ -105,6 +133,7 @@ class Record:
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
         self.module = ModuleState(self.branch.fn)
+        self.context = tree_map(lambda leaf: leaf, self.context)  # containers of our own: the user's may change
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
         self.versions = [
@@ -123,29 +152,34 @@ class Record:
 
     def refill(self, key: Any, part: slice, run: Callable[[], Any]) -> Any:
         """Run a part of the step with gradients, as forward did; its holders get what autograd saves this time."""
-        holders, kinds, saved = self.holders[part], self.kinds[part], list[Tensor]()
+        holders, kinds, saved = self.holders[part], self.kinds[part], list[Versioned]()
+        name, dropped = self.branch.name, self.dropped
 
-        def pack(t: Tensor) -> Tensor:
+        def pack(t: Tensor) -> int:
             i = len(saved)
-            if self.dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
-                self._mismatch(i, kinds, f"{tuple(t.shape)} {t.dtype}")
-            saved.append(t.detach())
-            return saved[-1]
+            if dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
+                _mismatch(name, i, kinds, f"{tuple(t.shape)} {t.dtype}")
+            saved.append(Versioned.of(t.detach()))
+            return i
 
-        with torch.enable_grad(), saved_tensors_hooks(pack, lambda t: t):
-            result = run()
-        if self.dropped and len(saved) != len(kinds):
-            self._mismatch(len(saved), kinds, "nothing more")
-        for ref, value in zip(holders, saved, strict=False):
-            holder = ref()
-            if holder is not None:
-                holder.values[key] = value
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(pack, lambda i: saved[i].get()):
+                result = run()
+            if dropped and len(saved) != len(kinds):
+                _mismatch(name, len(saved), kinds, "nothing more")
+            for ref, value in zip(holders, saved, strict=False):
+                holder = ref()
+                if holder is not None:
+                    holder.values[key] = value
+        finally:
+            saved.clear()  # the function may have captured some of this graph, which nobody differentiates
         return result
 
-    def _mismatch(self, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:
-        expected = f"{tuple(kinds[i][0])} {kinds[i][1]}" if i < len(kinds) else "nothing more"
-        raise RuntimeError(
-            f"{self.branch.name} does not repeat: as saved tensor {i} autograd kept {expected} in forward, and {came} "
-            "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
-            "and the default random generators. Something it reads has changed since forward, or it chooses at random."
-        )
+
+def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:
+    expected = f"{tuple(kinds[i][0])} {kinds[i][1]}" if i < len(kinds) else "nothing more"
+    raise RuntimeError(
+        f"{name} does not repeat: as saved tensor {i} autograd kept {expected} in forward, and {came} "
+        "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
+        "and the default random generators. Something it reads has changed since forward, or it chooses at random."
+    )

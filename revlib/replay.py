@@ -7,23 +7,52 @@ and mode, so that a recomputation inside backward sees the world that forward sa
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Autocast", "ModuleState", "Randomness"]
 
-# The CPU generator belongs to the whole process: threads that train on a CPU draw from it one function at a time.
-# Device generators need no lock: autograd runs all of a device's backward on one thread.
-_CPU_GENERATOR = threading.RLock()
+
+class _Turn(contextlib.AbstractContextManager[None]):
+    """Threads draw from the CPU generator one function at a time, since it belongs to the whole process.
+
+    After some seconds a thread goes ahead unasked: the function whose turn it is may itself be waiting for this thread.
+    Device generators need no turns: autograd runs all of a device's backward on one thread.
+    """
+
+    lock = threading.RLock()
+    patience = 5.0
+
+    def __enter__(self) -> None:
+        self.taken = self.lock.acquire(timeout=self.patience)
+        if not self.taken:
+            warnings.warn(
+                f"a thread has waited {self.patience:.0f} s for another to leave a function of a reversible sequence; "
+                "if both draw random numbers, backward may refuse to repeat them",
+                stacklevel=3,
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        if self.taken:
+            self.lock.release()
 
 
-def _module_of(fn: Callable[..., Any]) -> nn.Module | None:
+def _modules_of(fn: Any) -> list[nn.Module]:
+    """The modules whose state a function reads: its own, or those of a bound method, within any partial application."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
+    if not isinstance(owner, nn.Module):
+        return []
+    wrapped = vars(owner).get("fn")  # the plain function in a Step
+    return [*owner.modules(), *(_modules_of(wrapped) if wrapped is not None else [])]
 
 
 # ---------------------------------------------------------------------------------------------- randomness
@@ -40,6 +69,11 @@ def _set_generator_state(device: torch.device, state: Tensor) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    with _disable_current_modes():  # the states are real where the stack's tensors are fake
+        return torch.equal(a, b)
+
+
 class Randomness:
     """The default generators of a stack's devices: which of them a function drew from, and from where.
 
@@ -50,19 +84,20 @@ class Randomness:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         devices = {t.device for t in tensors if t.device.type != "meta"}
-        self.lock: contextlib.AbstractContextManager[Any] = (
-            _CPU_GENERATOR if all(d.type == "cpu" for d in devices) else contextlib.nullcontext()
-        )
+        self.on_cpu = all(d.type == "cpu" for d in devices)
         self.devices = sorted(devices | {torch.device("cpu")}, key=str)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return _Turn() if self.on_cpu else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def recording(self, drawn: dict[torch.device, Tensor]) -> Iterator[None]:
         """Around a function's first run: fills ``drawn`` with the state before it of each generator it moved."""
-        with self.lock:
+        with self._turn():
             before = [_generator_state(d) for d in self.devices]
             yield
             for device, state in zip(self.devices, before, strict=True):
-                if not torch.equal(state, _generator_state(device)):
+                if not _same(state, _generator_state(device)):
                     drawn[device] = state
 
     @contextlib.contextmanager
@@ -71,7 +106,7 @@ class Randomness:
         if not drawn:
             yield
             return
-        with self.lock:
+        with self._turn():
             now = {device: _generator_state(device) for device in drawn}
             try:
                 for device, state in drawn.items():
@@ -110,8 +145,7 @@ class ModuleState:
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        owner = _module_of(fn)
-        modules = list(owner.modules()) if owner is not None else []
+        modules = _modules_of(fn)
         self.mode = [(m, m.training) for m in modules]
         self.parameters = [
             (m, k, p, p.requires_grad, -1 if p.is_inference() else p._version)
@@ -155,8 +189,8 @@ class ModuleState:
                     f"parameter {k!r} of {name} was modified by an inplace operation between forward and backward "
                     f"(version {p._version}, expected {version}); step the optimizer only after backward."
                 )
-        for m, k, b, version in self.constant:
-            if m._buffers.get(k) is not b or b._version != version:
+        for _, k, b, version in self.constant:
+            if b._version != version:
                 raise RuntimeError(
                     f"buffer {k!r} of {name} was modified by an inplace operation between forward and backward; "
                     "edit buffers only after backward."
@@ -171,6 +205,7 @@ class ModuleState:
             undo.append((slots, key, slots.get(key)))
             slots[key] = value
 
+        attributes = [(m.__dict__, m.__dict__.copy()) for m, _ in self.mode]
         try:
             for m, k, p, required_grad, _ in self.parameters:
                 now = m._parameters.get(k)
@@ -180,12 +215,19 @@ class ModuleState:
                     bind(m._parameters, k, p.detach().requires_grad_(required_grad))
                 elif now is not p:
                     bind(m._parameters, k, p)
+            for m, k, b, _ in self.constant:
+                if m._buffers.get(k) is not b:
+                    bind(m._buffers, k, b)
             for m, k, copy in self.changed:
                 bind(m._buffers, k, copy.clone())
             yield
         finally:
             for slots, key, value in reversed(undo):
                 slots[key] = value
+            for current, before in attributes:  # what the repetition assigned is of a graph that nobody differentiates
+                for key in current.keys() - before.keys():
+                    del current[key]
+                current.update(before)
 
 
 try:

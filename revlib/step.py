@@ -116,6 +116,8 @@ def _versions(tensors: Sequence[Any]) -> list[int]:
 
 def evaluate(branch: Branch, inputs: State, context: Mapping[str, Any]) -> Any:
     """``f(inputs)``, refusing a function that edits its inputs or its context in place."""
+    if torch.compiler.is_compiling():  # versions cannot be traced
+        return branch.fn(*inputs, **context)
     watched = [*inputs, *(tree_leaves(dict(context)) if context else ())]
     before = _versions(watched)
     f = branch.fn(*inputs, **context)
@@ -138,10 +140,13 @@ def merge(branch: Branch, s: Tensor, f: Any) -> Tensor:
         )
     try:
         merged = branch.coupling.merge(s, f)
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         shapes = [tuple(t.shape) for t in leaves]
         raise ValueError(
-            f"{branch.name} returned shape {shapes}, which does not merge into its stream of shape {tuple(s.shape)}"
+            f"{branch.name} returned shape {shapes} in a {type(f).__name__}, which {branch.coupling} does not merge "
+            f"into its stream of shape {tuple(s.shape)}"
         ) from error
     if merged.shape != s.shape:
         raise ValueError(

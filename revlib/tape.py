@@ -72,13 +72,13 @@ class Tape:
 
     def advance(self, record: Record, state: State) -> State:
         """The first run of a step."""
-        k, (s, *inputs) = len(self.records), state
+        k, (s, *inputs), context = len(self.records), state, record.context
         self.records.append(record)
         record.observe(state)
         hooks = saved_tensors_hooks(partial(record.hold, k), self.unpack) if record.dropped else nullcontext()
         try:
             with self.randomness.recording(record.drawn), hooks:
-                f = evaluate(record.branch, tuple(inputs), record.context)
+                f = evaluate(record.branch, tuple(inputs), context)
             record.module.seal()
             record.split = len(record.holders)
             if record.guarded:
@@ -96,7 +96,7 @@ class Tape:
     # ------------------------------------------------------------------------------------------ backward
     def unpack(self, holder: Holder) -> Tensor:
         if holder.fresh is not None:
-            return holder.fresh
+            return holder.fresh.get()
         task, keeps = _task()
         value = holder.get(task)
         if value is None:
@@ -140,12 +140,13 @@ class Tape:
         """Put the cursor on the nearest known state from k upwards; a kept one is exact, so it wins a tie."""
         kept = min((j for j in self.states if j >= k), default=None)
         if kept is not None and (cursor.index < k or kept <= cursor.index):
-            cursor.state = tuple(self.kept[i].get() for i in range(kept, kept + self.m))
-            cursor.index = kept
+            cursor.index, cursor.state = kept, tuple(self.kept[i].get() for i in range(kept, kept + self.m))
             if consume:  # autograd releases the graph as it goes, and this with it
                 self.states.discard(kept)
                 needed = {i for j in self.states for i in range(j, j + self.m)}
                 self.kept = {i: saved for i, saved in self.kept.items() if i in needed}
+        elif cursor.index < k and self.cursors.get(FOR_GOOD, cursor).index >= k:  # where an earlier task has left off
+            cursor.index, cursor.state = self.cursors[FOR_GOOD].index, self.cursors[FOR_GOOD].state
         elif cursor.index < k:
             raise RuntimeError(
                 "backward asked a reversible sequence for activations that it has released, or has not made yet. "
@@ -164,7 +165,8 @@ class Tape:
             if len(record.holders) > record.split:
                 again = s.detach().requires_grad_(record.needs[0])
                 record.refill(key, slice(record.split, None), partial(merge, record.branch, again, f))
-        self._witness(record, s, cursor)
+        if not record.repeated:  # whose sample is of the stream it makes, not of the one it merges away
+            self._witness(record, s, cursor)
         cursor.index, cursor.state = k, (s, *inputs)
         cursor.done.add(k)
 
@@ -182,7 +184,7 @@ class Tape:
         record.check()
         inputs = tuple(t.detach().requires_grad_(n) for t, n in zip(inputs, record.needs[1:], strict=True))
         with self.randomness.replaying(record.drawn), record.module.bound():
-            run = partial(evaluate, record.branch, inputs, record.context)
+            run = partial(evaluate, record.branch, inputs, tree_map(lambda leaf: leaf, record.context))
             return record.refill(key, slice(0, record.split), run)
 
     # ------------------------------------------------------------------------------------------ endings

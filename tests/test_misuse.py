@@ -1,0 +1,564 @@
+"""Misuse is an error that names the culprit, never a silently wrong gradient; and healthy stacks raise no alarm."""
+
+import itertools
+import math
+import random
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from common import (
+    ByHand,
+    Lambda,
+    error,
+    every_recomputing_scheduler,
+    every_scheduler,
+    grads,
+    leaves,
+    loss,
+    mlp,
+    net,
+    train,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import revlib.testing
+from revlib import Additive, Checkpoint, Naive, Reversible, ReversibleSequence, Step, invert, reversible
+from revlib.schedulers import Plan, Scheduler
+
+
+# ---------------------------------------------------------------------------------------------- edits since forward
+@every_recomputing_scheduler
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_output_edited_in_place(scheduler, which):
+    if scheduler == Checkpoint() and which == 1:
+        pytest.skip("checkpointing does not need the last output; see the next test")
+    outputs = net(scheduler)(*leaves())
+    total = loss(outputs)
+    with torch.no_grad():
+        outputs[which].add_(1)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        total.backward()
+
+
+def test_an_output_that_nobody_needs_may_be_edited_in_place():
+    found = []
+    for scheduler in (ByHand(), Checkpoint()):
+        torch.manual_seed(0)
+        stack, xs = net(scheduler), leaves()
+        outputs = stack(*xs)
+        total = sum(y.sum() for y in outputs)
+        with torch.no_grad():
+            outputs[1].zero_()
+        total.backward()
+        found.append(grads(*xs, stack))
+    assert error(found[1], found[0]) < 1e-10
+
+
+def test_the_error_for_an_edited_output_says_what_to_do():
+    outputs = net(Reversible())(*leaves())
+    with torch.no_grad():
+        outputs[0].add_(1)
+    with pytest.raises(RuntimeError, match=r"an output of a reversible sequence.* edit a clone"):
+        sum(y.sum() for y in outputs).backward()
+
+
+@pytest.mark.parametrize("name", ["F of block 0", "G of block 2"])
+@every_recomputing_scheduler
+def test_a_parameter_edited_in_place(scheduler, name):
+    stack, xs = net(scheduler), leaves()
+    total = loss(stack(*xs))
+    with torch.no_grad():
+        {"F of block 0": stack[0].F, "G of block 2": stack[2].G}[name][1].weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match=rf"parameter 'weight' of {name} \(Sequential\) was modified"):
+        total.backward()
+
+
+@every_recomputing_scheduler
+def test_an_optimizer_step_before_backward(scheduler):
+    stack, xs = net(scheduler), leaves()
+    optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
+    first, second = loss(stack(*xs)), loss(stack(*xs))
+    first.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="step the optimizer only after backward"):
+        second.backward()
+
+
+class Buffered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("gain", torch.ones(4))
+
+    def forward(self, x):
+        return self.linear(x).tanh() * self.gain
+
+
+@every_recomputing_scheduler
+def test_a_buffer_edited_in_place(scheduler):
+    stack, xs = net(scheduler, Buffered), leaves()
+    total = loss(stack(*xs))
+    stack[1].F.gain.mul_(2)
+    with pytest.raises(RuntimeError, match=r"buffer 'gain' of F of block 1 \(Buffered\) was modified"):
+        total.backward()
+
+
+@every_scheduler
+def test_a_buffer_replaced_after_forward_is_not_what_forward_saw(scheduler):
+    found = []
+    for replaced in (False, True):
+        torch.manual_seed(0)
+        stack, xs = net(scheduler, Buffered), leaves()
+        total = loss(stack(*xs))
+        if replaced:
+            stack[1].F.gain = 2 * stack[1].F.gain
+        total.backward()
+        found.append(grads(*xs, stack))
+        assert torch.equal(stack[1].F.gain, torch.full((4,), 1.0 + replaced, dtype=stack[1].F.gain.dtype))
+    assert error(*found) < 1e-10
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        return self.linear(x).tanh() * (scale["a"] if isinstance(scale, dict) else scale)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@every_recomputing_scheduler
+def test_a_context_tensor_edited_in_place(scheduler, nested, requires_grad):
+    scale = torch.ones(4, dtype=torch.float64, requires_grad=requires_grad)
+    total = loss(net(scheduler, Conditioned)(*leaves(), scale={"a": scale} if nested else scale))
+    with torch.no_grad():
+        scale.mul_(2)
+    with pytest.raises(RuntimeError, match=r"context tensor 'scale' of [FG] of block \d \(Conditioned\) was modified"):
+        total.backward()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@every_recomputing_scheduler
+def test_a_mode_switched_between_forward_and_backward(scheduler, trains):
+    stack, xs = net(scheduler, lambda: mlp(dropout=0.5)).train(trains), leaves()
+    total = loss(stack(*xs))
+    stack.train(not trains)
+    was, now = ("train", "eval") if trains else ("eval", "train")
+    with pytest.raises(RuntimeError, match=rf"in [FG] of block \d .*was in {was}\(\) mode .* in {now}\(\) mode"):
+        total.backward()
+
+
+# ---------------------------------------------------------------------------------------------- edits inside functions
+@pytest.mark.parametrize("edit", [torch.Tensor.relu_, lambda x: x.mul_(2), lambda x: x[0].zero_()])
+@every_scheduler
+def test_a_function_that_edits_its_stream_in_place(scheduler, edit):
+    def f(m, x):
+        with torch.no_grad():
+            edit(x)
+        return m(x)
+
+    stack = ReversibleSequence([(mlp(), Lambda(f, nn.Linear(4, 4)))], scheduler=scheduler).double()
+    with pytest.raises(RuntimeError, match=r"G of block 0 \(Lambda\) edited a stream or a context tensor in place"):
+        stack(*leaves())
+
+
+@every_scheduler
+def test_a_function_that_edits_its_context_in_place(scheduler):
+    class Counting(nn.Module):
+        def forward(self, x, n):
+            return x.sin() * n["calls"].add_(1)
+
+    stack = ReversibleSequence([(nn.Identity(), Counting())], scheduler=scheduler)
+    with pytest.raises(RuntimeError, match=r"G of block 0 \(Counting\) edited a stream or a context tensor in place"):
+        stack(*leaves(), n={"calls": torch.zeros(())})
+
+
+@every_scheduler
+def test_a_function_that_edits_in_place_what_its_own_gradient_needs(scheduler):
+    """Plain autograd refuses: the slope of the hyperbolic tangent is computed from its result, which is gone."""
+
+    def f(linear, x):
+        h = linear(x).tanh()
+        h.add_(x)
+        return h.sin()
+
+    total = loss(net(scheduler, lambda: Lambda(f, nn.Linear(4, 4)))(*leaves()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@every_recomputing_scheduler
+def test_a_parameter_edited_by_the_function_itself(scheduler):
+    def f(linear, x):
+        y = linear(x).tanh()
+        with torch.no_grad():
+            linear.weight.mul_(1.1)
+        return y
+
+    total = loss(net(scheduler, lambda: Lambda(f, nn.Linear(4, 4)))(*leaves()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+# ---------------------------------------------------------------------------------------------- what does not repeat
+def privately_random(generator=None):
+    generator = generator or torch.Generator().manual_seed(0)
+    return lambda m, x: m(x) * torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+
+
+def pythonically_random():
+    rng = random.Random(0)
+    return lambda m, x: m(x) * rng.random()
+
+
+def counting():
+    calls = itertools.count(1)
+    return lambda m, x: m(x) * next(calls)
+
+
+unrepeatable = pytest.mark.parametrize("make", [privately_random, pythonically_random, counting])
+
+
+def unrepeatable_net(scheduler, make, dtype):
+    """Only G of block 1 misbehaves."""
+    torch.manual_seed(0)
+    bad = Lambda(make(), nn.Linear(4, 4))
+    return ReversibleSequence([(mlp(), mlp()), (mlp(), bad), (mlp(), mlp())], scheduler=scheduler).to(dtype)
+
+
+@unrepeatable
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_recomputing_scheduler
+def test_a_function_that_does_not_repeat(scheduler, dtype, make):
+    stack = unrepeatable_net(scheduler, make, dtype)
+    with pytest.raises(RuntimeError, match=r"enters G of block 1 \(Lambda\) with a relative error"):
+        loss(stack(*leaves(16, 4, dtype=dtype))).backward()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "make"), [(Checkpoint, privately_random), *((Reversible, m) for m in (privately_random, counting))]
+)
+def test_which_without_the_check_is_silently_wrong(scheduler, make):
+    """So the check matters. (A repeated step reads no tensor that a number from outside of torch could have spoilt.)"""
+    found = []
+    for s in (ByHand(), scheduler(tolerance=math.inf)):
+        stack, xs = unrepeatable_net(s, make, torch.float64), leaves(16, 4)
+        loss(stack(*xs)).backward()
+        found.append(grads(*xs, stack))
+    assert error(found[1], found[0]) > 0.1
+
+
+@every_recomputing_scheduler
+def test_a_function_that_does_not_repeat_its_operations(scheduler):
+    calls = itertools.count()
+    stack = net(scheduler, lambda: Lambda(lambda m, x: m(x).tanh() if next(calls) < 6 else m(x), nn.Linear(4, 4)))
+    with pytest.raises(RuntimeError, match=r"[FG] of block \d \(Lambda\) does not repeat: as saved tensor"):
+        loss(stack(*leaves())).backward()
+
+
+@every_recomputing_scheduler
+def test_a_function_that_does_not_repeat_its_shapes(scheduler):
+    calls = itertools.count()
+
+    def f(m, x):
+        n = 4 if next(calls) < 6 else 8
+        return m(x).repeat(1, n).tanh()[:, :4]
+
+    stack = net(scheduler, lambda: Lambda(f, nn.Linear(4, 4)))
+    with pytest.raises(RuntimeError, match=r"as saved tensor \d+ autograd kept \(3, 16\) torch.float64"):
+        loss(stack(*leaves())).backward()
+
+
+@unrepeatable
+def test_a_pass_over_a_retained_graph_is_checked_too(make):
+    total = loss(unrepeatable_net(Reversible(), make, torch.float64)(*leaves(16, 4)))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="G of block 1"):
+            total.backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_streams_of_very_uneven_magnitude(dtype):
+    """What is added to a small stream swallows its digits: float32 keeps 7, float64 16."""
+    huge = {torch.float32: 1e7, torch.float64: 1e16}[dtype]
+    functions = [(lambda x: huge * x.sin(), lambda x: x.cos())]
+    with pytest.raises(RuntimeError, match=r"enters F of block 0 \(<lambda>\) .* does not\s+invert accurately"):
+        loss(reversible(functions, *leaves(16, 4, dtype=dtype))).backward()
+    xs = leaves(16, 4, dtype=dtype)
+    loss(reversible(functions, *xs, scheduler=Checkpoint())).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_steps_that_lose_a_digit_each(dtype):
+    """Each step is harmless, all of them are not: noise grows by a factor a step until the stream is nothing else."""
+    functions = [(lambda x: 3 * x.sin(),) * 2] * 30
+    with pytest.raises(RuntimeError, match=r"enters [FG] of block \d+ .* relative error"):
+        loss(reversible(functions, *leaves(16, 4, dtype=dtype))).backward()
+
+
+# ---------------------------------------------------------------------------------------------- no false alarm
+def test_no_alarm_at_depth_100_in_single_precision():
+    torch.manual_seed(0)
+    stack = net(Reversible(), lambda: mlp(dropout=0.1), depth=100, dtype=torch.float32)
+    train(stack, *leaves(16, 4, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("zeros", [(0,), (1,), (0, 1)])
+@every_recomputing_scheduler
+def test_no_alarm_for_streams_of_zeros(scheduler, zeros):
+    xs = leaves(16, 4, dtype=torch.float32)
+    with torch.no_grad():
+        for i in zeros:
+            xs[i].zero_()
+    train(net(scheduler, dtype=torch.float32), *xs)
+
+
+@every_recomputing_scheduler
+def test_no_alarm_for_a_zero_stream_and_functions_that_return_zero(scheduler):
+    """As at the start of training with zero-initialised projections."""
+    stack = net(scheduler, dtype=torch.float32)
+    for pair in stack:
+        for f in pair:
+            nn.init.zeros_(f[-1].weight)
+            nn.init.zeros_(f[-1].bias)
+    train(stack, *(torch.zeros(8, 4, requires_grad=True) for _ in range(2)))
+
+
+@every_recomputing_scheduler
+def test_no_alarm_for_an_overflow_that_grad_scaler_must_see(scheduler):
+    """Half precision overflows now and then; the gradients must be inf or NaN, as naive ones, and nothing raised."""
+    stack = net(scheduler, dtype=torch.float16)
+    xs = [(60000 * x.detach()).requires_grad_() for x in leaves(8, 4, dtype=torch.float16)]
+    outputs = stack(*xs)
+    assert not all(y.isfinite().all() for y in outputs)
+    sum(y.sum() for y in outputs).backward()
+    assert not all(g.isfinite().all() for g in grads(*xs, stack))
+
+
+@every_recomputing_scheduler
+def test_no_alarm_for_a_nan_in_one_sample(scheduler):
+    xs = leaves(8, 4)
+    with torch.no_grad():
+        xs[0][3, 1] = math.nan
+    train(net(scheduler), *xs)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 12), st.floats(1e-6, 1e6), st.floats(0.1, 10))
+def test_no_alarm_for_normalised_functions_at_any_scale_of_the_streams(seed, depth, scale, ratio):
+    torch.manual_seed(seed)
+    stack = net(Reversible(), depth=depth, dtype=torch.float32)
+    x1, x2 = (x.detach() for x in leaves(8, 4, dtype=torch.float32))
+    # A function's result is of order one; a stream of 1e-6 loses six digits of its seven to it.
+    scale = max(scale, 0.01)
+    train(stack, (scale * x1).requires_grad_(), (scale * ratio * x2).requires_grad_())
+
+
+def test_a_tolerance_is_respected_either_way():
+    stack = net(Reversible(tolerance=1e-30), depth=20)
+    with pytest.raises(RuntimeError, match=r"1e-30 is tolerated"):
+        train(stack, *leaves(16, 4))
+    stack.scheduler = Reversible(tolerance=math.inf)
+    train(stack, *leaves(16, 4))
+
+
+# ---------------------------------------------------------------------------------------------- wrong arguments
+def returning(value):
+    return lambda x: value(x) if callable(value) else value
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (lambda x: x[:, :2], ValueError, r"F of block 0 .* returned shape \[\(3, 2\)\].*stream of shape \(3, 4\)"),
+        (lambda x: x.repeat(5, 1, 1), ValueError, r"F of block 0 .* stream of shape \(3, 4\).*\(5, 3, 4\)"),
+        (lambda x: x.long(), TypeError, r"F of block 0 .* floating-point tensors, got \[torch.int64\]"),
+        (lambda x: x > 0, TypeError, r"F of block 0 .* floating-point tensors, got \[torch.bool\]"),
+        (lambda x: x + 1j, TypeError, r"F of block 0 .* torch.float64 stream into torch.complex128"),
+        (None, TypeError, r"F of block 0 .* must return a tensor .* got NoneType"),
+        (1.0, TypeError, r"F of block 0 .* must return a tensor .* got float"),
+        (lambda x: (x, None), TypeError, r"F of block 0 .* must return a tensor .* got tuple"),
+        (lambda x: (x, x), (TypeError, ValueError), r"F of block 0"),
+        (lambda x: {"out": x}, (TypeError, ValueError), r"F of block 0"),
+    ],
+    ids="width rank integer bool complex none number tuple-with-none tuple dict".split(),
+)
+@every_scheduler
+def test_what_a_function_returns_must_merge(scheduler, value, kind, message):
+    with pytest.raises(kind, match=message):
+        reversible([(returning(value), torch.sin)], *leaves(), scheduler=scheduler)
+
+
+@every_scheduler
+def test_a_wider_dtype_that_would_promote_the_stream(scheduler):
+    """Either the stream keeps its dtype, or it is an error: never an inverse in another precision than forward's."""
+    xs = leaves(8, 4, dtype=torch.float32)
+    w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for s in (ByHand(), scheduler):
+        outputs = reversible([(lambda x: (x.double() @ w).tanh(),) * 2] * 2, *xs, scheduler=s)
+        found.append(torch.autograd.grad(loss([y.double() for y in outputs]), [*xs, w]))
+    assert error(found[1], found[0]) < 1e-5
+
+
+@every_scheduler
+def test_an_error_raised_by_a_function_is_its_own(scheduler):
+    def f(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        reversible([(f, f)], *leaves(), scheduler=scheduler)
+
+
+@every_recomputing_scheduler
+def test_a_second_backward_without_retain_graph(scheduler):
+    total = loss(net(scheduler)(*leaves()))
+    total.backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        total.backward()
+
+
+@every_recomputing_scheduler
+def test_a_second_backward_from_another_output_without_retain_graph(scheduler):
+    y1, y2 = net(scheduler)(*leaves())
+    y1.sum().backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        y2.sum().backward()
+
+
+@every_scheduler
+def test_an_unknown_context_name(scheduler):
+    with pytest.raises(TypeError, match=r"'scael' is taken by none of the 6 functions .* they take are \['scale'\]"):
+        net(scheduler, Conditioned)(*leaves(), scael=1)
+    with pytest.raises(TypeError, match=r"'scale' .* they take are none"):
+        reversible([(lambda x: x, lambda x: x)], *leaves(), scheduler=scheduler, context={"scale": 1})
+
+
+@pytest.mark.parametrize("other", [None, 3, "text", [torch.ones(2)]])
+def test_a_stream_that_is_no_tensor(other):
+    for run in (net(Reversible()), net(Reversible()).inverse):
+        with pytest.raises(TypeError, match=rf"stream 1 must be a tensor, got {type(other).__name__}"):
+            run(leaves()[0], other)
+
+
+def test_one_stream_only():
+    for run in (net(Reversible()), net(Reversible()).inverse):
+        with pytest.raises(TypeError, match=r"at least two streams, got 1.*seq\(x, x\)"):
+            run(leaves()[0])
+        with pytest.raises(TypeError, match="at least two streams, got 0"):
+            run()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_a_stream_that_is_not_floating_point(dtype):
+    with pytest.raises(TypeError, match=rf"stream 0 must be floating-point, got {dtype}"):
+        net(Reversible())(torch.ones(3, 4).to(dtype), leaves()[0])
+
+
+@pytest.mark.parametrize("wrong", ["reversible", Reversible, Plan(), 1])
+def test_a_scheduler_that_is_none(wrong):
+    stack = net(Reversible())
+    for attempt in (
+        lambda: ReversibleSequence([], scheduler=wrong),
+        lambda: setattr(stack, "scheduler", wrong),
+        lambda: reversible([], *leaves(), scheduler=wrong),
+    ):
+        with pytest.raises(TypeError, match=r"scheduler must be a value .* such as Reversible\(\), got"):
+            attempt()
+    assert stack.scheduler == Reversible()
+
+
+def test_a_class_in_place_of_a_value_says_to_call_it():
+    with pytest.raises(TypeError, match=r"scheduler .*; call it to make one"):
+        ReversibleSequence([], scheduler=Naive)
+    with pytest.raises(TypeError, match=r"coupling .*; call it to make one"):
+        ReversibleSequence([], coupling=Additive)
+
+
+@pytest.mark.parametrize("wrong", ["additive", Additive, 1, lambda s, f: s + f])
+def test_a_coupling_that_is_none(wrong):
+    for attempt in (
+        lambda: ReversibleSequence([], coupling=wrong),
+        lambda: Step(mlp(), coupling=wrong),
+        lambda: reversible([], *leaves(), coupling=wrong),
+        lambda: invert([], *leaves(), coupling=wrong),
+    ):
+        with pytest.raises(TypeError, match=r"coupling must be a Coupling value such as Additive\(\), got"):
+            attempt()
+
+
+def test_plain_functions_in_a_module():
+    with pytest.raises(TypeError, match=r"F of a pair must be an nn.Module, got function.*revlib.reversible"):
+        ReversibleSequence([(lambda x: x, lambda x: x)])
+    with pytest.raises(TypeError, match=r"G of a pair must be an nn.Module, got builtin_function"):
+        ReversibleSequence([(mlp(), torch.sin)])
+
+
+@pytest.mark.parametrize("item", [mlp(), 3, None, (mlp(),), (mlp(),) * 3], ids="module int none one three".split())
+def test_an_item_that_is_neither_pair_nor_step(item):
+    with pytest.raises(TypeError, match=r"expected a pair \(F, G\) or a Step, got .*; wrap it as Step\(fn\)"):
+        ReversibleSequence([item])
+
+
+@pytest.mark.parametrize("item", [torch.sin, (torch.sin,), (torch.sin,) * 3, (torch.sin, None)])
+def test_an_item_of_the_functional_form_that_is_neither_pair_nor_step(item):
+    for run in (reversible, invert):
+        with pytest.raises(TypeError, match=r"expected a pair|callable"):
+            run([item], *leaves())
+
+
+def test_a_step_of_something_that_cannot_be_called():
+    with pytest.raises(TypeError, match=r"Step\(fn=...\) takes a module or a function, got int"):
+        Step(3)
+
+
+@dataclass(frozen=True)
+class Forgetful(Scheduler):
+    states: tuple[int, ...] = ()
+    activations: tuple[int, ...] = ()
+
+    def plan(self, length):
+        return Plan(self.activations, self.states)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "step"), [(Forgetful(), 0), (Forgetful((4,)), 5), (Forgetful((), (0, 1)), 2), (Forgetful((9,)), 0)]
+)
+def test_a_plan_that_cannot_recover_a_step(scheduler, step):
+    with pytest.raises(ValueError, match=rf"neither the activations of step {step} nor any .* keep state 6, the last"):
+        net(scheduler)(*leaves())
+
+
+@pytest.fixture
+def unimported(monkeypatch):
+    """As if revlib.testing.strategies had not been imported yet."""
+    monkeypatch.delitem(sys.modules, "revlib.testing.strategies", raising=False)
+    monkeypatch.delitem(vars(revlib.testing), "strategies", raising=False)
+    return monkeypatch
+
+
+def test_strategies_without_hypothesis_say_how_to_install_it(unimported):
+    # As Python's own machinery, which names the module that it did not find.
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name == "hypothesis":
+                raise ModuleNotFoundError("No module named 'hypothesis'", name="hypothesis")
+
+    for name in [n for n in sys.modules if n.split(".")[0] == "hypothesis"]:
+        unimported.delitem(sys.modules, name)
+    unimported.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=r'needs hypothesis: pip install "revlib-torch\[testing\]"'):
+        _ = revlib.testing.strategies
+    with pytest.raises(AttributeError, match="has no attribute 'strategy'"):
+        _ = revlib.testing.strategy
+
+
+def test_another_missing_module_is_not_blamed_on_hypothesis(unimported):
+    unimported.setitem(sys.modules, "revlib.step", None)
+    with pytest.raises(ModuleNotFoundError, match=r"revlib\.step"):
+        _ = revlib.testing.strategies

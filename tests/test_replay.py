@@ -1,0 +1,297 @@
+"""Backward repeats each function as forward ran it: random numbers, autocast, buffers, modes."""
+
+import pytest
+import torch
+from common import ByHand, Lambda, SelfAttention, error, every_scheduler, grads, law, leaves, loss, mlp, net, train
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import DropPath
+from torch import nn
+
+from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, reversible
+from revlib.testing import assert_same_gradients, strategies
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+
+
+# ---------------------------------------------------------------------------------------------- random numbers
+def next_numbers(device):
+    return torch.rand(2, dtype=torch.float64, device=device)
+
+
+def trained_twice(stack, *shape, device="cpu"):
+    """Two steps of training and the caller's random numbers after and between them."""
+    xs = [t.detach().to(device).requires_grad_() for t in leaves(*shape)]
+    stack = stack.to(device)
+    return [train(stack, *xs), next_numbers(device), train(stack, *xs), next_numbers(device)]
+
+
+@every_device
+@law
+def test_dropout_is_replayed_and_the_callers_generator_left_as_under_naive(scheduler, device):
+    return trained_twice(net(scheduler, lambda: mlp(dropout=0.4)), 16, 4, device=device)
+
+
+@every_device
+@law
+def test_stochastic_depth_is_replayed(scheduler, device):
+    return trained_twice(net(scheduler, lambda: nn.Sequential(mlp(), DropPath(0.5))), 16, 4, device=device)
+
+
+@every_device
+@law
+def test_attention_dropout_is_replayed(scheduler, device):
+    return trained_twice(net(scheduler, lambda: SelfAttention(4, 2, dropout=0.3)), 3, 5, 4, device=device)
+
+
+@given(
+    strategies.seeds(),
+    st.lists(st.sampled_from([0.0, 0.5]), min_size=1, max_size=6),
+    st.sampled_from([Reversible(), Checkpoint(), Naive()]),
+)
+def test_any_pattern_of_random_and_deterministic_functions_is_replayed(seed, rates, scheduler):
+    torch.manual_seed(seed)
+    stack = ReversibleSequence([(mlp(dropout=p), mlp()) for p in rates]).double()
+    assert_same_gradients(stack, *leaves(8, 4), schedulers=[scheduler], oracle=ByHand(), seed=seed)
+
+
+@pytest.mark.parametrize("first_is_differentiated_first", [True, False])
+@law
+def test_two_forwards_before_one_backward_replay_their_own_masks(scheduler, first_is_differentiated_first):
+    stack, xs, zs = net(scheduler, lambda: mlp(dropout=0.4)), leaves(8, 4), leaves(8, 4)
+    losses = [loss(stack(*xs)), loss(stack(*zs))]
+    for one in losses if first_is_differentiated_first else reversed(losses):
+        one.backward()
+    return grads(*xs, *zs, stack)
+
+
+@law
+def test_random_numbers_drawn_between_forward_and_backward_change_nothing(scheduler):
+    stack, xs = net(scheduler, lambda: mlp(dropout=0.4)), leaves(8, 4)
+    total = loss(stack(*xs))
+    drawn = [next_numbers("cpu")]
+    torch.manual_seed(17)
+    total.backward()
+    return [*drawn, next_numbers("cpu"), *grads(*xs, stack)]
+
+
+@law
+def test_dropout_is_replayed_in_every_pass_over_a_retained_graph(scheduler):
+    stack, xs = net(scheduler, lambda: mlp(dropout=0.4)), leaves(8, 4)
+    total = loss(stack(*xs))
+    passes = [torch.autograd.grad(total, [*xs, *stack.parameters()], retain_graph=True) for _ in range(3)]
+    assert error(passes[1], passes[0]) < 1e-10 and error(passes[2], passes[0]) < 1e-10
+    return passes
+
+
+@law
+def test_a_function_that_captures_dropout_by_closure_is_replayed(scheduler):
+    w, xs = torch.randn(4, 4, dtype=torch.float64, requires_grad=True), leaves(8, 4)
+
+    def f(x):
+        return nn.functional.dropout(x @ w, 0.5).tanh()
+
+    loss(reversible([(f, f)] * 3, *xs, scheduler=scheduler)).backward()
+    return [*grads(*xs, w), next_numbers("cpu")]
+
+
+# ---------------------------------------------------------------------------------------------- low precision
+def no_further_from_the_truth(scheduler, scene, factor):
+    """``scene(scheduler, exact)``: its error against the exact one is at most ``factor`` times that of naive autograd.
+
+    Errors are those of all gradients together, in the norm, against float64 arithmetic from the same weights.
+    """
+    found = []
+    with torch.random.fork_rng():
+        for s, exact in ((ByHand(), True), (ByHand(), False), (scheduler, False)):
+            torch.manual_seed(0)
+            found.append(torch.cat([g.double().flatten() for g in scene(s, exact)]))
+    truth, naive, got = found
+    assert 1e-4 < error(naive, truth) < 0.05, "this scene is not one of low precision"
+    assert error(got, truth) <= factor * error(naive, truth)
+
+
+# In units of the error of naive autograd. Repeating from a kept state is the same arithmetic; inverting rounds again.
+FACTOR = {Naive(): 1.0, Checkpoint(): 1.0, Reversible(): 1.5}
+
+
+@every_device
+@every_scheduler
+def test_autocast_around_the_forward_alone_is_replayed(scheduler, device):
+    seen = []
+
+    def scene(scheduler, exact):
+        stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
+        if exact:
+            stack, xs = stack.double(), [x.detach().double().requires_grad_() for x in xs]
+        stack, xs = stack.to(device), [x.detach().to(device).requires_grad_() for x in xs]
+        if not exact:
+            stack[0].G[1].register_forward_hook(lambda m, args, y: seen.append(y.dtype))
+        with torch.autocast(device, torch.bfloat16, enabled=not exact):
+            outputs = stack(*xs)
+        assert all(y.dtype == x.dtype for y, x in zip(outputs, xs, strict=True))
+        loss(outputs).backward()
+        return grads(*xs, stack)
+
+    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+    assert set(seen) == {torch.bfloat16} and len(seen) == 2 + (scheduler != Naive())
+
+
+@every_scheduler
+def test_autocast_around_backward_alone_is_not_replayed(scheduler):
+    seen = []
+
+    def scene(scheduler):
+        stack, xs = net(scheduler), leaves(16, 4)
+        stack[0].G[1].register_forward_hook(lambda m, args, y: seen.append(y.dtype))
+        total = loss(stack(*xs))
+        with torch.autocast("cpu", torch.bfloat16):
+            total.backward()
+        return grads(*xs, stack)
+
+    torch.manual_seed(0)
+    want = scene(ByHand())
+    torch.manual_seed(0)
+    assert error(scene(scheduler), want) < 1e-10 and set(seen) == {torch.float64}
+
+
+@every_scheduler
+def test_a_second_forward_in_the_same_autocast_region_still_trains_the_weights(scheduler):
+    """Autocast caches weights that it cast; one cast while backward repeats a function must not be found there."""
+
+    def scene(scheduler, exact):
+        stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
+        if exact:
+            stack, xs = stack.double(), [x.detach().double().requires_grad_() for x in xs]
+        found = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            for _ in range(3):
+                loss(stack(*xs)).backward()
+                found += grads(*xs, stack)
+                stack.zero_grad()
+        return found
+
+    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+
+
+@every_scheduler
+def test_weights_first_cast_in_backward_are_trained_by_a_later_forward_in_the_same_region(scheduler):
+    def scene(scheduler, exact):
+        stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
+        if exact:
+            stack, xs = stack.double(), [x.detach().double().requires_grad_() for x in xs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            outputs = stack(*xs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            loss(outputs).backward()
+            loss(stack(*xs)).backward()
+        return grads(*xs, stack)
+
+    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_scheduler
+def test_a_whole_model_in_half_precision_is_about_as_accurate_as_naive(scheduler, dtype, depth):
+    def scene(scheduler, exact):
+        stack, xs = net(scheduler, depth=depth, dtype=dtype), leaves(32, 4, dtype=dtype)
+        if exact:
+            stack, xs = stack.double(), [x.detach().double().requires_grad_() for x in xs]
+        outputs = stack(*xs)
+        assert all(y.dtype == x.dtype for y, x in zip(outputs, xs, strict=True))
+        loss([y.double() for y in outputs]).backward()
+        return grads(*xs, stack)
+
+    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+
+
+# ---------------------------------------------------------------------------------------------- buffers and modes
+@law
+def test_batch_norm_counts_each_batch_once(scheduler):
+    stack = net(scheduler, lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)))
+    found = [train(stack, *leaves(8, 4)) for _ in range(2)]
+    counts = [b for k, b in stack.named_buffers() if k.endswith("num_batches_tracked")]
+    assert len(counts) == 6 and all(count == 2 for count in counts)
+    return [*found, *stack.buffers()]
+
+
+@law
+def test_a_batch_norm_that_is_used_twice_counts_twice(scheduler):
+    norm = nn.BatchNorm1d(4)
+    stack = net(scheduler, lambda: nn.Sequential(norm, nn.Linear(4, 4)), depth=2)
+    found = train(stack, *leaves(8, 4))
+    assert norm.num_batches_tracked == 4
+    return [*found, *stack.buffers()]
+
+
+@law
+def test_batch_norm_in_eval_mode_inside_a_training_model(scheduler):
+    stack = net(scheduler, lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()))
+    train(stack, *leaves(8, 4))
+    for module in stack.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    return [train(stack, *leaves(8, 4)), *stack.buffers()]
+
+
+@law
+def test_batch_norm_between_two_forwards_and_their_backwards(scheduler):
+    stack = net(scheduler, lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.5), nn.Tanh()))
+    xs, zs = leaves(8, 4), leaves(8, 4)
+    losses = [loss(stack(*xs)), loss(stack(*zs))]
+    for one in losses:
+        one.backward()
+    return [*grads(*xs, *zs, stack), *stack.buffers()]
+
+
+@pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+@law
+def test_spectral_norm_iterates_once_a_forward(scheduler, spectral_norm):
+    stack = net(scheduler, lambda: nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Tanh()))
+    return [train(stack, *leaves(8, 4)), train(stack, *leaves(8, 4)), *stack.buffers()]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("weight_norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@law
+def test_weight_norm(scheduler, weight_norm):
+    return train(net(scheduler, lambda: nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Tanh())), *leaves())
+
+
+@law
+def test_a_buffer_that_the_function_replaces_is_replaced_once(scheduler):
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("average", torch.zeros(4))
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = (self.linear(x) - self.average).tanh()
+            self.average = 0.5 * self.average + 0.5 * y.detach().mean(0)
+            return y
+
+    stack = net(scheduler, Averaged)
+    return [train(stack, *leaves()), train(stack, *leaves()), *stack.buffers()]
+
+
+@law
+def test_in_place_operations_inside_a_function(scheduler):
+    def f(linear, x):
+        h = linear(x)
+        h += 1
+        h.mul_(0.5)[:, 0].zero_()
+        return nn.functional.relu_(h).mul(2).add_(x).sigmoid_()
+
+    return train(net(scheduler, lambda: Lambda(f, nn.Linear(4, 4))), *leaves())
+
+
+@law
+def test_a_function_that_looks_at_its_mode(scheduler):
+    """Some modules in train mode, some in eval mode: each is repeated in its own."""
+    stack = net(scheduler, lambda: mlp(dropout=0.5))
+    stack[1].eval()
+    stack[2].F.eval()
+    return train(stack, *leaves(8, 4))
