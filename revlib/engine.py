@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import loop
 from revlib.record import Record
@@ -93,6 +93,7 @@ def _taped(
     plan.check(len(branches))
     tensors = [*state, *parameters, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
     tape = Tape(len(state), Randomness(tensors), Autocast(tensors), tolerance)
+    copies = tree_map(lambda leaf: leaf, contexts)  # containers of our own: functions may append to the user's
     needed_below = False
     for k, (branch, context) in enumerate(zip(branches, contexts, strict=True)):
         dropped, repeated = k not in plan.activations, k in plan.states
@@ -100,7 +101,9 @@ def _taped(
             tape.keep(k, state)
         # Backward evaluates a step to refill its holders, or to reach one below it.
         needed_below = dropped or (needed_below and not repeated)
-        state = tape.advance(Record(branch, context, dropped, repeated, guarded=needed_below), state)
+        record = Record(branch, copies[k], dropped, repeated, guarded=needed_below)
+        state = tape.advance(record, state, context)
     if len(branches) in plan.states:
         tape.keep(len(branches), state)
+    tape.end(state)
     return state

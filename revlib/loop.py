@@ -37,11 +37,12 @@ class Sampler:
 
 
 class Witness(NamedTuple):
-    """One recovered stream: which step gave it back, and both samples."""
+    """One recovered stream: which step gave it back, both samples, and one to measure against, unless the original."""
 
     name: str
     original: Tensor
     recovered: Tensor
+    reference: Tensor | None = None
 
 
 def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
@@ -56,22 +57,34 @@ def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
     return 4 * math.sqrt(eps)
 
 
-def _errors(witnesses: Sequence[Witness]) -> Tensor:
-    """Relative error of each recovered sample, in the norm; a stream of zeros is measured against the largest one."""
-    with torch.no_grad():
-        wide = [(w.original.to(_wide(w.original)), w.recovered.to(_wide(w.original))) for w in witnesses]
-        norms = torch.stack([torch.linalg.vector_norm(a).double() for a, _ in wide])
-        gaps = torch.stack([torch.linalg.vector_norm(b - a).double() for a, b in wide])
-        return gaps / torch.where(norms > 0, norms, norms.max().clamp_min(torch.finfo(torch.float64).tiny))
-
-
-def _wide(t: Tensor) -> torch.dtype:
+def wide(t: Tensor) -> torch.dtype:
+    """A dtype of at least single precision for sums over a tensor."""
     return torch.promote_types(t.dtype, torch.float32)
 
 
+def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | None) -> Tensor:
+    """Relative error of each recovered sample, in the norm; a stream of zeros is measured against the largest one.
+
+    A stream that no function sees may lose digits to what was merged into it, but must come back to one digit.
+    Infinite where a stream came back as NaN; zero throughout where forward itself overflowed: naive autograd has NaN
+    gradients then too, and GradScaler skips them.
+    """
+    with torch.no_grad():
+
+        def norm(t: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(t.to(wide(t))).double()
+
+        gaps = torch.stack([norm(w.recovered.to(wide(w.original)) - w.original) for w in witnesses])
+        norms = torch.stack([norm(w.original) for w in witnesses])
+        sizes = torch.stack([norms[i] if w.reference is None else norm(w.reference) for i, w in enumerate(witnesses)])
+        sizes = torch.minimum(torch.maximum(norms, sizes), norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
+        sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
+        errors = (gaps / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
+        return errors if finite is None else torch.where(finite, errors, 0.0)
+
+
 def _judge(errors: Tensor, names: Sequence[str], tolerance: float, when: str) -> None:
-    # NaN is no verdict: an overflowing forward has NaN gradients under naive autograd too, and GradScaler skips them.
-    bad = [(e, n) for e, n in zip(errors.tolist(), names, strict=True) if tolerance < e < math.inf]
+    bad = [(e, n) for e, n in zip(errors.tolist(), names, strict=True) if e > tolerance]
     if bad:
         error, name = bad[0]
         raise RuntimeError(
@@ -87,7 +100,9 @@ def _judge(errors: Tensor, names: Sequence[str], tolerance: float, when: str) ->
 _pending: list[tuple[torch.cuda.Event, Tensor, list[str], float]] = []
 
 
-def close(witnesses: Sequence[Witness], tolerance: float | None, dtypes: set[torch.dtype]) -> None:
+def close(
+    witnesses: Sequence[Witness], tolerance: float | None, dtypes: set[torch.dtype], finite: Tensor | None
+) -> None:
     """Compare, and raise where a stream came back wrong: at once on a CPU.
 
     On CUDA the verdict is copied without a synchronisation and raised by the first forward or backward of any stack
@@ -99,9 +114,9 @@ def close(witnesses: Sequence[Witness], tolerance: float | None, dtypes: set[tor
     if tolerance is None:
         tolerance = default_tolerance(dtypes, witnesses[0].original.device.type != "cpu")
     if witnesses[0].original.device.type != "cuda":
-        _judge(_errors(witnesses), names, tolerance, "backward")
+        _judge(_errors(witnesses, tolerance, finite), names, tolerance, "backward")
     elif not torch.cuda.is_current_stream_capturing():
-        errors = _errors(witnesses)
+        errors = _errors(witnesses, tolerance, finite)
         host = torch.empty(errors.shape, dtype=errors.dtype, pin_memory=True)
         host.copy_(errors, non_blocking=True)
         done = torch.cuda.Event()

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from revlib.replay import ModuleState
+from revlib.modules import ModuleState
 from revlib.step import Branch, State
 
 __all__ = ["FOR_GOOD", "Holder", "Record", "Saved"]
@@ -41,22 +41,23 @@ class Saved:
             key = torch.empty(0, requires_grad=True, device="cpu")
             # Detached, since the graph of the stream leads to holders, they to the tape, and the tape to here.
             self.token: Tensor = _Save.apply(key, stream.detach())  # type: ignore[no-untyped-call]
-        self.opened: Callable[[], Tensor | None] = lambda: None
+        self.opened: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
 
     def get(self) -> Tensor:
-        stream = self.opened()  # neighbouring states share streams; the ambient hooks may allow to open each only once
-        if stream is not None:
+        # Neighbouring states share streams, and the ambient hooks may allow to open each only once.
+        stream, version = self.opened[0](), self.opened[1]
+        if stream is not None and stream._version == version:
             return stream
         try:
             stream = self.token.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
-            self.opened = weakref.ref(stream)
+            self.opened = weakref.ref(stream), stream._version
             return stream
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
             raise RuntimeError(
-                "an output of a reversible sequence was modified by an inplace operation between forward and backward; "
-                "backward starts from it, so edit a clone of it instead."
+                "an output of a reversible sequence, or a stream it checkpoints, was modified by an inplace operation "
+                "between forward and backward; backward starts from it, so edit a clone of it instead."
             ) from error
 
 
@@ -110,12 +111,14 @@ class Record:
     needs: tuple[bool, ...] = ()  # requires_grad of its m streams
     dtype: torch.dtype = torch.float32  # of the stream it merges away, with its stride
     stride: tuple[int, ...] = ()
+    dense: bool = True  # in memory
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # of context tensors
     drawn: dict[torch.device, Tensor] = field(default_factory=dict)
     holders: list[weakref.ref[Holder]] = field(default_factory=list)
     kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     split: int = 0  # the function made so many holders, the coupling the rest
     sample: Tensor | None = None  # of the stream that backward will recover
+    reference: Tensor | None = None  # what its error is measured against, where that is not the stream itself
 
     def living(self) -> Iterator[Holder]:
         return (h for h in (ref() for ref in self.holders) if h is not None)
@@ -132,10 +135,11 @@ class Record:
 
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
-        self.module = ModuleState(self.branch.fn)
-        self.context = tree_map(lambda leaf: leaf, self.context)  # containers of our own: the user's may change
+        self.module = ModuleState(self.branch.owner)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
+        span = sum((n - 1) * d for n, d in zip(state[0].shape, self.stride, strict=True))
+        self.dense = 0 not in self.stride and span < 2 * state[0].numel()
         self.versions = [
             (key, t, t._version)
             for key, value in self.context.items()
@@ -143,14 +147,19 @@ class Record:
             if isinstance(t, Tensor) and not t.is_inference()
         ]
 
-    def hold(self, step: int, t: Tensor) -> Holder:
-        """In place of a tensor that autograd saves."""
-        holder = Holder(step, t)
-        self.holders.append(weakref.ref(holder))
-        self.kinds.append((t.shape, t.dtype))
-        return holder
+    def packer(self, step: int) -> Callable[[Tensor], Holder]:
+        """What puts a holder in place of each tensor that autograd saves. The graph keeps it, so it knows no module."""
+        holders, kinds = self.holders, self.kinds
 
-    def refill(self, key: Any, part: slice, run: Callable[[], Any]) -> Any:
+        def pack(t: Tensor) -> Holder:
+            holder = Holder(step, t)
+            holders.append(weakref.ref(holder))
+            kinds.append((t.shape, t.dtype))
+            return holder
+
+        return pack
+
+    def refill(self, key: Any, part: slice, run: Callable[[], Any], *, fill: bool) -> Any:
         """Run a part of the step with gradients, as forward did; its holders get what autograd saves this time."""
         holders, kinds, saved = self.holders[part], self.kinds[part], list[Versioned]()
         name, dropped = self.branch.name, self.dropped
@@ -162,14 +171,22 @@ class Record:
             saved.append(Versioned.of(t.detach()))
             return i
 
+        def unpack(i: int) -> Tensor:
+            if not saved:
+                raise RuntimeError(
+                    f"a tensor that {name} put into a list or a dict belongs to its repetition in backward, and cannot "
+                    "be differentiated; use what forward captured, or assign it to an attribute of the module."
+                )
+            return saved[i].get()
+
         try:
-            with torch.enable_grad(), saved_tensors_hooks(pack, lambda i: saved[i].get()):
+            with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
                 result = run()
             if dropped and len(saved) != len(kinds):
                 _mismatch(name, len(saved), kinds, "nothing more")
             for ref, value in zip(holders, saved, strict=False):
                 holder = ref()
-                if holder is not None:
+                if holder is not None and fill:
                     holder.values[key] = value
         finally:
             saved.clear()  # the function may have captured some of this graph, which nobody differentiates

@@ -1,23 +1,20 @@
-"""Running a function a second time exactly as it ran the first time.
+"""Running a function a second time under the random numbers and the autocast settings of the first.
 
-This is the one place that touches random generators. It also replays autocast, and the module's parameters, buffers
-and mode, so that a recomputation inside backward sees the world that forward saw, and leaves the world as it was.
+This is the one place that touches random generators. A repetition leaves them as it found them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Autocast", "ModuleState", "Randomness"]
+__all__ = ["Autocast", "Randomness"]
 
 
 class _Turn(contextlib.AbstractContextManager[None]):
@@ -42,17 +39,6 @@ class _Turn(contextlib.AbstractContextManager[None]):
     def __exit__(self, *exception: object) -> None:
         if self.taken:
             self.lock.release()
-
-
-def _modules_of(fn: Any) -> list[nn.Module]:
-    """The modules whose state a function reads: its own, or those of a bound method, within any partial application."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        return []
-    wrapped = vars(owner).get("fn")  # the plain function in a Step
-    return [*owner.modules(), *(_modules_of(wrapped) if wrapped is not None else [])]
 
 
 # ---------------------------------------------------------------------------------------------- randomness
@@ -119,7 +105,11 @@ class Randomness:
 
 # ---------------------------------------------------------------------------------------------- autocast
 class Autocast:
-    """The autocast settings of forward, entered again where backward runs under others."""
+    """The autocast settings of forward, entered again where backward runs under others.
+
+    The cache of cast weights is off, in forward too: a weight that was cast before an optimizer's step would be used
+    there, and not in backward; one cast in backward would be used, without a gradient, by the user's next forward.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         kinds = sorted({t.device.type for t in tensors} - {"meta"} | {"cpu"})
@@ -130,108 +120,5 @@ class Autocast:
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self.settings:
                 if enabled or torch.is_autocast_enabled(kind):
-                    # No cache: weights cast inside a throw-away graph must not reach the user's next forward.
                     stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             yield
-
-
-# ---------------------------------------------------------------------------------------------- modules
-class ModuleState:
-    """Parameters, buffers and mode of a function's modules as they were when it ran.
-
-    Parameters are bound again by identity (``torch.func.functional_call`` swaps them during forward only) and must not
-    have been edited since. Buffers that the run itself changed (BatchNorm's statistics, spectral norm's vectors) are
-    bound again as copies from before it, so that a repetition neither sees nor makes a second update.
-    """
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        modules = _modules_of(fn)
-        self.mode = [(m, m.training) for m in modules]
-        self.parameters = [
-            (m, k, p, p.requires_grad, -1 if p.is_inference() else p._version)
-            for m in modules
-            for k, p in m._parameters.items()
-            if p is not None
-        ]
-        with torch.no_grad():
-            self._before = [
-                (m, k, b, b._version, b.clone())
-                for m in modules
-                for k, b in m._buffers.items()
-                if b is not None and not b.is_inference()
-            ]
-
-    def seal(self) -> None:
-        """After the first run: keep copies of the buffers it changed, and the versions of those it did not."""
-        self.changed: list[tuple[nn.Module, str, Tensor]] = []
-        self.constant: list[tuple[nn.Module, str, Tensor, int]] = []
-        for m, k, b, version, copy in self._before:
-            # Native batch norm writes its running statistics without moving their version counters.
-            silent = m.training and isinstance(m, nn.modules.batchnorm._NormBase)
-            if silent or m._buffers.get(k) is not b or b._version != version:
-                self.changed.append((m, k, copy))
-            else:
-                self.constant.append((m, k, b, version))
-        del self._before
-
-    def check(self, name: str) -> None:
-        """Raise where a repetition would not repeat: naive autograd raises there, or would have used stored values."""
-        for m, training in self.mode:
-            if m.training != training:
-                was, now = ("train", "eval") if training else ("eval", "train")
-                raise RuntimeError(
-                    f"{type(m).__name__} in {name} was in {was}() mode in forward and is in {now}() mode in backward; "
-                    "switch modes only after backward."
-                )
-        for _, k, p, _, version in self.parameters:
-            if version >= 0 and p._version != version:
-                raise RuntimeError(
-                    f"parameter {k!r} of {name} was modified by an inplace operation between forward and backward "
-                    f"(version {p._version}, expected {version}); step the optimizer only after backward."
-                )
-        for _, k, b, version in self.constant:
-            if b._version != version:
-                raise RuntimeError(
-                    f"buffer {k!r} of {name} was modified by an inplace operation between forward and backward; "
-                    "edit buffers only after backward."
-                )
-
-    @contextlib.contextmanager
-    def bound(self) -> Iterator[None]:
-        """Around a repetition: the modules hold what they held in forward."""
-        undo: list[tuple[dict[str, Any], str, Any]] = []
-
-        def bind(slots: dict[str, Any], key: str, value: Any) -> None:
-            undo.append((slots, key, slots.get(key)))
-            slots[key] = value
-
-        attributes = [(m.__dict__, m.__dict__.copy()) for m, _ in self.mode]
-        try:
-            for m, k, p, required_grad, _ in self.parameters:
-                now = m._parameters.get(k)
-                if isinstance(now, _DTensor) or isinstance(p, _DTensor):
-                    continue  # FSDP swaps its own
-                if p.requires_grad != required_grad:
-                    bind(m._parameters, k, p.detach().requires_grad_(required_grad))
-                elif now is not p:
-                    bind(m._parameters, k, p)
-            for m, k, b, _ in self.constant:
-                if m._buffers.get(k) is not b:
-                    bind(m._buffers, k, b)
-            for m, k, copy in self.changed:
-                bind(m._buffers, k, copy.clone())
-            yield
-        finally:
-            for slots, key, value in reversed(undo):
-                slots[key] = value
-            for current, before in attributes:  # what the repetition assigned is of a graph that nobody differentiates
-                for key in current.keys() - before.keys():
-                    del current[key]
-                current.update(before)
-
-
-try:
-    from torch.distributed.tensor import DTensor as _DTensor
-except ImportError:  # torch built without distributed
-
-    class _DTensor: ...  # type: ignore[no-redef]

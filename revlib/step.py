@@ -24,6 +24,11 @@ class Branch(NamedTuple):
     coupling: Coupling
     name: str
 
+    @property
+    def owner(self) -> Callable[..., Any]:
+        """Whose state the function reads: a Step only wraps."""
+        return self.fn.fn if isinstance(self.fn, Step) else self.fn
+
 
 class Step(nn.Module):
     r"""One reversible step on $m \ge 2$ streams.
@@ -153,6 +158,8 @@ def merge(branch: Branch, s: Tensor, f: Any) -> Tensor:
             f"{branch.name} must return what merges into its stream of shape {tuple(s.shape)}; "
             f"merged with {[tuple(t.shape) for t in leaves]} the stream would become {tuple(merged.shape)}"
         )
+    if torch.compiler.is_compiling():
+        return merged
     if merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype):
         raise TypeError(f"{branch.name} would turn its {s.dtype} stream into {merged.dtype}; cast its result.")
     return merged

@@ -60,6 +60,7 @@ class Tape:
         self.cursors: dict[Any, Cursor] = {}
         self.watched: set[int] = set()
         self.dtypes: set[torch.dtype] = set()
+        self.finite: Tensor | None = None  # whether the last state is
         self.lock = threading.RLock()
 
     # ------------------------------------------------------------------------------------------ forward
@@ -70,14 +71,14 @@ class Tape:
             if i not in self.kept:
                 self.kept[i] = Saved(stream)
 
-    def advance(self, record: Record, state: State) -> State:
+    def advance(self, record: Record, state: State, context: dict[str, Any]) -> State:
         """The first run of a step."""
-        k, (s, *inputs), context = len(self.records), state, record.context
+        k, (s, *inputs) = len(self.records), state
         self.records.append(record)
         record.observe(state)
-        hooks = saved_tensors_hooks(partial(record.hold, k), self.unpack) if record.dropped else nullcontext()
+        hooks = saved_tensors_hooks(record.packer(k), self.unpack) if record.dropped else nullcontext()
         try:
-            with self.randomness.recording(record.drawn), hooks:
+            with self.randomness.recording(record.drawn), self.autocast.replaying(), hooks:
                 f = evaluate(record.branch, tuple(inputs), context)
             record.module.seal()
             record.split = len(record.holders)
@@ -91,7 +92,16 @@ class Tape:
         self.dtypes.update(t.dtype for t in (s, merged, *tree_leaves(f)))
         if record.dropped and self.tolerance != math.inf:
             record.sample = self.sampler(merged if record.repeated else s)
+            if k == 0 and len(record.holders) == record.split:
+                # No function sees the first stream: it may be tiny beside what is merged into it.
+                record.reference = self.sampler(merged)
         return (*inputs, merged)
+
+    def end(self, state: State) -> None:
+        """After the last step."""
+        if self.tolerance != math.inf:
+            with torch.no_grad():
+                self.finite = torch.stack([s.sum(dtype=loop.wide(s)).isfinite() for s in state]).all()
 
     # ------------------------------------------------------------------------------------------ backward
     def unpack(self, holder: Holder) -> Tensor:
@@ -129,8 +139,8 @@ class Tape:
             self._start(k, cursor, consume=not keeps)
             if cursor.index == k:
                 self._repeat(k, cursor, key)
-            while cursor.index > k:
-                self._undo(cursor.index - 1, cursor, key)
+            while cursor.index > k:  # what is recovered for this task alone need not be kept on the way
+                self._undo(cursor.index - 1, cursor, key, fill=not keeps or cursor.index - 1 == k)
         except BaseException:
             if keeps:
                 self.forget(key)
@@ -153,44 +163,48 @@ class Tape:
                 "Specify retain_graph=True to go backward a second time; differentiate only after its forward is done."
             )
 
-    def _undo(self, k: int, cursor: Cursor, key: Any) -> None:
+    def _undo(self, k: int, cursor: Cursor, key: Any, *, fill: bool) -> None:
         """From state k + 1 to state k."""
         record, (*inputs, merged) = self.records[k], cursor.state
         with self.autocast.replaying():
-            f = self._evaluate(record, tuple(inputs), key)
+            f = self._evaluate(record, tuple(inputs), key, fill=fill)
             with torch.no_grad():
                 s = record.branch.coupling.unmerge(merged, tree_map(Tensor.detach, f)).to(record.dtype)
-                if s.stride() != record.stride and 0 not in record.stride:  # kernels may depend on the layout
+                if s.stride() != record.stride and record.dense:  # kernels may depend on the layout
                     s = torch.empty_strided(s.shape, record.stride, dtype=s.dtype, device=s.device).copy_(s)
             if len(record.holders) > record.split:
                 again = s.detach().requires_grad_(record.needs[0])
-                record.refill(key, slice(record.split, None), partial(merge, record.branch, again, f))
+                record.refill(key, slice(record.split, None), partial(merge, record.branch, again, f), fill=fill)
         if not record.repeated:  # whose sample is of the stream it makes, not of the one it merges away
             self._witness(record, s, cursor)
         cursor.index, cursor.state = k, (s, *inputs)
-        cursor.done.add(k)
+        if fill:
+            cursor.done.add(k)
 
     def _repeat(self, k: int, cursor: Cursor, key: Any) -> None:
         """Step k once more, from state k."""
         record, (s, *inputs) = self.records[k], cursor.state
         with self.autocast.replaying():
-            f = self._evaluate(record, tuple(inputs), key)
+            f = self._evaluate(record, tuple(inputs), key, fill=True)
             again = s.detach().requires_grad_(record.needs[0])
-            merged = record.refill(key, slice(record.split, None), partial(merge, record.branch, again, f))
+            run = partial(merge, record.branch, again, f)
+            merged = record.refill(key, slice(record.split, None), run, fill=True)
         self._witness(record, merged, cursor)
         cursor.done.add(k)
 
-    def _evaluate(self, record: Record, inputs: State, key: Any) -> Any:
+    def _evaluate(self, record: Record, inputs: State, key: Any, *, fill: bool) -> Any:
         record.check()
         inputs = tuple(t.detach().requires_grad_(n) for t, n in zip(inputs, record.needs[1:], strict=True))
         with self.randomness.replaying(record.drawn), record.module.bound():
             run = partial(evaluate, record.branch, inputs, tree_map(lambda leaf: leaf, record.context))
-            return record.refill(key, slice(0, record.split), run)
+            return record.refill(key, slice(0, record.split), run, fill=fill)
 
     # ------------------------------------------------------------------------------------------ endings
     def _witness(self, record: Record, stream: Tensor, cursor: Cursor) -> None:
         if record.sample is not None:
-            cursor.witnesses.append(loop.Witness(record.branch.name, record.sample, self.sampler(stream)))
+            cursor.witnesses.append(
+                loop.Witness(record.branch.name, record.sample, self.sampler(stream), record.reference)
+            )
 
     def finish(self, task: int, key: Any) -> None:
         """At the end of a graph task: compare what it recovered, and release what was recovered for it alone."""
@@ -199,7 +213,10 @@ class Tape:
         witnesses, cursor.witnesses = cursor.witnesses, []
         if key is not FOR_GOOD:
             self.forget(key)
-        loop.close(witnesses, self.tolerance, self.dtypes)
+        elif all(k in cursor.done or not r.guarded for k, r in enumerate(self.records)):
+            # All is recovered for good. A module may hold a tensor whose graph holds this tape: let go of the module.
+            self.records, cursor.state = [], ()
+        loop.close(witnesses, self.tolerance, self.dtypes, self.finite)
 
     def forget(self, key: Any) -> None:
         cursor = self.cursors.pop(key, None)

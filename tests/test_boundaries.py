@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "revlib"
 LAYERS = [
-    ["couplings", "replay", "loop"],
+    ["couplings", "replay", "modules", "loop"],
     ["step"],
     ["record"],
     ["tape"],

@@ -1,0 +1,133 @@
+"""What the modules of a function held when it ran, and holding it again while it is repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["ModuleState"]
+
+
+def _modules_of(fn: Any) -> list[nn.Module]:
+    """The modules whose state a function reads: its own, those of a bound method, those that a closure captures."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    owners = [fn, getattr(fn, "__self__", None)]
+    for cell in getattr(fn, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a variable that is not assigned yet
+            owners.append(cell.cell_contents)
+    found = {id(m): m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()}
+    return list(found.values())
+
+
+class ModuleState:
+    """Parameters, buffers and mode of a function's modules as they were when it ran.
+
+    Parameters are bound again by identity (``torch.func.functional_call`` swaps them during forward only) and must not
+    have been edited since. Buffers that the run itself changed (BatchNorm's statistics, spectral norm's vectors) are
+    bound again as copies from before it, so that a repetition neither sees nor makes a second update. Attributes that
+    a repetition assigns are taken back.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        modules = _modules_of(fn)
+        self.mode = [(m, m.training) for m in modules]
+        self.parameters = [
+            (m, k, p, p.requires_grad, -1 if p.is_inference() else p._version)
+            for m in modules
+            for k, p in m._parameters.items()
+            if p is not None
+        ]
+        self.changed: list[tuple[nn.Module, str, Tensor | None]] = []
+        self.constant: list[tuple[nn.Module, str, Tensor, int]] = []
+        copies: dict[int, Tensor] = {}  # modules may share a buffer
+        self._before: list[tuple[nn.Module, str, Tensor | None, int, Tensor | None]] = []
+        for m in modules:
+            for k, b in m._buffers.items():
+                if b is None:
+                    self._before.append((m, k, None, 0, None))
+                elif not b.is_inference():
+                    copy = copies.setdefault(id(b), b.detach().clone())
+                    self._before.append((m, k, b, b._version, copy))
+
+    def seal(self) -> None:
+        """After the first run: keep copies of the buffers it changed, and the versions of those it did not."""
+        for m, k, b, version, copy in self._before:
+            if m._buffers.get(k) is not b or (b is not None and b._version != version) or _normalises(m):
+                self.changed.append((m, k, copy))
+            elif b is not None:
+                self.constant.append((m, k, b, version))
+        del self._before
+
+    def check(self, name: str) -> None:
+        """Raise where a repetition would not repeat: naive autograd raises there, or would have used stored values."""
+        for m, training in self.mode:
+            if m.training != training:
+                was, now = ("train", "eval") if training else ("eval", "train")
+                raise RuntimeError(
+                    f"{type(m).__name__} in {name} was in {was}() mode in forward and is in {now}() mode in backward; "
+                    "switch modes only after backward."
+                )
+        parameters = [(k, p, version) for _, k, p, _, version in self.parameters if version >= 0]
+        buffers = [(k, b, version) for _, k, b, version in self.constant]
+        for kind, advice, versions in (
+            ("parameter", "step the optimizer only after backward", parameters),
+            ("buffer", "edit buffers only after backward", buffers),
+        ):
+            for k, t, version in versions:
+                if t._version != version:
+                    raise RuntimeError(
+                        f"{kind} {k!r} of {name} was modified by an inplace operation between forward and backward "
+                        f"(version {t._version}, expected {version}); {advice}."
+                    )
+
+    @contextlib.contextmanager
+    def bound(self) -> Iterator[None]:
+        """Around a repetition: the modules hold what they held in forward."""
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+        fresh: dict[int, Tensor] = {}
+
+        def bind(slots: dict[str, Any], key: str, value: Any) -> None:
+            if slots.get(key) is not value:
+                undo.append((slots, key, slots.get(key)))
+                slots[key] = value
+
+        attributes = [(m.__dict__, m.__dict__.copy()) for m, _ in self.mode]
+        try:
+            for m, k, p, required_grad, _ in self.parameters:
+                if isinstance(p, _DTensor) or isinstance(m._parameters.get(k), _DTensor):
+                    continue  # FSDP swaps its own
+                same = p.requires_grad == required_grad
+                bind(m._parameters, k, p if same else p.detach().requires_grad_(required_grad))
+            for m, k, b, _ in self.constant:
+                # Native batch norm, called as a function, writes statistics without moving their versions.
+                spare = m.training and b.is_floating_point()
+                bind(m._buffers, k, fresh.setdefault(id(b), b.detach().clone()) if spare else b)
+            for m, k, copy in self.changed:
+                bind(m._buffers, k, copy if copy is None else fresh.setdefault(id(copy), copy.clone()))
+            yield
+        finally:
+            for slots, key, value in reversed(undo):
+                slots[key] = value
+            for current, before in attributes:  # what the repetition assigned is of a graph that nobody differentiates
+                for key in current.keys() - before.keys():
+                    del current[key]
+                for key, value in before.items():
+                    if current.get(key) is not value:
+                        current[key] = value
+
+
+def _normalises(m: nn.Module) -> bool:
+    """Native batch norm writes its running statistics without moving their version counters."""
+    return m.training and isinstance(m, nn.modules.batchnorm._NormBase)
+
+
+try:
+    from torch.distributed.tensor import DTensor as _DTensor
+except ImportError:  # torch built without distributed
+
+    class _DTensor: ...  # type: ignore[no-redef]
