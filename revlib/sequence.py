@@ -23,7 +23,7 @@ def _branches(items: Iterable[Any], coupling: Coupling) -> list[Branch]:
         if isinstance(item, Step):
             branches.append(Branch(item, item.coupling, f"step {i} ({_name(item.fn)})"))
         else:
-            F, G = _pair(item)  # noqa: N806
+            F, G = _pair(item)
             branches.append(Branch(F, coupling, f"F of block {i} ({_name(F)})"))
             branches.append(Branch(G, coupling, f"G of block {i} ({_name(G)})"))
     return branches
@@ -58,7 +58,7 @@ def _checked_streams(streams: tuple[Any, ...]) -> State:
 
 def _pair(item: Any) -> tuple[Any, Any]:
     try:
-        F, G = item  # noqa: N806
+        F, G = item
     except (TypeError, ValueError):
         raise TypeError(f"expected a pair (F, G) or a Step, got {type(item).__name__}; wrap it as Step(fn)") from None
     for name, fn in (("F", F), ("G", G)):
@@ -70,7 +70,7 @@ def _pair(item: Any) -> tuple[Any, Any]:
 def _item(item: Any) -> Step | Pair:
     if isinstance(item, (Step, Pair)):
         return item
-    F, G = _pair(item)  # noqa: N806
+    F, G = _pair(item)
     for name, fn in (("F", F), ("G", G)):
         if not isinstance(fn, nn.Module):
             raise TypeError(

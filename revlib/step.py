@@ -60,7 +60,7 @@ class Step(nn.Module):
 class Pair(nn.Module):
     """Two functions of a block, ``y1 = x1 + F(x2); y2 = x2 + G(y1)``. Unpacks like the tuple it came from."""
 
-    def __init__(self, F: nn.Module, G: nn.Module) -> None:  # noqa: N803 (the letters of the papers)
+    def __init__(self, F: nn.Module, G: nn.Module) -> None:
         super().__init__()
         self.F, self.G = F, G
 

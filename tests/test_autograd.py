@@ -1,6 +1,7 @@
 """Whatever autograd can do with a plain stack, it does with a reversible one: the graph is the ordinary one."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
 from revlib import Checkpoint, Coupling, Naive, Reversible, ReversibleSequence, Step, reversible
+from revlib.schedulers import Plan, Scheduler
 from revlib.testing import assert_inverts, assert_same_gradients, assert_unmerges, strategies
 
 schedulers = st.sampled_from([Reversible(), Checkpoint(), Naive()])
@@ -227,6 +229,7 @@ def test_a_function_that_returns_its_stream_a_parameter_or_a_detached_tensor(sch
     functions = [lambda x: x, lambda x: p, lambda x: x.detach().sin(), lambda x: (p * x).sin()]
     outputs = reversible([Step(f) for f in functions * 2], *xs, scheduler=scheduler)
     loss(outputs).backward()
+    assert not any(t._backward_hooks for t in (p, *xs)), "the user's own tensors were hooked"
     return [*outputs, *grads(*xs, p)]
 
 
@@ -517,12 +520,33 @@ def test_post_accumulate_grad_hooks_fire_once_a_parameter(scheduler):
     return [g for _, g in sorted(fired, key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("final", ["bias", "weight", "norm"])
+class Shift(nn.Module):
+    """Its gradient needs no saved tensor, so it is complete before anything was recovered for its function."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@dataclass(frozen=True)
+class KeepUpper(Scheduler):
+    """Activations above, inversion below."""
+
+    def plan(self, length):
+        return Plan(activations=range(length // 2, length), states=(length,))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("last", [nn.Identity, Shift, lambda: nn.Linear(4, 4, bias=False), lambda: nn.LayerNorm(4)])
 @law
-def test_an_optimizer_that_steps_inside_backward(scheduler, final):
+def test_an_optimizer_that_steps_inside_backward(scheduler, last, mixed):
     """Each parameter is updated as soon as its gradient is complete, before the functions below are repeated."""
-    last = {"bias": nn.Identity, "weight": lambda: nn.Linear(4, 4, bias=False), "norm": lambda: nn.LayerNorm(4)}
-    stack = net(scheduler, lambda: nn.Sequential(mlp(), last[final]()))
+    stack = net(scheduler, lambda: nn.Sequential(mlp(), last()))
+    if mixed and scheduler == Reversible():
+        stack.scheduler = KeepUpper()
     for p in stack.parameters():
         optimizer = torch.optim.Adam([p], lr=0.05)
 
@@ -648,6 +672,42 @@ def test_channels_last_streams(scheduler):
     found = train(stack, *xs)
     assert len(set(seen)) == 1
     return found
+
+
+class Swapped(Coupling):
+    """A sum that takes the layout of what the function returned."""
+
+    def merge(self, s, f):
+        return f + s
+
+    def unmerge(self, merged, f):
+        return merged - f
+
+
+@every_recomputing_scheduler
+def test_functions_see_streams_in_the_same_layout_again(scheduler):
+    seen = []
+
+    def f(m, x):
+        seen.append(x.stride())
+        return m(x).transpose(0, 1).contiguous().transpose(0, 1)
+
+    stack = ReversibleSequence([Step(Lambda(f, nn.Linear(4, 4)), Swapped()) for _ in range(4)], scheduler=scheduler)
+    outputs = stack(*leaves(3, 5, 4, dtype=torch.float32))
+    forward = list(seen)
+    loss(outputs).backward()
+    assert len(set(forward)) == 2 and seen == [*forward, *reversed(forward)]
+
+
+@every_scheduler
+def test_functions_see_streams_in_the_same_dtype_again(scheduler):
+    """The second step promotes its stream to float64; the first, whose module takes float32, is repeated below it."""
+    linear, xs = nn.Linear(4, 4), leaves(dtype=torch.float32)
+    outputs = reversible([(linear, lambda x: x.double().sin())], *xs, scheduler=scheduler)
+    assert [y.dtype for y in outputs] == [torch.float32, torch.float64]
+    outputs[1].sum().backward()
+    want = torch.autograd.grad((xs[1] + (xs[0] + linear(xs[1])).double().sin()).sum(), [*xs, linear.weight])
+    assert error([*grads(*xs), linear.weight.grad], want) < 1e-5
 
 
 @given(st.permutations([0, 1, 2]), st.permutations([0, 1, 2]), schedulers)

@@ -22,7 +22,8 @@ def alive(monkeypatch):
     refs = []
 
     def watch(name, thing):
-        refs.append((name, weakref.ref(thing)))
+        # Of a tensor its storage, which outlives it in every detached or saved copy.
+        refs.append((name, weakref.ref(thing.untyped_storage() if isinstance(thing, torch.Tensor) else thing)))
         return thing
 
     for kind in ("Tape", "Record"):
@@ -121,6 +122,16 @@ def test_a_retained_graph_keeps_no_activation_between_its_passes(alive, schedule
     total.backward()
 
 
+@every_recomputing_scheduler
+def test_looking_at_a_saved_tensor_leaves_no_activation(alive, scheduler):
+    stack = watched_net(alive, scheduler)
+    node = stack(*leaves())[0].grad_fn
+    while not hasattr(node, "_saved_mat1"):
+        node = next(n for n, _ in reversed(node.next_functions) if n is not None)
+    assert node._saved_mat1.shape == (3, 8)
+    assert {name for name in alive() if "activation" in name} == set()
+
+
 @every_scheduler
 def test_everything_dies_after_double_backward(alive, scheduler):
     stack, xs = watched_net(alive, scheduler), leaves()
@@ -162,6 +173,22 @@ def test_everything_dies_after_an_exception_in_a_function(alive, scheduler, rais
         raised = True
     assert raised
     everything_died(alive)
+
+
+@every_recomputing_scheduler
+def test_an_exception_in_a_retained_pass_leaves_no_activation(alive, scheduler):
+    stack = ReversibleSequence(
+        [(Watched(alive, 0), Watched(alive, 2)), (Watched(alive, 0), Watched(alive, 0))], scheduler=scheduler
+    ).double()
+    total = loss(stack(*leaves()))
+    raised = False
+    try:
+        total.backward(retain_graph=True)
+    except ArithmeticError:
+        raised = True
+    torch.ones((), requires_grad=True).square().backward()
+    assert raised
+    assert {name for name in alive() if "activation" in name} == set()
 
 
 @every_scheduler
@@ -292,6 +319,18 @@ def peak_of(scheduler, depth, differentiate):
         live.peak = live.now
         differentiate(total, xs)
     return live.peak
+
+
+def test_kept_states_are_released_on_the_way_down():
+    stack = ReversibleSequence([(mlp(16), mlp(16)) for _ in range(16)], scheduler=Checkpoint())
+    xs = [torch.randn(512, 16, requires_grad=True) for _ in range(2)]
+    with LiveBytes([*xs, *stack.parameters()]) as live:
+        total = sum(y.sum() for y in stack(*xs))
+        held, at_the_end = live.now, []
+        xs[1].register_hook(lambda g: at_the_end.append(live.now))
+        total.backward()
+    assert held > 30 * xs[0].nbytes
+    assert at_the_end[0] < held / 2
 
 
 PASSES = {

@@ -143,7 +143,7 @@ def test_autocast_around_backward_alone_is_not_replayed(scheduler):
     seen = []
 
     def scene(scheduler):
-        stack, xs = net(scheduler), leaves(16, 4)
+        stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
         stack[0].G[1].register_forward_hook(lambda m, args, y: seen.append(y.dtype))
         total = loss(stack(*xs))
         with torch.autocast("cpu", torch.bfloat16):
@@ -153,7 +153,7 @@ def test_autocast_around_backward_alone_is_not_replayed(scheduler):
     torch.manual_seed(0)
     want = scene(ByHand())
     torch.manual_seed(0)
-    assert error(scene(scheduler), want) < 1e-10 and set(seen) == {torch.float64}
+    assert error(scene(scheduler), want) < 1e-4 and set(seen) == {torch.float32}
 
 
 @every_scheduler
@@ -251,6 +251,16 @@ def test_batch_norm_between_two_forwards_and_their_backwards(scheduler):
 def test_spectral_norm_iterates_once_a_forward(scheduler, spectral_norm):
     stack = net(scheduler, lambda: nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Tanh()))
     return [train(stack, *leaves(8, 4)), train(stack, *leaves(8, 4)), *stack.buffers()]
+
+
+@law
+def test_spectral_norm_under_every_pass_over_a_retained_graph(scheduler):
+    stack = net(scheduler, lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Tanh()))
+    xs = leaves(8, 4)
+    total = loss(stack(*xs))
+    passes = [torch.autograd.grad(total, [*xs, *stack.parameters()], retain_graph=True) for _ in range(3)]
+    assert error(passes[1:], [passes[0]] * 2) < 1e-10
+    return [*passes, *stack.buffers()]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -1,0 +1,78 @@
+"""Checkpoints that continue a run bit for bit."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+from research.config import Config
+from research.files import replacing
+from research.log import Log
+
+# Flags that may differ when a run is resumed: where things lie and when to stop, not what is computed.
+FREE = {"data_dir", "cache_dir", "device", "out", "resume", "overwrite", "stop_after"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that changes while training, torch's global random streams aside."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    draws: torch.Generator  # order of the images and augmentation, on the CPU
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "draws": self.draws.get_state(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.draws.set_state(state["draws"])
+        torch.set_rng_state(state["cpu_rng"])
+        for index, rng in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(rng, index)
+
+
+def save(path: Path, run: Run, log: Log) -> None:
+    """Write the run and its log, atomically. Cost: three copies of the parameters (Adam) on disk."""
+    with replacing(path) as temporary:
+        torch.save({"run": run.state_dict(), "log": dataclasses.asdict(log)}, temporary)
+
+
+def resume(path: Path, run: Run, config: Config, environment: dict[str, Any]) -> Log:
+    """Put `run` back to where `path` left it, after checking that `config` is still the same. -> its log."""
+    if not path.is_file():
+        raise typer.BadParameter(
+            f"expected a checkpoint {path}, found none; name the run's folder with --out, "
+            "or drop --resume to start anew.",
+            param_hint="--resume",
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    log = Log(**state["log"])
+    then, now = log.header["config"], config.as_json()
+    for name in now.keys() - FREE:
+        if then.get(name) != now[name]:
+            raise typer.BadParameter(
+                f"the run in {path.parent} has {then.get(name)}, this call {now[name]}; "
+                "repeat the run's flags, or start another with --out.",
+                param_hint="--" + name.replace("_", "-"),
+            )
+    for name, value in environment.items():
+        if log.header["environment"][name] != value:
+            was = log.header["environment"][name]
+            typer.echo(f"note: {name} was {was}, is {value}: not bit for bit from here", err=True)
+    run.load_state_dict(state["run"])
+    return log

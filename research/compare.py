@@ -1,0 +1,84 @@
+"""Compare the curves of two or more runs.
+
+python -m research.compare runs/digits-vit-naive runs/digits-vit-reversible --out compare.png
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from research.log import METRICS, Metric, Row, read_log
+from research.plots import draw_curves
+
+Runs = Mapping[str, Sequence[Row]]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    logs: Annotated[list[Path], typer.Argument(help="Two or more log.jsonl files, or folders of one.")],
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("runs/compare.png"),
+) -> None:
+    """Draw loss and accuracy of several runs in one picture, and print how far the curves lie apart."""
+    runs = read_runs(logs)
+    shared = set.intersection(*({row["epoch"] for row in rows} for rows in runs.values()))
+    if not shared:
+        raise typer.BadParameter("the runs have no epoch in common; nothing to compare.", param_hint="LOGS")
+    draw_curves(runs, out)
+
+    finals = Table("run", "epochs", *(metric.replace("_", " ") for metric in METRICS))
+    for name, rows in runs.items():
+        finals.add_row(name, str(rows[-1]["epoch"]), *(show(metric, rows[-1][metric]) for metric in METRICS))
+    differences = Table("curve", "largest difference", "at epoch", "between")
+    for metric, (value, epoch, pair) in largest_differences(runs).items():
+        differences.add_row(metric.replace("_", " "), f"{value:.6g}", str(epoch), " and ".join(pair))
+    console = Console()
+    console.print(finals, differences)
+    console.print(f"over {len(shared)} shared epochs; curves in {out}", highlight=False)
+
+
+def read_runs(logs: Sequence[Path]) -> dict[str, list[Row]]:
+    """The rows of each log, by the name of its folder; by its whole path where names collide."""
+    paths = [path / "log.jsonl" if path.is_dir() else path for path in logs]
+    if len(set(paths)) < 2:
+        raise typer.BadParameter(f"expected two or more different logs, got {len(set(paths))}.", param_hint="LOGS")
+    names = [path.resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    try:
+        return {name: read_log(path).rows for name, path in zip(names, paths, strict=True)}
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{error}; name log.jsonl files that research.train wrote.", param_hint="LOGS"
+        ) from error
+
+
+def largest_differences(runs: Runs) -> dict[Metric, tuple[float, int, tuple[str, str]]]:
+    r"""Per metric $\max_{t,a,b} |m_a(t) - m_b(t)|$ over shared epochs and pairs of runs; its t, (a, b)."""
+    by_epoch = {name: {row["epoch"]: row for row in rows} for name, rows in runs.items()}
+    return {
+        metric: max(
+            (
+                (abs(by_epoch[a][t][metric] - by_epoch[b][t][metric]), t, (a, b))
+                for a, b in combinations(runs, 2)
+                for t in by_epoch[a].keys() & by_epoch[b].keys()
+            ),
+            key=lambda found: (found[0], -found[1]),
+        )
+        for metric in METRICS
+    }
+
+
+def show(metric: Metric, value: float) -> str:
+    """As a reader expects it: accuracies in per cent."""
+    return f"{value:.2%}" if metric.endswith("accuracy") else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    app()

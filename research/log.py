@@ -1,0 +1,63 @@
+"""The log of a run, as JSON lines: first what was run and where, then one line an epoch."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, TypedDict, get_args, get_type_hints
+
+from research.files import replacing
+
+
+class Row(TypedDict):
+    """One epoch. Losses are means over images, accuracies fractions; train is measured while training."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    lr: float
+    seconds: float
+
+
+Metric = Literal["train_loss", "test_loss", "train_accuracy", "test_accuracy"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+@dataclasses.dataclass
+class Log:
+    """What log.jsonl holds."""
+
+    header: dict[str, Any]
+    rows: list[Row]
+
+    def write(self, path: Path) -> None:
+        """Write the whole log, atomically."""
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in [self.header, *self.rows]))
+
+    def append(self, row: Row, path: Path) -> None:
+        """Add one epoch, here and at the end of the file."""
+        self.rows.append(row)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: Path) -> Log:
+    """Read a log.jsonl; ValueError names the line that is none."""
+    header: dict[str, Any] = {}
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if number == 1:
+            header = record
+        elif missing := get_type_hints(Row).keys() - record.keys():
+            raise ValueError(f"{path}, line {number}: lacks {', '.join(sorted(missing))}")
+        else:
+            rows.append(record)
+    if not rows:
+        raise ValueError(f"{path}: holds no finished epoch")
+    return Log(header, rows)

@@ -1,0 +1,44 @@
+"""The machine a run is on: its device, its determinism, and how the log names it."""
+
+import os
+import platform
+from typing import Any
+
+import torch
+import typer
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name stands for, once it is known to work."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(
+            f"expected auto or a device that torch can use here, such as cpu; {name} is none ({reason}).",
+            param_hint="--device",
+        ) from error
+
+
+def make_reproducible(seed: int, deterministic: bool) -> None:
+    """Seed torch, and keep it to kernels that give the same bits in every run."""
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before it is deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a log must tell beside its settings: where all of it is equal, the numbers are."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,27 @@
+"""Curves of one or more runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure  # without pyplot: always Agg, no global state, no window
+
+from research.files import replacing
+from research.log import Row
+
+
+def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Loss and accuracy against epoch: a colour per run, test solid and train dashed."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for number, (name, rows) in enumerate(runs.items()):
+            epochs = [row["epoch"] for row in rows]
+            for split, style in (("test", "-"), ("train", "--")):
+                values = [row[f"{split}_{metric}"] for row in rows]  # type: ignore[literal-required]
+                label = f"{name} {split}"
+                axes.plot(epochs, values, style, color=f"C{number}", marker=".", markersize=3, label=label)
+        axes.set(xlabel="epoch", ylabel=metric)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,190 @@
+"""Faults that a review found once, each by its smallest case."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import every_recomputing_scheduler, every_scheduler, leaves, loss, mlp, net
+from torch import nn
+
+from revlib import Checkpoint, Coupling, Naive, Reversible, ReversibleSequence, Step
+from revlib.testing import footprint
+
+
+class Auxiliary(nn.Module):
+    """Leaves a loss of its own behind, as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = mlp(), nn.Linear(4, 1)
+
+    def forward(self, x):
+        self.aux = self.head(x).square().mean()
+        return self.inner(x)
+
+
+def test_a_function_that_calls_its_own_bound_method():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.fn = self.implementation
+
+        def implementation(self, x):
+            return self.linear(x).sin()
+
+        def forward(self, x):
+            return self.fn(x)
+
+    loss(net(Reversible(), Recursive)(*leaves())).backward()
+
+
+@every_recomputing_scheduler
+def test_an_optimizer_step_between_an_auxiliary_and_the_main_loss(scheduler):
+    stack = net(scheduler, Auxiliary)
+    outputs = stack(*leaves())
+    stack[0].F.aux.backward()
+    with torch.no_grad():
+        for p in stack.parameters():
+            p.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(outputs).backward()
+
+
+@every_scheduler
+def test_an_attribute_still_belongs_to_the_graph_of_forward_after_backward(scheduler):
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        stack, xs = net(s, Auxiliary), leaves()
+        loss(stack(*xs)).backward(retain_graph=True)
+        sum(pair.F.aux for pair in stack).backward()
+        found.append([xs[0].grad, xs[1].grad, *(p.grad for p in stack.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*found, strict=True))
+
+
+def test_a_stream_edited_after_an_auxiliary_loss_opened_it():
+    stack, xs = net(Checkpoint(), Auxiliary), leaves()
+    xs = [x + 0 for x in xs]
+    outputs = stack(*xs)
+    stack[0].F.aux.backward(retain_graph=True)
+    with torch.no_grad():
+        xs[1].add_(1e-9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss(outputs).backward()
+
+
+@every_scheduler
+def test_batch_norm_as_a_function_on_buffers_of_ones_own(scheduler):
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x):
+            return F.batch_norm(self.linear(x), self.mean, self.var, training=self.training)
+
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        stack = net(s, Normalised)
+        loss(stack(*leaves())).backward()
+        found.append(list(stack.buffers()))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@every_scheduler
+def test_a_buffer_that_forward_creates(scheduler):
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("mean", None)
+
+        def forward(self, x):
+            h = self.linear(x).sin()
+            with torch.no_grad():
+                self.mean = h.mean(0) if self.mean is None else self.mean * 0.5 + h.mean(0)
+            return h - self.mean
+
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        stack, xs = net(s, Averaged), leaves()
+        for _ in range(2):
+            loss(stack(*xs)).backward()
+        found.append([*stack.buffers(), *(x.grad for x in xs)])
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
+
+
+@every_scheduler
+def test_plain_functions_over_modules_count_a_batch_once(scheduler):
+    norm = nn.BatchNorm1d(4).double()
+    stack = ReversibleSequence([Step(lambda x: norm(x)), Step(norm.forward)], scheduler=scheduler)
+    loss(stack(*leaves())).backward()
+    assert norm.num_batches_tracked == 2
+
+
+def test_a_model_whose_attribute_holds_its_graph_dies_with_it():
+    def model():
+        stack = net(Reversible(), Auxiliary)
+        loss(stack(*leaves())).backward()
+        return weakref.ref(stack[0].F.inner)
+
+    found = model()
+    gc.collect()
+    assert found() is None
+
+
+def test_a_stream_that_comes_back_as_nan_is_an_error():
+    class Underflowing(Coupling):
+        def merge(self, s, f):
+            return s * torch.exp(f - 800) + f
+
+        def unmerge(self, merged, f):
+            return (merged - f) / torch.exp(f - 800)
+
+    stack = ReversibleSequence([Step(mlp(), Underflowing()) for _ in range(3)]).double()
+    with pytest.raises(RuntimeError, match="recovered the stream"):
+        loss(stack(*leaves())).backward()
+
+
+def test_a_first_stream_that_no_function_sees_may_be_tiny():
+    stack = net(Reversible(), dtype=torch.float32)
+    x1, x2 = leaves(16, 4, dtype=torch.float32)
+    loss(stack((1e-5 * x1).detach().requires_grad_(), x2)).backward()
+
+
+def test_asking_for_a_low_step_first_does_not_store_those_above_it():
+    x = torch.randn(16, 512, 4, requires_grad=True)
+    peaks = []
+    for depth in (4, 16):
+        stack = net(Reversible(), mlp, depth, torch.float32)
+        stack[0].F = Auxiliary()
+
+        def run(x, stack=stack):
+            outputs = stack(x, x)
+            stack[0].F.aux.backward(retain_graph=True)
+            return outputs
+
+        peaks.append(footprint(run, [x], stack.parameters()).peak)
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_autocast_never_differentiates_another_weight_than_forward_used():
+    """Within one region, torch's cache would keep the cast of a weight from before the optimizer's step."""
+    torch.manual_seed(0)
+    stack, xs = net(Reversible(), dtype=torch.float32), leaves(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(stack(*xs)).backward()
+        with torch.no_grad():
+            for p in stack.parameters():
+                p.mul_(1.5)
+        again = stack(*xs)
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh = stack(*xs)
+    assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))

@@ -1,0 +1,536 @@
+"""The training script: same seed same log, resuming bit for bit, readers, errors, comparing runs."""
+
+import dataclasses
+import gzip
+import json
+import os
+import re
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as V
+from typer.testing import CliRunner
+
+from research import checkpoint, compare, config, data, machine, train
+from research.batches import Batches, normalizer, random_crop, random_flip
+from research.files import replacing
+from research.log import Log, Row, read_log
+
+TINY = [
+    "--limit-train",
+    96,
+    "--limit-test",
+    40,
+    "--embed-dim",
+    16,
+    "--num-heads",
+    2,
+    "--depth",
+    2,
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Undo the script's process-wide settings, and keep it out of the user's cache and working folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"))
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def run(app: typer.Typer, *args: Any) -> tuple[int, str]:
+    """Exit code and output, the output without spaces and boxes, which depend on the terminal's width."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, squeeze(result.output)
+
+
+def squeeze(text: str) -> str:
+    return re.sub(r"[\s─-╿]", "", text)
+
+
+def train_tiny(out: Path, *args: Any) -> Log:
+    code, output = run(train.app, *TINY, "--out", out, *args)
+    assert code == 0, output
+    return read_log(out / "log.jsonl")
+
+
+def timeless(log: Log) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in log.rows]
+
+
+def saved(out: Path) -> dict[str, Any]:
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def assert_identical(a: Any, b: Any, where: str = "run") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_identical(*pair, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+# One run
+
+
+def test_the_log_tells_what_ran_and_one_line_an_epoch(tmp_path):
+    log = train_tiny(tmp_path / "run", "--epochs", 2, "--seed", 7)
+    assert log.header["config"]["seed"] == 7 and log.header["config"]["embed_dim"] == 16
+    assert log.header["config"].keys() == {field.name for field in dataclasses.fields(config.Config)}
+    assert log.header["environment"].keys() == {"torch", "python", "device", "threads"}
+    assert log.header["environment"]["torch"] == torch.__version__
+    assert [row["epoch"] for row in log.rows] == [1, 2]
+    assert all(row.keys() == get_type_hints(Row).keys() for row in log.rows)
+    assert [row["lr"] for row in log.rows] == pytest.approx([2e-3, 1e-3])  # the cosine at 0 and at half-way
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[2]) == log.rows[1]
+    assert Image.open(tmp_path / "run" / "curve.png").size == (1200, 480)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"log.jsonl", "curve.png", "last.pt"}
+
+
+def test_it_learns(tmp_path):
+    args = ["--limit-train", 400, "--limit-test", 200, "--epochs", 8]
+    rows = train_tiny(tmp_path, *args).rows
+    assert rows[0]["train_loss"] == pytest.approx(np.log(10), rel=0.1)
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"] and rows[-1]["test_accuracy"] > 0.3
+
+
+def test_same_seed_same_bits(tmp_path):
+    args = "--epochs", 2
+    first, again = (train_tiny(tmp_path / name, *args) for name in ("first", "again"))
+    other = train_tiny(tmp_path / "other", *args, "--seed", 1)
+    assert timeless(first) == timeless(again) != timeless(other)
+    assert_identical(saved(tmp_path / "first")["run"], saved(tmp_path / "again")["run"])
+
+
+@pytest.mark.parametrize("scheduler", ["reversible", "checkpoint"])
+def test_schedulers_give_the_losses_of_naive(tmp_path, scheduler):
+    naive, other = (train_tiny(tmp_path / name, "--scheduler", name, "--epochs", 3) for name in ("naive", scheduler))
+    for a, b in zip(naive.rows, other.rows, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", get_args(config.SchedulerName))
+def test_the_model_gets_the_scheduler_named(name):
+    chosen = config.Config(scheduler=name)
+    model = train.build(chosen, data.digits(None, chosen.cache_dir), torch.device("cpu")).model
+    assert model.blocks.scheduler == train.SCHEDULERS[name]
+
+
+def test_amp_runs_in_the_format_named(tmp_path):
+    precisions = [], ["--amp"], ["--amp", "--amp-dtype", "float16"]
+    losses = [train_tiny(tmp_path / str(i), "--epochs", 1, *p).rows[0]["train_loss"] for i, p in enumerate(precisions)]
+    assert len(set(losses)) == 3 and losses == pytest.approx([losses[0]] * 3, rel=0.02)
+
+
+def test_a_diverged_run_stops_and_says_so(tmp_path):
+    code, output = run(train.app, *TINY, "--out", tmp_path / "run", "--lr", 1e30, "--epochs", 3)
+    assert code == 1 and "lower--lr" in output
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 40), size=st.integers(1, 40))
+def test_the_means_do_not_depend_on_the_batch_size(n: int, size: int):
+    draws = torch.Generator().manual_seed(n)
+    images = torch.randint(256, (n, 1, 2, 2), generator=draws, dtype=torch.uint8)
+    split = data.Split(images, torch.randint(3, (n,), generator=draws))
+    batches = Batches(data.Dataset(split, split, list("abc"), 0, False), size)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(4, 3))
+    loss, accuracy = train.evaluate(model, batches.test("test"), torch.autocast("cpu", enabled=False))
+    logits = model[2](batches.normalize(images).flatten(1))  # evaluation drops nothing
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-4)
+    assert accuracy == pytest.approx((logits.argmax(1) == split.labels).float().mean().item())
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("precision", ["", "--amp", "--amp --amp-dtype float16"])
+def test_stopping_and_resuming_changes_no_bit(tmp_path, precision):
+    args = "--epochs", 3, *precision.split()
+    straight = train_tiny(tmp_path / "straight", *args)
+    halves = tmp_path / "halves"
+    assert len(train_tiny(halves, *args, "--stop-after", 1).rows) == 1
+    resumed = train_tiny(halves, *args, "--resume")
+    assert timeless(resumed) == timeless(straight)
+    assert_identical(saved(halves)["run"], saved(tmp_path / "straight")["run"])
+
+
+@pytest.mark.parametrize(
+    "place", [(train, "evaluate"), (checkpoint, "save"), (train, "draw_curves")], ids=lambda place: place[1]
+)
+def test_an_interrupted_epoch_is_done_again_bit_for_bit(tmp_path, monkeypatch, place):
+    straight = train_tiny(tmp_path / "straight", "--epochs", 3)
+    original, calls = getattr(*place), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise InterruptedError
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(*place, interrupted)
+        train_tiny(tmp_path / "killed", "--epochs", 3)
+    resumed = train_tiny(tmp_path / "killed", "--epochs", 3, "--resume")
+    assert timeless(resumed) == timeless(straight)
+    assert_identical(saved(tmp_path / "killed")["run"], saved(tmp_path / "straight")["run"])
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    done = train_tiny(tmp_path, "--epochs", 1)
+    assert train_tiny(tmp_path, "--epochs", 1, "--resume") == dataclasses.replace(done)
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path):
+    train_tiny(tmp_path, "--epochs", 1)
+    code, output = run(train.app, *TINY, "--out", tmp_path, "--epochs", 2)
+    assert code == 2 and "--out" in output and "--resume" in output and "--overwrite" in output
+    assert len(train_tiny(tmp_path, "--epochs", 2, "--overwrite").rows) == 2
+
+
+def test_an_overwritten_run_cannot_be_resumed(tmp_path, monkeypatch):
+    def interrupted(*args: Any) -> None:
+        raise InterruptedError
+
+    train_tiny(tmp_path, "--epochs", 1)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(InterruptedError):
+        train_tiny(tmp_path, "--epochs", 1, "--overwrite")
+    code, output = run(train.app, *TINY, "--out", tmp_path, "--epochs", 1, "--resume")
+    assert code == 2 and squeeze("last.pt, found none") in output
+
+
+def test_resuming_with_other_flags_names_the_flag(tmp_path):
+    train_tiny(tmp_path, "--epochs", 2, "--stop-after", 1)
+    code, output = run(train.app, *TINY, "--out", tmp_path, "--epochs", 3, "--resume")
+    assert code == 2 and squeeze("--epochs: the run") in output and "has2,thiscall3" in output
+
+
+def test_resuming_elsewhere_says_that_bits_may_change(tmp_path, monkeypatch):
+    train_tiny(tmp_path, "--epochs", 2, "--stop-after", 1)
+    here = machine.environment(torch.device("cpu"))
+    monkeypatch.setattr(train, "environment", lambda device: here | {"torch": "1.0"})
+    code, output = run(train.app, *TINY, "--out", tmp_path, "--epochs", 2, "--resume")
+    assert code == 0 and squeeze(f"torch was {torch.__version__}, is 1.0") in output
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(InterruptedError), replacing(file) as temporary:
+        temporary.write_text("ne")
+        raise InterruptedError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    with replacing(file) as temporary:
+        temporary.write_text("new")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--dataset mnist", ["--dataset", "mnist", "fashion-mnist"]),
+        ("--scheduler magic", ["--scheduler", "magic", "reversible"]),
+        ("--epochs 0", ["--epochs", "a whole number of at least 1, got 0"]),
+        ("--drop-path 1", ["--drop-path", "0 <= x < 1, got 1"]),
+        ("--lr nan", ["--lr", "got nan"]),
+        ("--batch-size many", ["--batch-size", "whole number of at least 1, got many"]),
+        ("--embed-dim 17", ["--embed-dim", "17 features", "2 heads", "choose a multiple of 2"]),
+        ("--patch-size 3", ["--patch-size", "got 3 for 8x8", "divisor"]),
+        ("--device gpu", ["--device", "gpu is none", "auto"]),
+        ("--amp-dtype float16", ["--amp-dtype", "without --amp"]),
+        ("--resume", ["--resume", "last.pt, found none", "drop --resume"]),
+        ("--resume --overwrite", ["--resume", "--overwrite", "give one"]),
+        ("--data-dir /nowhere", ["--data-dir", "digits comes with scikit-learn", "/nowhere"]),
+        (
+            "--dataset cifar10 --data-dir /nowhere",
+            ["--data-dir", "/nowhere/train/CLASS/*.jpg", "no such folder"],
+        ),
+        (
+            "--dataset fashion-mnist --data-dir /nowhere",
+            ["--data-dir", "train-images-idx3-ubyte.gz", "no such"],
+        ),
+    ],
+)
+def test_a_bad_flag_is_named_with_what_to_do(tmp_path, args, words):
+    code, output = run(train.app, *TINY, "--out", tmp_path, *args.split())
+    assert code == 2
+    assert all(squeeze(word) in output for word in words), output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.datasets, "CIFAR10", type("CIFAR10", (), {"__init__": offline}))
+    code, output = run(train.app, "--dataset", "cifar10", "--out", tmp_path)
+    assert code == 2 and "--data-dir" in output and "nonetwork" in output
+
+
+def test_every_name_has_its_value():
+    assert tuple(train.MODELS) == get_args(config.ModelName)
+    assert tuple(train.SCHEDULERS) == get_args(config.SchedulerName)
+    assert tuple(train.AMP_DTYPES) == get_args(config.AmpDtypeName)
+    assert tuple(data.DATASETS) == tuple(config.RECIPES) == get_args(config.DatasetName)
+
+
+def test_a_data_set_brings_its_defaults_and_flags_win():
+    seen: list[config.Config] = []
+    app = typer.Typer()
+    app.command()(config.flags(seen.append))
+    for args in ["", "--dataset cifar10", "--epochs 3 --dataset cifar10"]:
+        assert run(app, *args.split())[0] == 0
+    digits, cifar10, short = seen
+    assert digits == config.Config()
+    assert cifar10 == config.Config(dataset="cifar10", **config.RECIPES["cifar10"])
+    assert (cifar10.embed_dim, cifar10.depth, cifar10.num_heads, cifar10.lr) == (128, 6, 8, 1e-3)  # minREV's
+    assert short == dataclasses.replace(cifar10, epochs=3)
+
+
+# Batches
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 9), channels=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(1, 6),
+       padding=st.integers(0, 4), seed=st.integers(0, 99))  # fmt: skip
+def test_random_crop_is_torchvisions_with_a_draw_per_image(n, channels, h, w, padding, seed):
+    images = torch.randint(256, (n, channels, h, w), dtype=torch.uint8)
+    moved = random_crop(images, padding, torch.Generator().manual_seed(seed))
+    top, left = torch.randint(2 * padding + 1, (2, n), generator=torch.Generator().manual_seed(seed)).tolist()
+    padded = V.pad(images, [padding])
+    assert moved.dtype == torch.uint8
+    assert torch.equal(moved, torch.stack([V.crop(padded[i], top[i], left[i], h, w) for i in range(n)]))
+
+
+def test_crops_reach_every_offset_and_flips_are_fair():
+    draws = torch.Generator().manual_seed(0)
+    dot = torch.zeros(4000, 1, 9, 9)
+    dot[:, :, 4, 4] = 1
+    found = random_crop(dot, 2, draws).nonzero()[:, 2:]
+    assert found.unique(dim=0).tolist() == [[y, x] for y in range(2, 7) for x in range(2, 7)]
+    edge = torch.zeros(4000, 1, 1, 2)
+    edge[..., 0] = 1
+    flipped = random_flip(edge, draws)
+    assert flipped.sum() == 4000 and 1850 < flipped[..., 1].sum() < 2150
+
+
+def test_an_epoch_visits_every_image_once_in_a_new_order():
+    images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
+    split = data.Split(images, torch.arange(10))
+    batches, draws = Batches(data.Dataset(split, split, ["a"], 0, True), 4), torch.Generator().manual_seed(0)
+    first, second = ([labels.tolist() for _, labels in batches.train(draws, "train")] for _ in range(2))
+    assert [len(labels) for labels in first] == [4, 4, 2] and first != second
+    assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(10))
+    for pixels, labels in batches.train(draws, "train"):
+        assert torch.equal(pixels.argsort(0).flatten(), labels.argsort())  # each image keeps its label
+
+
+def test_the_training_images_are_normalised():
+    images = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8) // torch.tensor([1, 2, 5]).view(3, 1, 1)
+    pixels = normalizer(data.Split(images.to(torch.uint8), torch.zeros(50)))(images.to(torch.uint8))
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels.std((0, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)
+
+
+# Readers
+
+
+def test_digits_are_split_once_and_for_all(tmp_path):
+    digits = data.digits(None, tmp_path)
+    assert digits.train.images.shape == (1437, 1, 8, 8) and digits.test.images.shape == (360, 1, 8, 8)
+    assert digits.train.images.dtype == torch.uint8 and digits.train.images.max() == 240
+    assert digits.test.labels.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    assert torch.equal(digits.test.images, data.digits(None, tmp_path).test.images)
+
+
+def test_limits_draw_from_all_classes():
+    split = data.Split(torch.zeros(100, 1, 1, 1), torch.arange(10).repeat_interleave(10))
+    few = split.take(30)
+    assert len(few) == 30 and len(few.labels.unique()) == 10
+    assert torch.equal(few.labels, split.take(30).labels)
+    assert split.take(None) is split and len(split.take(1000)) == 100
+
+
+COLOURS = {
+    "train": {"cat": (200, 30, 30), "dog": (10, 180, 60)},
+    "test": {"cat": (0, 0, 90), "dog": (90, 0, 0)},
+}
+
+
+def make_tree(root: Path) -> Path:
+    for split, classes in COLOURS.items():
+        for name, colour in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (8, 8), colour).save(root / split / name / f"{number}.jpg", quality=95)
+    return root
+
+
+def test_an_image_tree_is_decoded_once(tmp_path, monkeypatch):
+    root, cache = make_tree(tmp_path / "tree"), tmp_path / "cache"
+    tree = data.cifar10(root, cache)
+    assert (
+        tree.classes == ["cat", "dog"] and tree.train.labels.tolist() == tree.test.labels.tolist() == [0] * 3 + [1] * 3
+    )
+    for split, images in (("train", tree.train.images), ("test", tree.test.images)):
+        expected = torch.tensor([COLOURS[split][name] for name in ("cat", "dog")]).repeat_interleave(3, 0)
+        assert images.shape == (6, 3, 8, 8) and images.dtype == torch.uint8
+        assert (images - expected[:, :, None, None]).abs().max() <= 4  # JPEG rounds colours
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)
+        again = data.cifar10(root, cache)  # from the cache: no image can be opened
+    assert torch.equal(again.train.images, tree.train.images)
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(root / "train" / "cat" / "1.jpg")
+    assert data.cifar10(root, cache).train.images[1].min() > 250  # a changed image is read anew
+
+
+def test_an_image_tree_trains(tmp_path):
+    log = train_tiny(tmp_path / "run", "--dataset", "cifar10", "--data-dir", make_tree(tmp_path / "tree"),
+                     "--cache-dir", tmp_path / "cache", "--epochs", 1)  # fmt: skip
+    assert len(log.rows) == 1 and log.header["config"]["patch_size"] == 4
+
+
+def test_a_broken_image_tree_is_named(tmp_path):
+    def rejected(word: str) -> None:
+        with pytest.raises(typer.BadParameter, match=re.escape(word)):
+            data.cifar10(root, tmp_path / "cache")
+
+    root = make_tree(tmp_path / "tree")
+    odd = root / "train" / "dog" / "9.jpg"
+    Image.new("RGB", (5, 8)).save(odd)
+    rejected(f"{odd} is (3, 8, 5)")
+    odd.write_bytes(b"no picture")
+    rejected(f"{odd} is not an image")
+    odd.unlink()
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    rejected("must agree")
+    for file in (root / "train" / "cat").iterdir():
+        file.unlink()
+    rejected("train/CLASS/*.jpg")
+
+
+def write_idx(file: Path, array: np.ndarray) -> None:
+    magic = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    opener = gzip.open if file.suffix == ".gz" else open
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with opener(file, "wb") as out:
+        out.write(magic + array.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("inner", ["", "FashionMNIST/raw"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files_are_read_where_they_lie(tmp_path, inner, suffix):
+    rng = np.random.default_rng(0)
+    images = {"train": rng.integers(0, 256, (5, 28, 28)), "t10k": rng.integers(0, 256, (3, 28, 28))}
+    for prefix, array in images.items():
+        write_idx(tmp_path / inner / f"{prefix}-images-idx3-ubyte{suffix}", array)
+        write_idx(tmp_path / inner / f"{prefix}-labels-idx1-ubyte{suffix}", np.arange(len(array)))
+    before = sorted(tmp_path.rglob("*"))
+    read = data.fashion_mnist(tmp_path, tmp_path)
+    assert read.train.images.squeeze(1).tolist() == images["train"].tolist()
+    assert read.test.images.squeeze(1).tolist() == images["t10k"].tolist()
+    assert read.test.labels.tolist() == [0, 1, 2] and read.test.labels.dtype == torch.int64
+    assert len(read.classes) == 10 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_broken_idx_files_are_named(tmp_path):
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((5, 28, 28)))
+    with pytest.raises(typer.BadParameter, match="expected train-labels-idx1-ubyte or"):
+        data.fashion_mnist(tmp_path, tmp_path)
+    for content, word in [
+        (b"", "not idx"),
+        (b"\0\0\x08\x03" + b"\0" * 12, "not idx"),
+        (b"<html>", "not idx"),
+    ]:
+        labels.write_bytes(content)
+        with pytest.raises(typer.BadParameter, match=word):
+            data.fashion_mnist(tmp_path, tmp_path)
+    write_idx(labels, np.zeros(4))
+    with pytest.raises(typer.BadParameter, match="5 train images but 4 labels"):
+        data.fashion_mnist(tmp_path, tmp_path)
+
+
+# Comparing runs
+
+
+def write_log(folder: Path, losses: list[float]) -> Path:
+    rows = [
+        Row(
+            epoch=t,
+            train_loss=x,
+            test_loss=2 * x,
+            train_accuracy=1 - x,
+            test_accuracy=0.5,
+            lr=0.1,
+            seconds=1.0,
+        )
+        for t, x in enumerate(losses, start=1)
+    ]
+    Log({"config": {}}, rows).write(folder / "log.jsonl")
+    return folder
+
+
+def test_compare_finds_the_largest_difference(tmp_path):
+    a, b = write_log(tmp_path / "a", [0.9, 0.5, 0.25]), write_log(tmp_path / "b", [0.9, 0.75, 0.125])
+    c = write_log(tmp_path / "c", [0.9, 0.25])
+    found = compare.largest_differences(compare.read_runs([a, b / "log.jsonl", c]))
+    assert found["train_loss"] == (0.5, 2, ("b", "c")) and found["test_loss"] == (1.0, 2, ("b", "c"))
+    assert found["train_accuracy"] == (0.5, 2, ("b", "c")) and found["test_accuracy"][0] == 0
+    code, output = run(compare.app, a, b, "--out", tmp_path / "compare.png")
+    assert code == 0 and squeeze("test loss 0.5 2 a and b") in output and squeeze("87.50% 50.00%") in output
+    assert Image.open(tmp_path / "compare.png").size == (1200, 480)
+
+
+def test_compare_rejects_what_it_cannot_compare(tmp_path):
+    a = write_log(tmp_path / "a", [0.9])
+    cases = [([a], "two or more"), ([a, a], "two or more"), ([a, tmp_path / "none"], "none")]
+    for text, word in [
+        ("{}\n", "no finished epoch"),
+        ("{}\nnope\n", "line 2"),
+        ('{}\n{"epoch": 1}\n', "lacks lr"),
+    ]:
+        (tmp_path / word).write_text(text)
+        cases.append(([a, tmp_path / word], word))
+    for logs, word in cases:
+        code, output = run(compare.app, *logs, "--out", tmp_path / "compare.png")
+        assert code == 2 and "LOGS" in output and squeeze(word) in output
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_compare_keeps_runs_of_one_name_apart(tmp_path):
+    runs = compare.read_runs([write_log(tmp_path / side / "run", [0.5]) for side in ("a", "b")])
+    assert list(runs) == [str(tmp_path / side / "run" / "log.jsonl") for side in ("a", "b")]
