@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import loop
+from revlib.modules import modules_of
 from revlib.record import Record
 from revlib.replay import Autocast, Randomness
 from revlib.step import Branch, State, evaluate, merge, route
@@ -86,7 +87,8 @@ def _run(
 def _taped(
     branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, tolerance: float | None
 ) -> State:
-    parameters = [p for b in branches if isinstance(b.fn, nn.Module) for p in b.fn.parameters()]
+    modules = [modules_of(b.owner) for b in branches]
+    parameters = [p for ms in modules for m in ms for p in m._parameters.values() if p is not None]
     if _hooks_impossible() or any(is_lazy(p) for p in parameters):  # a lazy module's first call is unlike its second
         return _plain(branches, state, contexts)
     loop.raise_pending(wait=False)
@@ -101,7 +103,7 @@ def _taped(
             tape.keep(k, state)
         # Backward evaluates a step to refill its holders, or to reach one below it.
         needed_below = dropped or (needed_below and not repeated)
-        record = Record(branch, copies[k], dropped, repeated, guarded=needed_below)
+        record = Record(branch, copies[k], modules[k], dropped, repeated, guarded=needed_below)
         state = tape.advance(record, state, context)
     if len(branches) in plan.states:
         tape.keep(len(branches), state)

@@ -27,13 +27,15 @@ class Sampler:
 
     def __init__(self) -> None:
         self.offset = next(_serial)
+        self.grids: dict[torch.Size, tuple[slice, ...]] = {}
 
     def __call__(self, t: Tensor) -> Tensor:
-        if t.ndim == 0 or t.numel() == 0:
-            return t.detach().clone()
-        per_dim = max(1, int(_SAMPLES ** (1 / t.ndim) + 1e-9))
-        strides = [-(-n // per_dim) for n in t.shape]
-        return t.detach()[tuple(slice(self.offset % s, None, s) for s in strides)].clone()
+        grid = self.grids.get(t.shape)
+        if grid is None:
+            per_dim = max(1, int(_SAMPLES ** (1 / max(1, t.ndim)) + 1e-9))
+            strides = [max(1, -(-n // per_dim)) for n in t.shape]
+            grid = self.grids[t.shape] = tuple(slice(self.offset % s, None, s) for s in strides)
+        return t.detach()[grid].clone()
 
 
 class Witness(NamedTuple):
@@ -62,6 +64,10 @@ def wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
+def _norms(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([n.double() for n in torch._foreach_norm(tensors)])
+
+
 def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | None) -> Tensor:
     """Relative error of each recovered sample, in the norm; a stream of zeros is measured against the largest one.
 
@@ -69,15 +75,15 @@ def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | Non
     Infinite where a stream came back as NaN; zero throughout where forward itself overflowed: naive autograd has NaN
     gradients then too, and GradScaler skips them.
     """
+    originals = [w.original.to(wide(w.original)) for w in witnesses]
     with torch.no_grad():
-
-        def norm(t: Tensor) -> Tensor:
-            return torch.linalg.vector_norm(t.to(wide(t))).double()
-
-        gaps = torch.stack([norm(w.recovered.to(wide(w.original)) - w.original) for w in witnesses])
-        norms = torch.stack([norm(w.original) for w in witnesses])
-        sizes = torch.stack([norms[i] if w.reference is None else norm(w.reference) for i, w in enumerate(witnesses)])
-        sizes = torch.minimum(torch.maximum(norms, sizes), norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
+        recovered = [w.recovered.to(o.dtype) for w, o in zip(witnesses, originals, strict=True)]
+        gaps, norms = _norms(torch._foreach_sub(recovered, originals)), _norms(originals)
+        sizes = norms.clone()
+        for i, w in enumerate(witnesses):
+            if w.reference is not None:
+                sizes[i] = torch.maximum(norms[i], _norms([w.reference.to(wide(w.reference))])[0])
+        sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
         sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
         errors = (gaps / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
         return errors if finite is None else torch.where(finite, errors, 0.0)

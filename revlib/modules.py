@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ModuleState"]
+__all__ = ["ModuleState", "modules_of"]
 
 
-def _modules_of(fn: Any) -> list[nn.Module]:
+def modules_of(fn: Any) -> list[nn.Module]:
     """The modules whose state a function reads: its own, those of a bound method, those that a closure captures."""
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -33,8 +33,7 @@ class ModuleState:
     a repetition assigns are taken back.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        modules = _modules_of(fn)
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.mode = [(m, m.training) for m in modules]
         self.parameters = [
             (m, k, p, p.requires_grad, -1 if p.is_inference() else p._version)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -104,6 +104,7 @@ class Record:
 
     branch: Branch
     context: dict[str, Any]
+    modules: list[nn.Module]  # whose state the function reads
     dropped: bool  # its saved tensors are not kept
     repeated: bool  # it is repeated from its own input, not inverted from its output
     guarded: bool  # something may need it to be evaluated in backward
@@ -135,7 +136,7 @@ class Record:
 
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
-        self.module = ModuleState(self.branch.owner)
+        self.module = ModuleState(self.modules)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
         span = sum((n - 1) * d for n, d in zip(state[0].shape, self.stride, strict=True))

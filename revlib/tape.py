@@ -83,7 +83,8 @@ class Tape:
             record.module.seal()
             record.split = len(record.holders)
             if record.guarded:
-                f = tree_map(partial(_before_gradient, weakref.ref(self), k), f)
+                guard = partial(_before_gradient, weakref.ref(self), k)
+                f = guard(f) if isinstance(f, Tensor) else tree_map(guard, f)
             with hooks:
                 merged = merge(record.branch, s, f)
         finally:
@@ -196,7 +197,8 @@ class Tape:
         record.check()
         inputs = tuple(t.detach().requires_grad_(n) for t, n in zip(inputs, record.needs[1:], strict=True))
         with self.randomness.replaying(record.drawn), record.module.bound():
-            run = partial(evaluate, record.branch, inputs, tree_map(lambda leaf: leaf, record.context))
+            context = tree_map(lambda leaf: leaf, record.context) if record.context else {}
+            run = partial(evaluate, record.branch, inputs, context)
             return record.refill(key, slice(0, record.split), run, fill=fill)
 
     # ------------------------------------------------------------------------------------------ endings
