@@ -36,14 +36,16 @@ app = typer.Typer(add_completion=False)
 
 @dataclass
 class Point:
-    """One contender at one depth. Memory in stream tensors; time in seconds a step, and relative to naive."""
+    """One contender at one depth. Memory in stream tensors; seconds a step; time relative to naive and to checkpointing
+    the same blocks with torch, as medians of the ratios within each round."""
 
     contender: str
     depth: int
     held: float
     peak: float
     seconds: float | None = None
-    relative_time: float | None = None
+    to_naive: float | None = None
+    to_checkpoint: float | None = None
 
 
 def block(width: int, heads: int) -> tuple[nn.Module, nn.Module]:
@@ -136,13 +138,19 @@ def measure(depth: int, x: Tensor, heads: int, repeats: int, tick: Callable[[], 
         points.append(Point(name, depth, found.held / unit, found.peak / unit))
         tick()
     if repeats:
-        rounds = []
-        for _ in range(repeats + 1):
-            rounds.append([step_seconds(run, x) for run in runs.values()])
+        rounds: list[dict[str, float]] = []
+        for number in range(repeats + 1):
+            order = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
+            # Rotated, since a contender pays for the heap that the one before it leaves behind.
+            rounds.append({name: step_seconds(runs[name], x) for name in order})
             tick()
-        for i, point in enumerate(points):  # the first round warms up
-            point.seconds = statistics.median(r[i] for r in rounds[1:])
-            point.relative_time = statistics.median(r[i] / r[0] for r in rounds[1:])
+        for point in points:  # the first round warms up
+            times = [r[point.contender] for r in rounds[1:]]
+            point.seconds = statistics.median(times)
+            point.to_naive, point.to_checkpoint = (
+                statistics.median(t / r[base] for t, r in zip(times, rounds[1:], strict=True))
+                for base in ("naive", "torch checkpoint of the same blocks")
+            )
     return points
 
 
@@ -166,10 +174,11 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def table(points: Sequence[Point]) -> str:
     """A Markdown table: one row a contender and depth."""
-    lines = ["| blocks | how | held | peak | s / step | time / naive |", "|---:|---|---:|---:|---:|---:|"]
+    lines = ["| blocks | how | held | peak | s / step | / naive | / torch checkpoint |", "|---:|---|" + "---:|" * 5]
     for p in points:
-        times = ("", "") if p.seconds is None else (f"{p.seconds:.3f}", f"{p.relative_time:.2f}")
-        lines.append(f"| {p.depth} | {p.contender} | {p.held:.1f} | {p.peak:.1f} | {times[0]} | {times[1]} |")
+        times = [p.seconds, p.to_naive, p.to_checkpoint]
+        cells = " | ".join("" if t is None else f"{t:.{3 if i == 0 else 2}f}" for i, t in enumerate(times))
+        lines.append(f"| {p.depth} | {p.contender} | {p.held:.1f} | {p.peak:.1f} | {cells} |")
     return "\n".join(lines)
 
 

@@ -78,7 +78,7 @@ def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | Non
     originals = [w.original.to(wide(w.original)) for w in witnesses]
     with torch.no_grad():
         recovered = [w.recovered.to(o.dtype) for w, o in zip(witnesses, originals, strict=True)]
-        gaps, norms = _norms(torch._foreach_sub(recovered, originals)), _norms(originals)
+        gaps, norms = _norms(list(torch._foreach_sub(recovered, originals))), _norms(originals)
         sizes = norms.clone()
         for i, w in enumerate(witnesses):
             if w.reference is not None:
