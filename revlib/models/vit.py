@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import reduce
 from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class RevViT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, N, 2 embed_dim) to (B, num_classes), or to the pooled features before the classifier."""
-        x = x.mean(dim=1)
+        x = reduce(x, "batch patches features -> batch features", "mean")
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
