@@ -53,7 +53,8 @@ def test_a_lossy_coupling_is_found():
 
 
 def test_a_wrong_scheduler_is_found_and_the_tensor_named():
-    with pytest.raises(AssertionError, match=r"Detaching\(\) against Naive\(\) on 6 steps: \d+ of \d+ tensors differ\n  gradient of .*relative error"):
+    message = r"Detaching\(\) against Naive\(\) on 6 steps: \d+ of \d+ tensors differ\n  gradient of .*relative error"
+    with pytest.raises(AssertionError, match=message):
         assert_same_gradients(net(Reversible()), *leaves(), schedulers=[Detaching()])
 
 
