@@ -10,7 +10,7 @@ from common import every_recomputing_scheduler, every_scheduler, leaves, loss, m
 from torch import nn
 
 from revlib import Checkpoint, Coupling, Naive, Reversible, ReversibleSequence, Step
-from revlib.testing import footprint
+from revlib.testing import LiveBytes
 
 
 class Auxiliary(nn.Module):
@@ -165,14 +165,43 @@ def test_asking_for_a_low_step_first_does_not_store_those_above_it():
     for depth in (4, 16):
         stack = net(Reversible(), mlp, depth, torch.float32)
         stack[0].F = Auxiliary()
-
-        def run(x, stack=stack):
+        with LiveBytes([x, *stack.parameters()]) as live:
             outputs = stack(x, x)
             stack[0].F.aux.backward(retain_graph=True)
-            return outputs
-
-        peaks.append(footprint(run, [x], stack.parameters()).peak)
+            del outputs
+        peaks.append(live.peak)
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@every_scheduler
+def test_a_lazy_module_is_made_by_its_first_forward(scheduler):
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        stack = ReversibleSequence([(nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5)), mlp())], scheduler=s)
+        xs = leaves(dtype=torch.float32)
+        loss(stack(*xs)).backward()
+        found.append([x.grad for x in xs])
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*found, strict=True))
+
+
+@every_recomputing_scheduler
+def test_a_coupling_that_saves_tensors_on_a_first_stream_without_gradient(scheduler):
+    class Scaling(Coupling):
+        def merge(self, s, f):
+            return s * f.exp()
+
+        def unmerge(self, merged, f):
+            return merged * (-f).exp()
+
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        stack = ReversibleSequence([Step(mlp(), Scaling()) for _ in range(2)], scheduler=s).double()
+        x1, x2 = leaves()
+        loss(stack(x1.detach(), x2)).backward()
+        found.append([x2.grad, *(p.grad for p in stack.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
 
 
 def test_autocast_never_differentiates_another_weight_than_forward_used():
