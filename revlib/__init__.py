@@ -2,16 +2,20 @@
 
 from revlib.couplings import Additive, Coupling
 from revlib.loop import raise_pending
-from revlib.schedulers import Checkpoint, Naive, Reversible
+from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible
 from revlib.sequence import ReversibleSequence, invert, reversible
 from revlib.step import Step
 
 __version__ = "0.1.0"
 __all__ = [
     "Additive",
+    "Anchored",
+    "Budget",
     "Checkpoint",
     "Coupling",
+    "KeepLast",
     "Naive",
+    "PaReprop",
     "Reversible",
     "ReversibleSequence",
     "Step",

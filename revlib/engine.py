@@ -8,7 +8,7 @@ parameters and partial losses need no special case here, because nothing about t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import loop
 from revlib.modules import modules_of
-from revlib.record import Record
+from revlib.record import Record, Weight
 from revlib.replay import Autocast, Randomness
 from revlib.step import Branch, State, evaluate, merge, route
+from revlib.streams import Pace
 from revlib.tape import Tape
 
-__all__ = ["Plan", "run"]
+__all__ = ["Extras", "Plan", "run"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Plan:
 
     Step k leads from state k to state k + 1, so a stack of n steps has the states 0, ..., n. A step whose activations
     are not kept is repeated from state k if that is kept, and is otherwise undone, together with all steps between,
-    from the nearest state above that is kept or already recovered.
+    from the nearest state above that is kept or already recovered. Stream k is the one that step k merges away: a step
+    whose stream is kept need not be inverted, so its function stops as soon as its activations are back.
     """
 
     activations: Collection[int] = ()
     states: Collection[int] = ()
+    streams: Collection[int] = ()
 
     def check(self, length: int) -> None:
         for k in range(length):
@@ -49,14 +52,35 @@ class Plan:
                 )
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a scheduler may want besides: how far backward may err, a side stream for it, and to be told things."""
+
+    tolerance: float | None = None
+    pace: Pace | None = None
+    weights: list[Weight] | None = None  # forward adds what each step would take to keep
+    backward: Callable[[], None] | None = None  # called when backward reaches the stack
+
+
 def run(
-    branches: Sequence[Branch], state: State, context: Mapping[str, Any], plan: Plan, tolerance: float | None
+    branches: Sequence[Branch], state: State, context: Mapping[str, Any], plan: Plan, extras: Extras | None = None
 ) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in everything they use."""
     contexts = route(branches, len(state), context)
     if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        return _run(branches, state, contexts, plan, tolerance)
+        extras = extras or Extras()
+        state = _run(branches, state, contexts, plan, extras)
+        if extras.backward is not None:
+            _notify(extras.backward, state)
+        return state
     return _plain(branches, state, contexts)
+
+
+@torch.compiler.disable
+def _notify(backward: Callable[[], None], state: State) -> None:
+    for s in state:
+        if s.requires_grad and not s.is_leaf:
+            s.register_hook(lambda _: backward())
 
 
 def _plain(branches: Sequence[Branch], state: State, contexts: Sequence[dict[str, Any]]) -> State:
@@ -75,17 +99,15 @@ def _hooks_impossible() -> bool:
     )
 
 
-def _run(
-    branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, tolerance: float | None
-) -> State:
+def _run(branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, extras: Extras) -> State:
     if all(k in plan.activations for k in range(len(branches))):
         return _plain(branches, state, contexts)
-    return _taped(branches, state, contexts, plan, tolerance)
+    return _taped(branches, state, contexts, plan, extras)
 
 
 @torch.compiler.disable  # the hooks run in backward, where a compiled frame could not be recompiled
 def _taped(
-    branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, tolerance: float | None
+    branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, extras: Extras
 ) -> State:
     modules = [modules_of(b.owner) for b in branches]
     parameters = [p for ms in modules for m in ms for p in m._parameters.values() if p is not None]
@@ -94,18 +116,23 @@ def _taped(
     loop.raise_pending(wait=False)
     plan.check(len(branches))
     tensors = [*state, *parameters, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
-    tape = Tape(len(state), Randomness(tensors), Autocast(tensors), tolerance)
+    tape = Tape(
+        len(state), Randomness(tensors), Autocast(tensors), extras.tolerance, pace=extras.pace, weights=extras.weights
+    )
     copies = tree_map(lambda leaf: leaf, contexts)  # containers of our own: functions may append to the user's
-    needed_below = False
+    below = False  # backward needs the state before this step, to recover those below it
     for k, (branch, context) in enumerate(zip(branches, contexts, strict=True)):
-        dropped, repeated = k not in plan.activations, k in plan.states
-        if repeated:
-            tape.keep(k, state)
-        # Backward evaluates a step to refill its holders, or to reach one below it.
-        needed_below = dropped or (needed_below and not repeated)
-        record = Record(branch, copies[k], modules[k], dropped, repeated, guarded=needed_below)
+        dropped = k not in plan.activations
+        if k in plan.states:
+            tape.shelf.put(k, state)
+        if k in plan.streams:
+            tape.shelf.put(k, state[:1])
+        known = k in tape.shelf
+        # Backward evaluates a step to refill its holders, or to get past it.
+        record = Record(branch, copies[k], modules[k], dropped, known, guarded=dropped or (below and not known))
+        below = (dropped or below) and k not in plan.states
         state = tape.advance(record, state, context)
     if len(branches) in plan.states:
-        tape.keep(len(branches), state)
+        tape.shelf.put(len(branches), state)
     tape.end(state)
     return state

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from revlib import streams
+
 __all__ = ["Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
 
 _SAMPLES = 128
@@ -33,13 +35,21 @@ class Sampler:
         grid = self.grids.get(t.shape)
         if grid is None:
             per_dim = max(1, int(_SAMPLES ** (1 / max(1, t.ndim)) + 1e-9))
-            strides = [max(1, -(-n // per_dim)) for n in t.shape]
-            grid = self.grids[t.shape] = tuple(slice(self.offset % s, None, s) for s in strides)
+            grid = self.grids[t.shape] = tuple(self._places(n, min(n, per_dim)) for n in t.shape)
         return t.detach()[grid].clone()
+
+    def _places(self, n: int, count: int) -> slice:
+        """So many of n, evenly spaced; every one of the n at some offset."""
+        if count == 0:
+            return slice(0)
+        stride = n // count
+        first = self.offset % (n - stride * (count - 1))
+        return slice(first, first + stride * (count - 1) + 1, stride)
 
 
 class Witness(NamedTuple):
-    """One recovered stream: which step gave it back, both samples, and one to measure against, unless the original."""
+    """One recovered tensor, a stream or an activation: which step gave it back, both samples, and one to measure
+    against, unless the original."""
 
     name: str
     original: Tensor
@@ -65,7 +75,8 @@ def wide(t: Tensor) -> torch.dtype:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([n.double() for n in torch._foreach_norm(tensors)])
+    device = tensors[0].device  # streams may live on several
+    return torch.stack([n.to(device, torch.float64) for n in torch._foreach_norm(tensors)])
 
 
 def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | None) -> Tensor:
@@ -94,7 +105,7 @@ def _judge(errors: Tensor, names: Sequence[str], tolerance: float, when: str) ->
     if bad:
         error, name = bad[0]
         raise RuntimeError(
-            f"{when} recovered the stream that enters {name} with a relative error of {error:.2g}, "
+            f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
             f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
             "(a random generator of its own, a call counter, a tensor edited since forward), or its stream does not "
             "invert accurately (its result is far larger than the stream, or computed in a lower precision: keep the "
@@ -103,7 +114,7 @@ def _judge(errors: Tensor, names: Sequence[str], tolerance: float, when: str) ->
         )
 
 
-_pending: list[tuple[torch.cuda.Event, Tensor, list[str], float]] = []
+_pending: list[tuple[streams.Arriving, list[str], float]] = []
 
 
 def close(
@@ -121,13 +132,8 @@ def close(
         tolerance = default_tolerance(dtypes, witnesses[0].original.device.type != "cpu")
     if witnesses[0].original.device.type != "cuda":
         _judge(_errors(witnesses, tolerance, finite), names, tolerance, "backward")
-    elif not torch.cuda.is_current_stream_capturing():
-        errors = _errors(witnesses, tolerance, finite)
-        host = torch.empty(errors.shape, dtype=errors.dtype, pin_memory=True)
-        host.copy_(errors, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        _pending.append((done, host, names, tolerance))
+    elif not streams.driver.capturing():
+        _pending.append((streams.Arriving(_errors(witnesses, tolerance, finite)), names, tolerance))
 
 
 def raise_pending(*, wait: bool = True) -> None:
@@ -136,7 +142,6 @@ def raise_pending(*, wait: bool = True) -> None:
     Such verdicts arrive without a host synchronisation, so the last one of a run may still be under way when the run
     ends; call this once there. ``wait=False`` looks only at those that have arrived, as every stack does by itself.
     """
-    while _pending and (wait or _pending[0][0].query()):
-        done, host, names, tolerance = _pending.pop(0)
-        done.synchronize()
-        _judge(host, names, tolerance, "an earlier backward")
+    while _pending and not streams.driver.capturing() and (wait or _pending[0][0].here()):
+        verdict, names, tolerance = _pending.pop(0)
+        _judge(verdict.get(), names, tolerance, "an earlier backward")

@@ -5,97 +5,33 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from revlib.loop import Sampler
 from revlib.modules import ModuleState
-from revlib.step import Branch, State
+from revlib.replay import Randomness
+from revlib.saved import Holder, Versioned
+from revlib.step import Branch, State, evaluate, merge
 
-__all__ = ["FOR_GOOD", "Holder", "Record", "Saved"]
-
-FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
-
-
-class _Save(torch.autograd.Function):
-    """A node outside of every graph, holding a tensor as autograd does: version-checked, under the ambient hooks."""
-
-    @staticmethod
-    def forward(ctx: Any, key: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return key.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise AssertionError("a node that only holds a tensor was differentiated")
+__all__ = ["Record", "Weight", "intercept"]
 
 
-class Saved:
-    """One stream, kept as a saved tensor."""
+class Weight(NamedTuple):
+    """What keeping the activations of a step would take: bytes of its own, and streams, which other steps may share."""
 
-    def __init__(self, stream: Tensor) -> None:
-        with torch.enable_grad():
-            key = torch.empty(0, requires_grad=True, device="cpu")
-            # Detached, since the graph of the stream leads to holders, they to the tape, and the tape to here.
-            self.token: Tensor = _Save.apply(key, stream.detach())  # type: ignore[no-untyped-call]
-        self.opened: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
-
-    def get(self) -> Tensor:
-        # Neighbouring states share streams, and the ambient hooks may allow to open each only once.
-        stream, version = self.opened[0](), self.opened[1]
-        if stream is not None and stream._version == version:
-            return stream
-        try:
-            stream = self.token.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
-            self.opened = weakref.ref(stream), stream._version
-            return stream
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "an output of a reversible sequence, or a stream it checkpoints, was modified by an inplace operation "
-                "between forward and backward; backward starts from it, so edit a clone of it instead."
-            ) from error
+    own: int
+    saved: frozenset[int]  # by number
+    streams: tuple[int, ...]  # bytes of the m streams before the step, and of the new one
 
 
-class Versioned(NamedTuple):
-    """A tensor with the version that it must still have when autograd uses it."""
-
-    tensor: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, t: Tensor) -> Versioned:
-        return cls(t, -1 if t.is_inference() else t._version)
-
-    def get(self) -> Tensor:
-        if self.version >= 0 and self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {tuple(self.tensor.shape)}, saved inside a reversible sequence, is at version "
-                f"{self.tensor._version}; expected version {self.version}. Edit a clone of it instead."
-            )
-        return self.tensor
-
-
-class Holder:
-    """Stands in the graph for one saved tensor; dies when autograd releases its node."""
-
-    __slots__ = ("__weakref__", "fresh", "step", "values")
-
-    def __init__(self, step: int, tensor: Tensor) -> None:
-        self.step = step
-        self.fresh: Versioned | None = Versioned.of(
-            tensor
-        )  # while forward runs, for functions that differentiate inside
-        self.values: dict[Any, Versioned] = {}  # by graph task
-
-    def get(self, task: int) -> Tensor | None:
-        value = self.values.get(FOR_GOOD) or self.values.get(task)
-        return None if value is None else value.get()
+class _Enough(BaseException):
+    """Raised inside a function that is repeated for its activations alone, once it has saved the last of them."""
 
 
 @dataclass
@@ -106,7 +42,7 @@ class Record:
     context: dict[str, Any]
     modules: list[nn.Module]  # whose state the function reads
     dropped: bool  # its saved tensors are not kept
-    repeated: bool  # it is repeated from its own input, not inverted from its output
+    known: bool  # the stream it merges away is kept, so backward repeats it and need not invert it
     guarded: bool  # something may need it to be evaluated in backward
     module: ModuleState = field(init=False)
     needs: tuple[bool, ...] = ()  # requires_grad of its m streams
@@ -118,8 +54,8 @@ class Record:
     holders: list[weakref.ref[Holder]] = field(default_factory=list)
     kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     split: int = 0  # the function made so many holders, the coupling the rest
-    sample: Tensor | None = None  # of the stream that backward will recover
-    reference: Tensor | None = None  # what its error is measured against, where that is not the stream itself
+    samples: dict[int, Tensor] = field(default_factory=dict)  # of saved tensors, by position; -1: of the stream
+    reference: Tensor | None = None  # what the stream's error is measured against, where that is not itself
 
     def living(self) -> Iterator[Holder]:
         return (h for h in (ref() for ref in self.holders) if h is not None)
@@ -160,16 +96,91 @@ class Record:
 
         return pack
 
-    def refill(self, key: Any, part: slice, run: Callable[[], Any], *, fill: bool) -> Any:
-        """Run a part of the step with gradients, as forward did; its holders get what autograd saves this time."""
+    def activations(self) -> Iterator[tuple[int, Tensor]]:
+        """During the first run: the saved tensors of the function that are not its parameters, last first."""
+        for i in reversed(range(len(self.holders))):
+            holder = self.holders[i]()
+            t = None if holder is None or holder.fresh is None else holder.fresh.tensor
+            if t is not None and not isinstance(t, nn.Parameter) and not isinstance(t._base, nn.Parameter):
+                yield i, t
+
+    def sample(self, sampler: Sampler, s: Tensor, merged: Tensor, *, unseen: bool) -> None:
+        """During the first run: of what backward will recover, the stream or, if that is known, the last activations.
+
+        A stream ``unseen`` by any function may be tiny beside what is merged into it.
+        """
+        if self.known:
+            latest = [(i, t) for i, t in self.activations() if i < self.split][:2]
+            self.samples = {i: sampler(t) for i, t in latest}
+        else:
+            self.samples, self.reference = {-1: sampler(s)}, sampler(merged) if unseen else None
+
+    def weigh(self, index: int, state: State) -> Weight:
+        """During the first run, from state ``index``: the bytes of what autograd saves."""
+        kept = [t for m in self.modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        kept += [t for t in tree_leaves(self.context) if isinstance(t, Tensor)]
+        paid = {_storage(t): None for t in kept}
+        places = {_storage(t): i for i, t in enumerate(state, index)}
+        own, saved = 0, set()
+        for _, t in self.activations():
+            storage = _storage(t)
+            if storage in places:
+                saved.add(places[storage])
+            elif storage not in paid:
+                own += t.untyped_storage().nbytes() if storage > 0 else t.nbytes
+                paid[storage] = None
+        return Weight(own, frozenset(saved), tuple(t.nbytes for t in state))
+
+    # ------------------------------------------------------------------------------------------ again
+    def again(
+        self, inputs: State, s: Tensor | None, merged: Tensor | None, key: Any, randomness: Randomness, *, fill: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the step again on its inputs, to fill its holders, and to invert it unless ``s`` is known.
+
+        -> the stream it merges away, and what has been recovered of the tensors in ``samples``.
+        """
+        remerges, found = len(self.holders) > self.split, dict[int, Tensor]()
+        f = None
+        if s is None or (fill and (self.dropped or remerges)):
+            self.check()
+            inputs = tuple(t.detach().requires_grad_(n) for t, n in zip(inputs, self.needs[1:], strict=True))
+            with randomness.replaying(self.drawn), self.module.bound():
+                context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
+                run = partial(evaluate, self.branch, inputs, context)
+                part = slice(0, self.split)
+                f, saved = self._refill(key, part, run, fill=fill, whole=s is None or remerges)
+                found = {i: saved[i].tensor for i in self.samples if 0 <= i < len(saved)}
+        if s is None:
+            assert merged is not None
+            with torch.no_grad():
+                s = self.branch.coupling.unmerge(merged, tree_map(Tensor.detach, f)).to(self.dtype)
+                if s.stride() != self.stride and self.dense:  # kernels may depend on the layout
+                    s = torch.empty_strided(s.shape, self.stride, dtype=s.dtype, device=s.device).copy_(s)
+            found = {-1: s}
+        if remerges and fill:
+            remerge = partial(merge, self.branch, s.detach().requires_grad_(self.needs[0]), f)
+            self._refill(key, slice(self.split, None), remerge, fill=fill, whole=False)
+        return s, found
+
+    def _refill(
+        self, key: Any, part: slice, run: Callable[[], Any], *, fill: bool, whole: bool
+    ) -> tuple[Any, list[Versioned]]:
+        """Run a part of the step with gradients, as forward did; its holders get what autograd saves this time.
+
+        Unless the result is needed as a ``whole``, it goes only as far as to save the last tensor: the second linear
+        layer of an MLP, for one, is needed to invert the step, and not for its gradient.
+        """
         holders, kinds, saved = self.holders[part], self.kinds[part], list[Versioned]()
-        name, dropped = self.branch.name, self.dropped
+        name, dropped, result = self.branch.name, self.dropped, None
+        whole = whole or not dropped
 
         def pack(t: Tensor) -> int:
             i = len(saved)
             if dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
                 _mismatch(name, i, kinds, f"{tuple(t.shape)} {t.dtype}")
             saved.append(Versioned.of(t.detach()))
+            if not whole and len(saved) == len(kinds):
+                raise _Enough
             return i
 
         def unpack(i: int) -> Tensor:
@@ -181,17 +192,23 @@ class Record:
             return saved[i].get()
 
         try:
-            with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-                result = run()
-            if dropped and len(saved) != len(kinds):
-                _mismatch(name, len(saved), kinds, "nothing more")
-            for ref, value in zip(holders, saved, strict=False):
-                holder = ref()
-                if holder is not None and fill:
-                    holder.values[key] = value
-        finally:
-            saved.clear()  # the function may have captured some of this graph, which nobody differentiates
-        return result
+            if whole or kinds:
+                with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+                    result = run()
+        except _Enough:
+            pass
+        except BaseException:
+            saved.clear()
+            raise
+        values = saved.copy()
+        saved.clear()  # the function may have captured some of this graph, which nobody differentiates
+        if dropped and len(values) != len(kinds):
+            _mismatch(name, len(values), kinds, "nothing more")
+        for ref, value in zip(holders, values, strict=False):
+            holder = ref()
+            if holder is not None and fill:
+                holder.values[key] = value
+        return result, values
 
 
 def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:
@@ -201,3 +218,26 @@ def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], ca
         "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
         "and the default random generators. Something it reads has changed since forward, or it chooses at random."
     )
+
+
+def _storage(t: Tensor) -> int:
+    """What tensors share that share memory; negative for those that have none."""
+    try:
+        return t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return -id(t)
+
+
+def intercept(before_gradient: Callable[[], Callable[[int], None] | None], k: int, t: Any) -> Any:
+    """A view of what a function returned, whose gradient reaches the tape before it reaches the function."""
+    if not isinstance(t, Tensor) or not t.requires_grad:
+        return t
+    view = t.view_as(t)  # its own node: the function may have returned a stream, a parameter or a captured tensor
+
+    def hook(_: Tensor) -> None:
+        alive = before_gradient()
+        if alive is not None:
+            alive(k)
+
+    view.register_hook(hook)
+    return view

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from revlib.couplings import Additive, Coupling
 from revlib.schedulers import Reversible, Scheduler
+from revlib.schedulers.base import checked as _checked_scheduler
 from revlib.step import Branch, Pair, State, Step, retreat, route
 from revlib.step import checked as _checked_coupling
 
@@ -31,15 +32,6 @@ def _branches(items: Iterable[Any], coupling: Coupling) -> list[Branch]:
 
 def _name(fn: Callable[..., Any]) -> str:
     return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
-
-
-def _checked_scheduler(scheduler: Scheduler) -> Scheduler:
-    if not isinstance(scheduler, Scheduler):
-        raise TypeError(
-            f"scheduler must be a value from revlib.schedulers such as Reversible(), got {scheduler!r}"
-            + ("; call it to make one" if isinstance(scheduler, type) else "")
-        )
-    return scheduler
 
 
 def _checked_streams(streams: tuple[Any, ...]) -> State:
@@ -115,7 +107,7 @@ class ReversibleSequence(nn.Module):
         self, items: Functions = (), coupling: Coupling | None = None, scheduler: Scheduler | None = None
     ) -> None:
         super().__init__()
-        self.coupling = _checked_coupling(coupling or Additive())
+        self.coupling = coupling or Additive()
         self.scheduler = scheduler or Reversible()
         for item in items:
             self.append(item)
@@ -126,12 +118,20 @@ class ReversibleSequence(nn.Module):
         return self
 
     @property
+    def coupling(self) -> Coupling:
+        return self._coupling
+
+    @coupling.setter
+    def coupling(self, coupling: Coupling) -> None:
+        self._coupling = _checked_coupling(coupling)
+
+    @property
     def scheduler(self) -> Scheduler:
         return self._scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Scheduler) -> None:
-        self._scheduler = _checked_scheduler(scheduler)
+        self._scheduler = _checked_scheduler(scheduler, "scheduler")
 
     @property
     def branches(self) -> list[Branch]:
@@ -186,7 +186,9 @@ def reversible(
     capture cannot be checked for edits since forward, other than by closing the loop.
     """
     branches = _branches(functions, _checked_coupling(coupling or Additive()))
-    return _checked_scheduler(scheduler or Reversible()).run(branches, _checked_streams(streams), context or {})
+    return _checked_scheduler(scheduler or Reversible(), "scheduler").run(
+        branches, _checked_streams(streams), context or {}
+    )
 
 
 def invert(

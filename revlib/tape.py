@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
-from revlib import loop
-from revlib.record import FOR_GOOD, Holder, Record, Saved
+from revlib import loop, streams
+from revlib.record import Record, Weight, intercept
 from revlib.replay import Autocast, Randomness
+from revlib.saved import FOR_GOOD, Holder, Shelf
 from revlib.step import State, evaluate, merge
 
 __all__ = ["Tape"]
@@ -51,26 +52,29 @@ def _task() -> tuple[int, bool]:
 class Tape:
     """The memory of one forward pass through a stack of m streams, shared by all backward passes through its graph."""
 
-    def __init__(self, m: int, randomness: Randomness, autocast: Autocast, tolerance: float | None) -> None:
-        self.m, self.randomness, self.autocast, self.tolerance = m, randomness, autocast, tolerance
+    def __init__(
+        self,
+        m: int,
+        randomness: Randomness,
+        autocast: Autocast,
+        tolerance: float | None,
+        pace: streams.Pace | None,
+        weights: list[Weight] | None,
+    ) -> None:
+        self.randomness, self.autocast, self.tolerance = randomness, autocast, tolerance
+        self.pace, self.weights = pace, weights
         self.sampler = loop.Sampler()
         self.records: list[Record] = []
-        self.kept: dict[int, Saved] = {}  # the streams of the kept states
-        self.states: set[int] = set()
+        self.shelf = Shelf(m)
         self.cursors: dict[Any, Cursor] = {}
         self.watched: set[int] = set()
+        self.launches: dict[int, streams.Launch] = {}  # by the step they recover
+        self.lowest = -1  # step that backward may evaluate
         self.dtypes: set[torch.dtype] = set()
         self.finite: Tensor | None = None  # whether the last state is
         self.lock = threading.RLock()
 
     # ------------------------------------------------------------------------------------------ forward
-    def keep(self, index: int, state: State) -> None:
-        """Store a whole state; neighbouring states share their streams."""
-        self.states.add(index)
-        for i, stream in enumerate(state, index):
-            if i not in self.kept:
-                self.kept[i] = Saved(stream)
-
     def advance(self, record: Record, state: State, context: dict[str, Any]) -> State:
         """The first run of a step."""
         k, (s, *inputs) = len(self.records), state
@@ -83,26 +87,30 @@ class Tape:
             record.module.seal()
             record.split = len(record.holders)
             if record.guarded:
-                guard = partial(_before_gradient, weakref.ref(self), k)
+                guard = partial(intercept, weakref.WeakMethod(self.before_gradient), k)
                 f = guard(f) if isinstance(f, Tensor) else tree_map(guard, f)
             with hooks:
                 merged = merge(record.branch, s, f)
+            if record.dropped and self.tolerance != math.inf:
+                record.sample(self.sampler, s, merged, unseen=k == 0 and len(record.holders) == record.split)
+            if self.weights is not None:
+                self.weights.append(record.weigh(k, (*state, merged)))
         finally:
             for holder in record.living():
                 holder.fresh = None
         self.dtypes.update(t.dtype for t in (s, merged, *tree_leaves(f)))
-        if record.dropped and self.tolerance != math.inf:
-            record.sample = self.sampler(merged if record.repeated else s)
-            if k == 0 and len(record.holders) == record.split:
-                # No function sees the first stream: it may be tiny beside what is merged into it.
-                record.reference = self.sampler(merged)
         return (*inputs, merged)
 
     def end(self, state: State) -> None:
         """After the last step."""
+        self.lowest = next((k for k, record in enumerate(self.records) if record.guarded), -1)
+        if self.pace and not all(streams.driver.serves(s) and s.device == state[0].device for s in state):
+            self.pace = None
+        self.device = state[0].device
         if self.tolerance != math.inf:
             with torch.no_grad():
-                self.finite = torch.stack([s.sum(dtype=loop.wide(s)).isfinite() for s in state]).all()
+                sums = [s.sum(dtype=loop.wide(s)).isfinite().to(self.device) for s in state]
+                self.finite = torch.stack(sums).all()
 
     # ------------------------------------------------------------------------------------------ backward
     def unpack(self, holder: Holder) -> Tensor:
@@ -110,9 +118,8 @@ class Tape:
             return holder.fresh.get()
         task, keeps = _task()
         value = holder.get(task)
-        if value is None:
-            with self.lock:
-                self.recover(holder.step, task, keeps)
+        if value is None or holder.step in self.launches:
+            self.need(holder.step, task, keeps)
             value = holder.get(task)
             if task == -1:
                 self.forget(task)
@@ -121,11 +128,31 @@ class Tape:
 
     def before_gradient(self, k: int) -> None:
         """Recover step k before any gradient enters its function: an optimizer may step inside backward."""
-        task, keeps = _task()
+        self.need(k, *_task())
+
+    def need(self, k: int, task: int, keeps: bool) -> None:
+        """Have step k recovered, and with a side stream the next one on its way."""
         with self.lock:
+            launch = self.launches.pop(k, None)
+            if launch is not None:
+                launch.join()
             cursors = (self.cursors.get(FOR_GOOD), self.cursors.get(task))
             if not any(c is not None and k in c.done for c in cursors):
                 self.recover(k, task, keeps)
+            if self.pace and not keeps:
+                if k == self.lowest:
+                    self.pace.ended(self.device)
+                elif self.pace.ahead:
+                    self.look_ahead(k - 1, self.pace)
+
+    def look_ahead(self, k: int, pace: streams.Pace) -> None:
+        """Recover step k on a side stream, next to the gradients of the step above."""
+        cursor = self.cursors[FOR_GOOD]
+        if cursor.index == k + 1 and self.records[k].guarded and k not in self.launches:
+            work = partial(self._run, k, cursor, FOR_GOOD, fill=True)
+            launch = self.launches[k] = streams.Launch(self.device, work, held=(cursor.state, self.records[k]))
+            if launch.failure is not None:  # for whoever needs the step, if anyone does
+                pace.failed(launch.failure)
 
     def recover(self, k: int, task: int, keeps: bool) -> None:
         """Refill the holders of step k, undoing the steps above it that this task has not undone yet."""
@@ -134,14 +161,16 @@ class Tape:
         if task != -1 and task not in self.watched:
             self.watched.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(partial(self.finish, task, key))
+            if self.pace and not keeps:
+                self.pace.started(self.device)
         try:
             if keeps:  # nodes of other steps have run; should one still ask, it is served by another recovery
                 self._clear(key, cursor.done - {k})
             self._start(k, cursor, consume=not keeps)
             if cursor.index == k:
-                self._repeat(k, cursor, key)
+                self._run(k, cursor, key, fill=True)
             while cursor.index > k:  # what is recovered for this task alone need not be kept on the way
-                self._undo(cursor.index - 1, cursor, key, fill=not keeps or cursor.index - 1 == k)
+                self._run(cursor.index - 1, cursor, key, fill=not keeps or cursor.index - 1 == k)
         except BaseException:
             if keeps:
                 self.forget(key)
@@ -149,13 +178,11 @@ class Tape:
 
     def _start(self, k: int, cursor: Cursor, *, consume: bool) -> None:
         """Put the cursor on the nearest known state from k upwards; a kept one is exact, so it wins a tie."""
-        kept = min((j for j in self.states if j >= k), default=None)
+        kept = self.shelf.nearest(k)
         if kept is not None and (cursor.index < k or kept <= cursor.index):
-            cursor.index, cursor.state = kept, tuple(self.kept[i].get() for i in range(kept, kept + self.m))
-            if consume:  # autograd releases the graph as it goes, and this with it
-                self.states.discard(kept)
-                needed = {i for j in self.states for i in range(j, j + self.m)}
-                self.kept = {i: saved for i, saved in self.kept.items() if i in needed}
+            cursor.index, cursor.state = kept, self.shelf.state(kept)
+            if consume and not (kept < len(self.records) and self.records[kept].guarded):  # step `kept` repeats from it
+                self.shelf.drop(kept)  # autograd releases the graph as it goes, and this with it
         elif cursor.index < k and self.cursors.get(FOR_GOOD, cursor).index >= k:  # where an earlier task has left off
             cursor.index, cursor.state = self.cursors[FOR_GOOD].index, self.cursors[FOR_GOOD].state
         elif cursor.index < k:
@@ -164,53 +191,30 @@ class Tape:
                 "Specify retain_graph=True to go backward a second time; differentiate only after its forward is done."
             )
 
-    def _undo(self, k: int, cursor: Cursor, key: Any, *, fill: bool) -> None:
-        """From state k + 1 to state k."""
-        record, (*inputs, merged) = self.records[k], cursor.state
+    def _run(self, k: int, cursor: Cursor, key: Any, *, fill: bool) -> None:
+        """Recover step k from the state after it or, if the cursor is there already, the state before it."""
+        record = self.records[k]
+        before = cursor.index == k
+        inputs = cursor.state[1:] if before else cursor.state[:-1]
+        known, merged = (cursor.state[0], None) if before else (self.shelf.stream(k), cursor.state[-1])
         with self.autocast.replaying():
-            f = self._evaluate(record, tuple(inputs), key, fill=fill)
-            with torch.no_grad():
-                s = record.branch.coupling.unmerge(merged, tree_map(Tensor.detach, f)).to(record.dtype)
-                if s.stride() != record.stride and record.dense:  # kernels may depend on the layout
-                    s = torch.empty_strided(s.shape, record.stride, dtype=s.dtype, device=s.device).copy_(s)
-            if len(record.holders) > record.split:
-                again = s.detach().requires_grad_(record.needs[0])
-                record.refill(key, slice(record.split, None), partial(merge, record.branch, again, f), fill=fill)
-        if not record.repeated:  # whose sample is of the stream it makes, not of the one it merges away
-            self._witness(record, s, cursor)
+            s, found = record.again(inputs, known, merged, key, self.randomness, fill=fill)
+        for i, sample in record.samples.items():
+            if i in found:
+                again, reference = self.sampler(found[i]), record.reference
+                cursor.witnesses.append(loop.Witness(record.branch.name, sample, again, reference))
         cursor.index, cursor.state = k, (s, *inputs)
         if fill:
             cursor.done.add(k)
-
-    def _repeat(self, k: int, cursor: Cursor, key: Any) -> None:
-        """Step k once more, from state k."""
-        record, (s, *inputs) = self.records[k], cursor.state
-        with self.autocast.replaying():
-            f = self._evaluate(record, tuple(inputs), key, fill=True)
-            again = s.detach().requires_grad_(record.needs[0])
-            run = partial(merge, record.branch, again, f)
-            merged = record.refill(key, slice(record.split, None), run, fill=True)
-        self._witness(record, merged, cursor)
-        cursor.done.add(k)
-
-    def _evaluate(self, record: Record, inputs: State, key: Any, *, fill: bool) -> Any:
-        record.check()
-        inputs = tuple(t.detach().requires_grad_(n) for t, n in zip(inputs, record.needs[1:], strict=True))
-        with self.randomness.replaying(record.drawn), record.module.bound():
-            context = tree_map(lambda leaf: leaf, record.context) if record.context else {}
-            run = partial(evaluate, record.branch, inputs, context)
-            return record.refill(key, slice(0, record.split), run, fill=fill)
+            if key is FOR_GOOD:
+                self.shelf.drop(k)
 
     # ------------------------------------------------------------------------------------------ endings
-    def _witness(self, record: Record, stream: Tensor, cursor: Cursor) -> None:
-        if record.sample is not None:
-            cursor.witnesses.append(
-                loop.Witness(record.branch.name, record.sample, self.sampler(stream), record.reference)
-            )
-
     def finish(self, task: int, key: Any) -> None:
         """At the end of a graph task: compare what it recovered, and release what was recovered for it alone."""
         self.watched.discard(task)
+        while self.launches:
+            self.launches.popitem()[1].join()
         cursor = self.cursors[key]
         witnesses, cursor.witnesses = cursor.witnesses, []
         if key is not FOR_GOOD:
@@ -230,18 +234,3 @@ class Tape:
             for holder in self.records[k].living():
                 holder.values.pop(key, None)
         steps.clear()
-
-
-def _before_gradient(tape: weakref.ref[Tape], k: int, t: Any) -> Any:
-    """A view of what a function returned, whose gradient reaches the tape before it reaches the function."""
-    if not isinstance(t, Tensor) or not t.requires_grad:
-        return t
-    view = t.view_as(t)  # its own node: the function may have returned a stream, a parameter or a captured tensor
-
-    def hook(_: Tensor) -> None:
-        alive = tape()
-        if alive is not None:
-            alive.before_gradient(k)
-
-    view.register_hook(hook)
-    return view

@@ -237,6 +237,15 @@ def unrepeatable_net(scheduler, make, dtype):
 @every_recomputing_scheduler
 def test_a_function_that_does_not_repeat(scheduler, dtype, make):
     stack = unrepeatable_net(scheduler, make, dtype)
+    if scheduler == Checkpoint() and make is not privately_random:
+        # It stops before the number that differs, which the graph of forward holds.
+        found = []
+        for s in (ByHand(), scheduler):
+            stack, xs = unrepeatable_net(s, make, dtype), leaves(16, 4, dtype=dtype)
+            loss(stack(*xs)).backward()
+            found.append(grads(*xs, stack))
+        assert error(found[1], found[0]) < (1e-10 if dtype == torch.float64 else 1e-5)
+        return
     with pytest.raises(RuntimeError, match=r"enters G of block 1 \(Lambda\) with a relative error"):
         loss(stack(*leaves(16, 4, dtype=dtype))).backward()
 

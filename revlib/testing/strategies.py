@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from revlib.schedulers import Checkpoint, Naive, Plan, Reversible, Scheduler
+from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Plan, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 from revlib.step import Step
 
@@ -114,20 +114,31 @@ def stacks(
 
 @dataclass(frozen=True)
 class Planned(Scheduler):
-    """A scheduler that keeps the steps and states it is told to, as far as the stack reaches, and the last state."""
+    """A scheduler that keeps the steps, states and streams it is told to, as far as the stack reaches, and the last
+    state."""
 
     activations: tuple[int, ...]
     states: tuple[int, ...]
+    streams: tuple[int, ...] = ()
 
     def plan(self, length: int) -> Plan:
-        return Plan(self.activations, {length} | {j for j in self.states if j < length})
+        return Plan(self.activations, {length} | {j for j in self.states if j < length}, self.streams)
 
 
 def schedulers() -> st.SearchStrategy[Scheduler]:
     """The library's schedulers, and arbitrary plans."""
     some = st.sets(st.integers(0, 9), max_size=4).map(lambda s: tuple(sorted(s)))
+    below = st.one_of(
+        st.sampled_from([Reversible(), PaReprop()]),
+        st.builds(Checkpoint, every=st.integers(1, 4)),
+        st.builds(Anchored, every=st.integers(1, 5)),
+    )
     return st.one_of(
-        st.sampled_from([Reversible(), Checkpoint(), Naive()]), st.builds(Planned, activations=some, states=some)
+        st.just(Naive()),
+        below,
+        st.builds(KeepLast, steps=st.integers(0, 6), below=below),
+        st.builds(Budget, fraction=st.floats(0, 1), below=below),
+        st.builds(Planned, activations=some, states=some, streams=some),
     )
 
 

@@ -1,0 +1,140 @@
+"""Tensors as autograd saves them: kept with their version, or replaced by a holder that is filled later."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from revlib.step import State
+
+__all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned"]
+
+FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
+
+
+class _Save(torch.autograd.Function):
+    """A node outside of every graph, holding a tensor as autograd does: version-checked, under the ambient hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return key.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("a node that only holds a tensor was differentiated")
+
+
+class Saved:
+    """One stream, kept as a saved tensor."""
+
+    def __init__(self, stream: Tensor) -> None:
+        with torch.enable_grad():
+            key = torch.empty(0, requires_grad=True, device="cpu")
+            # Detached, since the graph of the stream leads to holders, they to the tape, and the tape to here.
+            self.token: Tensor = _Save.apply(key, stream.detach())  # type: ignore[no-untyped-call]
+        self.opened: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
+
+    def get(self) -> Tensor:
+        # Neighbouring states share streams, and the ambient hooks may allow to open each only once.
+        stream, version = self.opened[0](), self.opened[1]
+        if stream is not None and stream._version == version:
+            return stream
+        try:
+            stream = self.token.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+            self.opened = weakref.ref(stream), stream._version
+            return stream
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "an output of a reversible sequence, or a stream it checkpoints, was modified by an inplace operation "
+                "between forward and backward; backward starts from it, so edit a clone of it instead."
+            ) from error
+
+
+class Shelf:
+    """The streams that forward keeps: whole states, from which backward can start, and single ones.
+
+    Neighbouring states share streams: each is stored once, until nothing needs it.
+    """
+
+    def __init__(self, m: int) -> None:
+        self.m = m
+        self.states: set[int] = set()
+        self.singles: set[int] = set()
+        self.streams: dict[int, Saved] = {}
+        self.uses: Counter[int] = Counter()
+
+    def __contains__(self, stream: int) -> bool:
+        return stream in self.streams
+
+    def put(self, index: int, state: State) -> None:
+        """Keep state ``index`` or, given one stream, that stream."""
+        (self.states if len(state) == self.m else self.singles).add(index)
+        for i, stream in enumerate(state, index):
+            self.uses[i] += 1
+            if i not in self.streams:
+                self.streams[i] = Saved(stream)
+
+    def nearest(self, index: int) -> int | None:
+        """The lowest kept state from ``index`` upwards."""
+        return min((j for j in self.states if j >= index), default=None)
+
+    def state(self, index: int) -> State:
+        return tuple(self.streams[i].get() for i in range(index, index + self.m))
+
+    def stream(self, index: int) -> Tensor | None:
+        return self.streams[index].get() if index in self.streams else None
+
+    def drop(self, index: int) -> None:
+        """Keep state ``index`` and stream ``index`` no longer."""
+        for group, count in ((self.states, self.m), (self.singles, 1)):
+            if index in group:
+                group.remove(index)
+                for i in range(index, index + count):
+                    self.uses[i] -= 1
+                    if not self.uses[i]:
+                        del self.streams[i]
+
+
+class Versioned(NamedTuple):
+    """A tensor with the version that it must still have when autograd uses it."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Versioned:
+        return cls(t, -1 if t.is_inference() else t._version)
+
+    def get(self) -> Tensor:
+        if self.version >= 0 and self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {tuple(self.tensor.shape)}, saved inside a reversible sequence, is at version "
+                f"{self.tensor._version}; expected version {self.version}. Edit a clone of it instead."
+            )
+        return self.tensor
+
+
+class Holder:
+    """Stands in the graph for one saved tensor; dies when autograd releases its node."""
+
+    __slots__ = ("__weakref__", "fresh", "step", "values")
+
+    def __init__(self, step: int, tensor: Tensor) -> None:
+        self.step = step
+        self.fresh: Versioned | None = Versioned.of(
+            tensor
+        )  # while forward runs, for functions that differentiate inside
+        self.values: dict[Any, Versioned] = {}  # by graph task
+
+    def get(self, task: int) -> Tensor | None:
+        value = self.values.get(FOR_GOOD) or self.values.get(task)
+        return None if value is None else value.get()

@@ -1,0 +1,160 @@
+"""Budget: keep as many of the last activations as fit into a number of bytes, and recover the rest."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from revlib.engine import Extras, Plan
+from revlib.record import Weight
+from revlib.schedulers.base import Scheduler, checked, signature
+from revlib.schedulers.plans import KeepLast, Reversible
+from revlib.step import Branch, State
+
+__all__ = ["Budget"]
+
+_MANY = 256
+
+
+@dataclass(frozen=True)
+class Budget(Scheduler):
+    """Keep the activations of as many last steps as fit into a budget, and leave the rest to another scheduler.
+
+    The first forward of each shape keeps no activations, and measures what each step would take; from the second on,
+    the budget is used: for activations, and what is left for single streams (see :class:`Checkpoint`). It bounds what
+    all stacks that share this value keep between one forward pass and its backward (give several stages of a model the
+    same ``Budget``, and the last steps of the last stage come first). The peak of backward is higher by what
+    differentiating a step takes, as it is for ``Naive``. The very last step is always kept: backward starts with it, so
+    keeping it costs no peak.
+
+    Cost where k of n equal steps fit, in units of one forward: time 4 - k/n over ``Reversible``.
+
+    Args:
+        bytes: to keep at most; or
+        fraction: of the bytes that ``Naive`` would keep, between 0 and 1.
+        below: the scheduler of the steps that do not fit. What it keeps itself counts too, if it keeps states or
+            streams (``Checkpoint``, ``Anchored``).
+
+    A forward pass is what runs between two backward passes. Steps are measured again when shapes, dtypes, autocast or
+    the modules' modes change; freezing parameters later is not noticed.
+    """
+
+    bytes: int | None = None
+    fraction: float | None = None
+    below: Scheduler = field(default_factory=Reversible)
+    _ledger: _Ledger = field(default_factory=lambda: _Ledger(), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        checked(self.below, "Budget(below=...)")
+        if (self.bytes is None) == (self.fraction is None):
+            raise ValueError("Budget takes either bytes=..., or fraction=... of what Naive would keep")
+        if self.bytes is not None and (not isinstance(self.bytes, int) or self.bytes < 0):
+            raise ValueError(f"Budget(bytes=...) takes a whole number of bytes, such as 2 * 2**30, got {self.bytes!r}")
+        if self.fraction is not None and not 0 <= self.fraction <= 1:
+            raise ValueError(f"Budget(fraction=...) takes a number from 0 to 1, got {self.fraction!r}")
+
+        if self.below.plan(4).activations:
+            raise ValueError(f"Budget(below=...) takes a scheduler that keeps no activations itself, got {self.below}")
+
+    @property
+    def tolerance(self) -> float | None:  # type: ignore[override]
+        return self.below.tolerance
+
+    def plan(self, length: int) -> Plan:
+        """Before anything has been measured."""
+        return self.below.plan(length)
+
+    @torch.compiler.disable
+    def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
+        if not branches or not torch.is_grad_enabled():
+            return self.below.prepare(branches, state)
+        key, ledger = signature(branches, state), self._ledger
+        with ledger.lock:
+            place, runs = ledger.expect(key)
+            sizes = [ledger.sizes.get(run, []) for run in runs]
+            known = bool(runs) and all(len(weights) == len(run[0]) for weights, run in zip(sizes, runs, strict=True))
+            if known and runs not in ledger.shares:
+                ledger.shares[runs] = self._share(sizes)
+            steps, extra = ledger.shares[runs][place] if known else (0, 0)
+            weights: list[Weight] | None = None
+            if not known:
+                weights = ledger.sizes[key] = []
+        plan, extras = KeepLast(steps, self.below).prepare(branches, state)
+        plan = replace(plan, streams={*plan.streams, *_singles(len(branches) - steps)[:extra]})
+        return plan, replace(extras, weights=weights, backward=ledger.close)
+
+    def _share(self, sizes: Sequence[Sequence[Weight]]) -> list[tuple[int, int]]:
+        """How many of the last steps each run of a forward pass keeps, and how many streams of those below them."""
+        steps = [0] * len(sizes)
+        extra = [0] * len(sizes)
+        least = [self._held(weights, 0) for weights in sizes]
+        if self.bytes is not None:
+            free = self.bytes - sum(least)
+        else:
+            free = int((self.fraction or 0) * sum(self._held(weights, len(weights)) for weights in sizes)) - sum(least)
+        for i in reversed(range(len(sizes))):
+            weights, allowed = sizes[i], free + least[i]
+            steps[i] = bisect.bisect_right(range(1, len(weights) + 1), allowed, key=partial(self._held, weights))
+            if i == len(sizes) - 1:
+                steps[i] = max(1, steps[i])
+            held = partial(self._held, weights, steps[i])
+            extra[i] = bisect.bisect_right(range(1, len(weights) - steps[i] + 1), allowed, key=held)
+            free = allowed - held(extra[i])
+            if steps[i] < len(weights):
+                break
+        return list(zip(steps, extra, strict=True))
+
+    def _held(self, weights: Sequence[Weight], steps: int, extra: int = 0) -> int:
+        """Bytes that a run keeps with the activations of so many last steps, and so many streams below them."""
+        length, m = len(weights), len(weights[0].streams) - 1
+        plan = self.below.plan(length - steps) if steps < length else Plan()
+        streams = {*plan.streams, *(i for j in plan.states for i in range(j, j + m)), *_singles(length - steps)[:extra]}
+        for weight in weights[length - steps :]:
+            streams |= weight.saved
+        shared = sum(weights[min(i, length - 1)].streams[max(0, i - length + 1)] for i in streams)
+        return shared + sum(weight.own for weight in weights[length - steps :])
+
+
+def _singles(length: int) -> list[int]:
+    """Streams to keep where less than a step's activations fits, the best first: a step whose stream is kept need not
+    be inverted. Of pairs (F, G), that saves most in G, whose last linear layer is the largest."""
+    return [*range(length - 1, -1, -2), *range(length - 2, -1, -2)]
+
+
+class _Ledger:
+    """What has been measured, and in which order the stacks of a model run."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sizes: dict[Any, list[Weight]] = {}  # by signature
+        self.following: dict[Any, tuple[Any, ...]] = {}  # what ran after a signature at a place of a pass, last time
+        self.shares: dict[tuple[Any, ...], list[tuple[int, int]]] = {}  # what to keep, by the runs of a pass
+        self.current: list[Any] = []
+        self.closed = False
+
+    def __reduce__(self) -> Any:  # a copied model starts afresh
+        return _Ledger, ()
+
+    def close(self) -> None:
+        """A backward has begun: the next forward starts a new pass."""
+        self.closed = True
+
+    def expect(self, key: Any) -> tuple[int, tuple[Any, ...]]:
+        """This run's place in its pass, and all runs of the pass as far as is known: none if nothing is."""
+        if self.closed or len(self.current) > _MANY:
+            for place, run in enumerate(self.current):
+                self.following[place, run] = tuple(self.current[place + 1 :])
+            self.current, self.closed = [], False
+        for memory in (self.sizes, self.following, self.shares):
+            if len(memory) > _MANY:  # shapes that never come again
+                memory.clear()
+        place = len(self.current)
+        self.current.append(key)
+        after = self.following.get((place, key))
+        return place, () if after is None else (*self.current, *after)

@@ -1,0 +1,128 @@
+"""Schedulers that are nothing but a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from revlib.engine import Extras, Plan
+from revlib.schedulers.base import Scheduler, checked
+from revlib.step import Branch, State
+
+__all__ = ["Anchored", "Checkpoint", "KeepLast", "Naive", "Reversible"]
+
+
+@dataclass(frozen=True)
+class Naive(Scheduler):
+    """Keep every activation, as plain autograd does: the oracle that every other scheduler must equal.
+
+    Cost for n steps, in units of one forward: time 3, memory n times the activations of a step.
+    Not for deep stacks: 16 stream tensors a block of a pre-norm transformer.
+    """
+
+    def plan(self, length: int) -> Plan:
+        return Plan(activations=range(length))
+
+
+@dataclass(frozen=True)
+class Reversible(Scheduler):
+    """Keep the last state only, and invert step by step.
+
+    Cost in units of one forward: time 4 (each function once forward, once to invert and refill, and its gradient),
+    memory the last state and the activations of a single step, at any depth.
+    Not for stacks whose activations fit anyway, nor for branches in low precision that must be exact at great depth:
+    the recovered streams drift.
+
+    Source: Gomez et al. 2017, algorithm 1; Mangalam et al. 2022, section 3.1.
+    """
+
+    tolerance: float | None = None
+
+    def plan(self, length: int) -> Plan:
+        return Plan(states=(length,))
+
+
+def _count(scheduler: Scheduler, name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{type(scheduler).__name__}({name}=...) takes a whole number from {least} up, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Checkpoint(Scheduler):
+    """Keep the stream that every ``every``-th step merges away, counted from the last; invert the others.
+
+    A step whose stream is kept need not be inverted, so its function is repeated only as far as its activations need.
+    Of a transformer's MLP that leaves out the second linear layer, a third of a block's multiplications in forward.
+
+    ``every=1``: every step is repeated from its own input, as activation checkpointing does. The recovered activations
+    are exact, and no coupling needs to be inverted. Cost in units of one forward: time 4, less what the functions do
+    after their last saved tensor; memory one stream a step.
+
+    ``every=2``: of pairs (F, G), the stream that G adds to is kept, and F is inverted. Cost: one stream a block, the
+    time of checkpointing a one-stream block. The kept stream is exact, the other drifts as under ``Reversible``.
+
+    Source: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016, with one segment a step.
+    """
+
+    every: int = 1
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        _count(self, "every", self.every, 1)
+
+    def plan(self, length: int) -> Plan:
+        return Plan(states=(max(length - 1, 0),), streams=range(length - 1, -1, -self.every))
+
+
+@dataclass(frozen=True)
+class Anchored(Scheduler):
+    """Keep a whole state every ``every`` steps: no inversion runs further, so rounding errors cannot build up.
+
+    Cost in units of one forward: time 4; memory one state (two streams) every ``every`` steps.
+    For branches in low precision at great depth. ``every`` should be even for pairs, and larger than 2: with two
+    streams, ``every=2`` keeps as much as ``Checkpoint()``.
+    """
+
+    every: int
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        _count(self, "every", self.every, 1)
+
+    def plan(self, length: int) -> Plan:
+        return Plan(states=[*range(self.every, length, self.every), length])
+
+
+@dataclass(frozen=True)
+class KeepLast(Scheduler):
+    """Keep the activations of the last ``steps`` steps, and leave those below to another scheduler.
+
+    They are used and released first, so they cost no peak beside what is kept: of one step, none at all.
+    Cost for k of n steps, in units of one forward: time 4 - k/n over ``Reversible``, memory k times the activations of
+    a step. Where memory is known in bytes, use :class:`Budget`.
+    """
+
+    steps: int
+    below: Scheduler = field(default_factory=Reversible)
+
+    def __post_init__(self) -> None:
+        _count(self, "steps", self.steps, 0)
+        checked(self.below, "KeepLast(below=...)")
+
+    @property
+    def tolerance(self) -> float | None:  # type: ignore[override]
+        return self.below.tolerance
+
+    def plan(self, length: int) -> Plan:
+        return self._over(self.below.plan(max(length - self.steps, 0)), length)
+
+    def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
+        length = len(branches)
+        plan, extras = self.below.prepare(branches[: max(length - self.steps, 0)], state)
+        return self._over(plan, length), extras
+
+    def _over(self, plan: Plan, length: int) -> Plan:
+        kept = range(max(length - self.steps, 0), length)
+        if len(kept) == length:
+            return Plan(activations=kept)
+        return replace(plan, activations=[*plan.activations, *kept])
