@@ -1,228 +1,225 @@
-"""Memory and time of a stack of ViT blocks under every scheduler, and under what users have today.
+"""Memory and time of a stack of blocks under every scheduler, and under what users have today.
 
     python -m research.benchmark                                    # a few minutes on two CPU cores
-    python -m research.benchmark --device cuda --batch-size 128
+    python -m research.benchmark --device cuda --batch-sizes 32,128 --contenders all
     python -m research.benchmark --depths 4,12,48 --repeats 0       # memory only
+    python -m research.benchmark --compiled --depths 4,12 --contenders naive,reversible,torch-compile-budget-0.5
 
-Memory is counted in stream tensors (batch x tokens x width elements): bytes of live storages on a CPU, the allocator's
-maximum on CUDA. Time is a ratio within one interleaved run: in each round every contender takes one training step.
+Memory is counted in stream tensors (batch x tokens x width elements), see research/instruments.py. Time is a ratio
+within one interleaved run: in each round every contender takes one training step. A call that was interrupted, or that
+asks for more depths and batch sizes, goes on where the folder's points.json ends.
 """
 
-import json
+import importlib
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from matplotlib.figure import Figure
-from timm.layers import Attention, Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from research.contenders import BLOCKS, CONTENDERS, DEFAULT
 from research.files import replacing
+from research.instruments import Run, cost, loss_of, step_seconds
 from research.machine import environment, pick_device
-from revlib import ReversibleSequence
-from revlib.schedulers import Checkpoint, Naive, Reversible
-from revlib.testing import Footprint, footprint
+from research.pareto import draw_limits, draw_memory, draw_pareto, limits_table
+from research.points import Point, Record, table
 
-Run = Callable[[Tensor], Sequence[Tensor]]
+Tick = Callable[[], object]
 app = typer.Typer(add_completion=False)
 
 
-@dataclass
-class Point:
-    """One contender at one depth. Memory in stream tensors; seconds a step; time relative to naive and to checkpointing
-    the same blocks with torch, as medians of the ratios within each round."""
+def autocast(run: Run) -> Run:
+    def call(x: Tensor) -> Sequence[Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return run(x)
 
-    contender: str
-    depth: int
-    held: float
-    peak: float
-    seconds: float | None = None
-    to_naive: float | None = None
-    to_checkpoint: float | None = None
+    return call
 
 
-def block(width: int, heads: int) -> tuple[nn.Module, nn.Module]:
-    """Attention and MLP of a pre-norm ViT block, from timm."""
-    return (
-        nn.Sequential(nn.LayerNorm(width), Attention(width, heads, qkv_bias=True)),
-        nn.Sequential(nn.LayerNorm(width), Mlp(width, 4 * width)),
-    )
-
-
-def two_streams(F: nn.Module, G: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    y1 = x1 + F(x2)
-    return y1, x2 + G(y1)
-
-
-def one_stream(F: nn.Module, G: nn.Module, x: Tensor) -> Tensor:
-    x = x + F(x)
-    return x + G(x)
-
-
-def contenders(width: int, heads: int, depth: int, device: torch.device) -> tuple[dict[str, Run], list[nn.Parameter]]:
-    """The same blocks, run in every way."""
-    stack = ReversibleSequence(block(width, heads) for _ in range(depth)).to(device)
-    blocks = [tuple(pair) for pair in stack]
-
-    def scheduled(scheduler: Naive | Reversible | Checkpoint) -> Run:
-        def run(x: Tensor) -> Sequence[Tensor]:
-            stack.scheduler = scheduler
-            return stack(x, x)
-
-        return run
-
-    def torch_checkpoint(x: Tensor) -> Sequence[Tensor]:
-        x1, x2 = x, x
-        for F, G in blocks:
-            x1, x2 = checkpoint(two_streams, F, G, x1, x2, use_reentrant=False)
-        return x1, x2
-
-    def one_stream_stored(x: Tensor) -> Sequence[Tensor]:
-        for F, G in blocks:
-            x = one_stream(F, G, x)
-        return (x,)
-
-    def one_stream_checkpoint(x: Tensor) -> Sequence[Tensor]:
-        for F, G in blocks:
-            x = checkpoint(one_stream, F, G, x, use_reentrant=False)
-        return (x,)
-
-    runs = {
-        "naive": scheduled(Naive()),
-        "reversible": scheduled(Reversible()),
-        "checkpoint": scheduled(Checkpoint()),
-        "torch checkpoint of the same blocks": torch_checkpoint,
-        "one stream, stored": one_stream_stored,
-        "one stream, torch checkpoint": one_stream_checkpoint,
-    }
-    return runs, list(stack.parameters())
-
-
-def cuda_footprint(run: Run, x: Tensor, parameters: Sequence[Tensor]) -> Footprint:
-    """As revlib.testing.footprint, by the caching allocator's count."""
-    for t in (x, *parameters):
-        t.grad = torch.zeros_like(t)
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
-    loss = torch.stack([y.float().square().mean() for y in run(x)]).sum()
-    held = torch.cuda.memory_allocated() - base
-    torch.cuda.reset_peak_memory_stats()
-    loss.backward()
-    return Footprint(held, torch.cuda.max_memory_allocated() - base)
-
-
-def step_seconds(run: Run, x: Tensor) -> float:
-    """One forward and backward pass."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    torch.stack([y.float().square().mean() for y in run(x)]).sum().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def measure(depth: int, x: Tensor, heads: int, repeats: int, tick: Callable[[], object]) -> list[Point]:
-    runs, parameters = contenders(x.shape[-1], heads, depth, x.device)
-    unit = x.numel() * x.element_size()
-    points = []
-    for name, run in runs.items():
-        found = cuda_footprint(run, x, parameters) if x.is_cuda else footprint(run, [x], parameters)
-        points.append(Point(name, depth, found.held / unit, found.peak / unit))
+def measure(
+    points: Sequence[Point], x: Tensor, heads: int, compiled: bool, amp: bool, repeats: int, tick: Tick
+) -> None:
+    """Fill in the points of one cell."""
+    if any(p.compiled for p in points):
+        torch.compiler.reset()  # what was compiled for other shapes
+        importlib.import_module("torch._dynamo").config.recompile_limit = 64  # of one function, which contenders share
+    torch.manual_seed(0)
+    first = points[0]
+    blocks = [BLOCKS[first.model](x.shape[-1], heads) for _ in range(first.depth)]
+    modules = nn.ModuleList(f for pair in blocks for f in pair).to(x.device)
+    if compiled:
+        for module in modules:
+            module.compile(dynamic=False)
+    parameters = list(modules.parameters())
+    runs: dict[str, Run] = {}
+    expected: list[Tensor] = []
+    for point in points:
+        point.parameters = sum(p.numel() for p in parameters)
+        contender = CONTENDERS[point.contender]
+        with excused(point):
+            run = contender.build(blocks, compiled)
+            run = runs[point.contender] = autocast(run) if amp else run
+            for _ in range(contender.warm_up if x.is_cuda else 1):
+                loss_of(run(x)).backward()  # compiles, measures what fits, and takes what libraries take once
+            vars(point).update(asdict(cost(run, x, parameters)))
+            found = [t.grad for t in (x, *parameters)]
+            if point.contender == "naive":
+                expected = [g.clone() for g in found if g is not None]
+            if contender.streams == 2 and expected:
+                point.gradient_error = max(map(difference, found, expected))
         tick()
     if repeats:
-        rounds: list[dict[str, float]] = []
-        for number in range(repeats + 1):
-            order = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
+        time_rounds(points, runs, x, repeats, tick)
+
+
+@contextmanager
+def excused(point: Point) -> Iterator[None]:
+    """Note that the memory did not suffice, or that another library failed, and go on; not so where we fail."""
+    kind = Exception if CONTENDERS[point.contender].package else torch.OutOfMemoryError
+    try:
+        yield
+    except kind as error:
+        lines = str(error).strip().splitlines() or [""]
+        point.error = f"{type(error).__name__}: {lines[0][:100]}"
+
+
+def difference(found: Tensor | None, expected: Tensor) -> float:
+    if found is None:
+        return float("inf")
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def time_rounds(points: Sequence[Point], runs: dict[str, Run], x: Tensor, repeats: int, tick: Tick) -> None:
+    rounds: list[dict[str, float]] = []
+    for number in range(repeats + 1):
+        order = [p for p in points if p.error is None]
+        start = number % max(len(order), 1)
+        rounds.append({})
+        for point in [*order[start:], *order[:start]]:
             # Rotated, since a contender pays for the heap that the one before it leaves behind.
-            rounds.append({name: step_seconds(runs[name], x) for name in order})
-            tick()
-        for point in points:  # the first round warms up
-            times = [r[point.contender] for r in rounds[1:]]
-            point.seconds = statistics.median(times)
-            point.to_naive, point.to_checkpoint = (
-                statistics.median(t / r[base] for t, r in zip(times, rounds[1:], strict=True))
-                for base in ("naive", "torch checkpoint of the same blocks")
-            )
-    return points
+            with excused(point):
+                rounds[-1][point.contender] = step_seconds(runs[point.contender], x)
+        tick()
+    for point in points:
+        timed = [r for r in rounds[1:] if point.contender in r]  # the first round warms up
+        if point.error is None and timed:
+            point.seconds = statistics.median(r[point.contender] for r in timed)
+            point.images_per_second = point.batch / point.seconds
+            for field, base in (("to_naive", "naive"), ("to_checkpoint", "torch-checkpoint")):
+                ratios = [r[point.contender] / r[base] for r in timed if base in r]
+                setattr(point, field, statistics.median(ratios) if ratios else None)
 
 
-def draw(points: Sequence[Point], path: Path) -> None:
-    """Peak activation memory against depth, logarithmic in both."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, name in enumerate(dict.fromkeys(p.contender for p in points)):
-        line = [(p.depth, p.peak) for p in points if p.contender == name]
-        style = {"linewidth": 3} if name == "reversible" else {"linewidth": 1.3}
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=f"C{number}", label=name, **style)
-    depths = sorted({p.depth for p in points})
-    axes.set(xscale="log", yscale="log", xlabel="blocks", ylabel="peak activation memory [stream tensors]")
-    axes.set_xticks(depths, [str(d) for d in depths], minor=False)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+def choose(text: str, device: torch.device) -> list[str]:
+    """The contenders that a flag names, and naive, but for those that cannot run here."""
+    names = list(CONTENDERS) if text == "all" else ["naive", *text.split(",")]
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise typer.BadParameter(
+            f"expected all, or some of {', '.join(CONTENDERS)}; got {', '.join(unknown)}", param_hint="--contenders"
+        )
+    chosen = []
+    for name in dict.fromkeys(names):
+        if reason := CONTENDERS[name].why_not(device):
+            typer.echo(f"without {name}: {reason}")
+        else:
+            chosen.append(name)
+    return chosen
 
 
-def table(points: Sequence[Point]) -> str:
-    """A Markdown table: one row a contender and depth."""
-    lines = ["| blocks | how | held | peak | s / step | / naive | / torch checkpoint |", "|---:|---|" + "---:|" * 5]
-    for p in points:
-        times = [p.seconds, p.to_naive, p.to_checkpoint]
-        cells = " | ".join("" if t is None else f"{t:.{3 if i == 0 else 2}f}" for i, t in enumerate(times))
-        lines.append(f"| {p.depth} | {p.contender} | {p.held:.1f} | {p.peak:.1f} | {cells} |")
-    return "\n".join(lines)
+def whole_numbers(text: str, flag: str) -> list[int]:
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise typer.BadParameter(
+            f"expected whole numbers of at least 1, such as 4,12,48, got {text!r}", param_hint=flag
+        )
+    return numbers
+
+
+def report(record: Record, out: Path, parameters: bool) -> None:
+    """Write the tables and the plots, and print the tables."""
+    text = "\n\n".join(filter(None, [table(record.points), limits_table(record.points, parameters)]))
+    with replacing(out / "table.md") as temporary:
+        temporary.write_text(text + "\n")
+    typer.echo(text)
+    models = list(dict.fromkeys(p.model for p in record.points))
+    for model in models:
+        points = [p for p in record.points if p.model == model and p.peak is not None]
+        suffix = f"-{model}" if len(models) > 1 else ""
+        if points:
+            draw_memory(points, out / f"memory{suffix}.png")
+            draw_pareto(points, out / f"pareto{suffix}.png")
+            draw_limits(points, out / f"limits{suffix}.png", parameters)
+    typer.echo(f"Held and peak in tensors of the size of one stream. {len(record.points)} points in {out}.")
 
 
 @app.command()
 def main(
+    contenders: Annotated[str, typer.Option(help="Names, comma-separated, or all.")] = ",".join(DEFAULT),
+    models: Annotated[str, typer.Option(help=f"Kinds of blocks, comma-separated: {', '.join(BLOCKS)}.")] = "vit",
     depths: Annotated[str, typer.Option(help="Numbers of blocks, comma-separated.")] = "4,12,24,48,64",
+    batch_sizes: Annotated[str, typer.Option(help="Images a step, comma-separated.")] = "8",
     width: Annotated[int, typer.Option(min=1, help="Channels of a stream.")] = 192,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads; they divide the width.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of an image.")] = 197,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 8,
     repeats: Annotated[int, typer.Option(min=0, help="Timed rounds after one that warms up; 0: memory only.")] = 7,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile F and G of every contender.")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Run forward under bfloat16 autocast.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/benchmark"),
+    parameters: Annotated[
+        bool, typer.Option(help="Count weights, gradients and Adam's moments in what fits into a memory.")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="Folder for the results, and to resume.")] = Path("runs/benchmark"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the points of the folder.")] = False,
+    plot_only: Annotated[bool, typer.Option("--plot-only", help="Draw the points of the folder anew.")] = False,
 ) -> None:
-    """Measure memory and time against depth; write points.json, table.md and memory.png."""
-    try:
-        numbers = sorted({int(d) for d in depths.split(",")})
-    except ValueError:
-        raise typer.BadParameter(f"expected numbers such as 4,12,48, got {depths!r}", param_hint="--depths") from None
+    """Measure memory and time against depth and batch size; write points.json, table.md and plots."""
+    path = out / "points.json"
+    if plot_only:
+        return report(Record.read(path), out, parameters)
+    depth_list, batch_list = whole_numbers(depths, "--depths"), whole_numbers(batch_sizes, "--batch-sizes")
+    model_list = list(dict.fromkeys(models.split(",")))
+    if unknown := [name for name in model_list if name not in BLOCKS]:
+        raise typer.BadParameter(f"expected some of {', '.join(BLOCKS)}, got {unknown[0]}", param_hint="--models")
     if width % heads:
         raise typer.BadParameter(f"expected a divisor of --width {width}, got {heads}", param_hint="--heads")
     place = pick_device(device)
-    torch.manual_seed(0)
-    x = torch.randn(batch_size, tokens, width, device=place, requires_grad=True)
-    points: list[Point] = []
-    with tqdm(total=len(numbers) * (6 + (repeats + 1 if repeats else 0)), unit="measurement") as bar:
-        for depth in numbers:
-            bar.set_description(f"{depth} blocks")
-            points += measure(depth, x, heads, repeats, bar.update)
-    setting = {
-        "width": width,
-        "heads": heads,
-        "tokens": tokens,
-        "batch_size": batch_size,
-        "dtype": str(x.dtype),
-    }
-    record = {"setting": setting, "environment": environment(place), "points": [asdict(p) for p in points]}
-    with replacing(out / "points.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-    with replacing(out / "table.md") as temporary:
-        temporary.write_text(table(points) + "\n")
-    draw(points, out / "memory.png")
-    typer.echo(table(points))
-    typer.echo(f"Memory in stream tensors of {x.numel() * x.element_size():,} bytes. Written to {out}.")
+    names = choose(contenders, place)
+    setting = {"width": width, "heads": heads, "tokens": tokens, "dtype": "torch.float32", "amp": amp,
+               "compiled": compiled, "repeats": repeats, "contenders": names}  # fmt: skip
+    record = Record(setting, environment(place), [])
+    if path.exists() and not overwrite:
+        before = Record.read(path)
+        before.check(record, path)
+        record = before
+    done = {p.cell for p in record.points}
+    todo = [cell for cell in product(model_list, depth_list, batch_list) if cell not in done]
+    if done:
+        typer.echo(f"{len(done)} cells of {path} measured before, {len(todo)} to go")
+    warnings.filterwarnings("ignore", module="memcnn|revtorch|invtorch")
+    with tqdm(total=len(todo) * (len(names) + (repeats + 1 if repeats else 0)), unit="measurement") as bar:
+        for model, depth, batch in todo:
+            bar.set_description(f"{depth} blocks, batch {batch}")
+            x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0)).to(place)
+            x.requires_grad_()
+            unit = x.numel() * x.element_size()
+            points = [
+                Point(name, model, depth, batch, compiled or CONTENDERS[name].compiles, 0, unit) for name in names
+            ]
+            measure(points, x, heads, compiled, amp, repeats, bar.update)
+            record.points += points
+            record.write(path)
+    report(record, out, parameters)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m research.gpu --data cifar10.tar.xz --minutes 9 --out runs/gpu
 
-Run it again to go on: finished jobs are skipped, training resumes from its checkpoint. What it writes belongs under
-research/results/gpu once it is whole. `--device cpu --tiny` rehearses every job in a minute or two.
+Run it again to go on: finished jobs are skipped, training and benchmarks resume where they were. What it writes
+belongs under research/results/gpu once it is whole. `--device cpu --tiny` rehearses every job in a few minutes.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,28 +28,35 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the folder of its results. ``resumable``: it takes --resume where its folder holds a last.pt."""
+    """A command, and the folder of its results. ``resumable``: it takes --resume where its folder holds a last.pt.
+    The benchmark goes on by itself. ``sanitized``: under torch's CUDA sanitizer, which looks for races of streams."""
 
     name: str
     command: list[str]
     resumable: bool = False
+    sanitized: bool = False
 
 
 def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
     python = [sys.executable, "-m"]
-    suite = ["pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_laws.py" if tiny else "tests"]
-    size = (
-        ["--width", "32", "--heads", "2", "--tokens", "16", "--depths", "2,4", "--repeats", "1", "--batch-size", "2"]
-        if tiny
-        else []
-    )
-    large = ["--width", "768", "--heads", "12", "--batch-size", "64", "--depths", "4,12,24"]
-    small = ["--batch-size", "64", "--depths", "4,12,24,48,64"]
-    found = [
-        Job("tests", [*python, *suite]),
-        Job("benchmark-small", [*python, "research.benchmark", "--device", device, *(size or small)]),
-        Job("benchmark-base", [*python, "research.benchmark", "--device", device, *(size or large)]),
-    ]
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
+    streams = [*pytest, "tests/test_gpu.py", "tests/test_replay.py"]
+    found = [Job("tests-of-streams", streams), Job("sanitizer", streams, sanitized=True)]
+    toy = "--width 32 --heads 2 --tokens 16 --depths 1,2 --batch-sizes 2 --repeats 1".split()
+    ways = "reversible,pareprop,pareprop-always,pareprop-always-at-once,torch-checkpoint"
+    for name, width, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12), ("large", 1024, 16)):
+        sizes = f"--width {width} --heads {heads} --depths 12 --batch-sizes 1,4,16,64,256 --repeats 20".split()
+        for amp in ([], ["--amp"]):
+            flags = ["--device", device, "--contenders", ways, *(toy if tiny else sizes), *amp]
+            found.append(Job(f"pareprop-{name}{'-amp' if amp else ''}", [*python, "research.benchmark", *flags]))
+    small = "--depths 4,12,24,48,64 --batch-sizes 16,64".split()
+    base = "--width 768 --heads 12 --depths 4,12,24 --batch-sizes 16,64".split()
+    for name, sizes in (("small", small), ("base", base)):
+        for compiled in ([], ["--compiled"]):
+            flags = ["--device", device, "--contenders", "all", *(toy if tiny else sizes), *compiled]
+            suffix = "-compiled" if compiled else ""
+            found.append(Job(f"benchmark-{name}{suffix}", [*python, "research.benchmark", *flags]))
+    found.append(Job("tests", [*pytest, "tests/test_laws.py" if tiny else "tests"]))
     source = ["--dataset", "cifar10", "--data-dir", str(data), "--cache-dir", str(data)] if data else []
     few = ["--limit-train", "256", "--limit-test", "64", "--epochs", "2"] if tiny else []
     for amp in (["--amp"], []):
@@ -57,8 +64,11 @@ def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
             name = f"cifar10-vit-{scheduler}{'-amp' if amp else ''}"
             flags = ["--scheduler", scheduler, "--device", device, "--no-deterministic", *amp, *source, *few]
             found.append(Job(name, [*python, "research.train", *flags], resumable=True))
-    return [Job(j.name, j.command if j.name == "tests" else [*j.command, "--out", str(out / j.name)], j.resumable)
-            for j in found if data or not j.resumable or tiny]  # fmt: skip
+    return [
+        j if "pytest" in j.command else replace(j, command=[*j.command, "--out", str(out / j.name)])
+        for j in found
+        if data or not j.resumable or tiny
+    ]
 
 
 def run(job: Job, folder: Path, seconds: float) -> bool:
@@ -70,7 +80,8 @@ def run(job: Job, folder: Path, seconds: float) -> bool:
     began = time.perf_counter()
     with (folder / "output.txt").open("a") as log:
         try:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            env = os.environ | ({"TORCH_CUDA_SANITIZER": "1"} if job.sanitized else {})
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, env=env).returncode
         except subprocess.TimeoutExpired:
             return False
     record = {

@@ -1,5 +1,6 @@
 """revlib: reversible networks in PyTorch, trained in the activation memory of one step."""
 
+from revlib.chunks import positionwise
 from revlib.couplings import Additive, Coupling
 from revlib.loop import raise_pending
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible
@@ -20,6 +21,7 @@ __all__ = [
     "ReversibleSequence",
     "Step",
     "invert",
+    "positionwise",
     "raise_pending",
     "reversible",
 ]

@@ -117,7 +117,13 @@ def _taped(
     plan.check(len(branches))
     tensors = [*state, *parameters, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
     tape = Tape(
-        len(state), Randomness(tensors), Autocast(tensors), extras.tolerance, pace=extras.pace, weights=extras.weights
+        len(state),
+        len(branches),
+        Randomness(tensors),
+        Autocast(tensors),
+        extras.tolerance,
+        pace=extras.pace,
+        weights=extras.weights,
     )
     copies = tree_map(lambda leaf: leaf, contexts)  # containers of our own: functions may append to the user's
     below = False  # backward needs the state before this step, to recover those below it

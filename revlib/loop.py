@@ -20,21 +20,25 @@ from revlib import streams
 
 __all__ = ["Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
 
-_SAMPLES = 128
+_SAMPLES, _FEWEST, _ALL = 128, 8, 2**14  # elements of a stream: at most, at least, and of a whole stack
 _serial = itertools.count()
 
 
 class Sampler:
-    """Picks a grid of up to 128 elements of a tensor, at an offset that moves from one forward to the next."""
+    """Picks a grid of up to 128 elements of a tensor, at an offset that moves from one forward to the next.
 
-    def __init__(self) -> None:
+    Stacks of more than 128 steps take fewer of each, down to 8: what is kept to compare must not grow with depth.
+    """
+
+    def __init__(self, steps: int = 1) -> None:
+        self.samples = min(_SAMPLES, max(_FEWEST, _ALL // max(1, steps)))
         self.offset = next(_serial)
         self.grids: dict[torch.Size, tuple[slice, ...]] = {}
 
     def __call__(self, t: Tensor) -> Tensor:
         grid = self.grids.get(t.shape)
         if grid is None:
-            per_dim = max(1, int(_SAMPLES ** (1 / max(1, t.ndim)) + 1e-9))
+            per_dim = max(1, int(self.samples ** (1 / max(1, t.ndim)) + 1e-9))
             grid = self.grids[t.shape] = tuple(self._places(n, min(n, per_dim)) for n in t.shape)
         return t.detach()[grid].clone()
 

@@ -57,8 +57,8 @@ class Record:
     samples: dict[int, Tensor] = field(default_factory=dict)  # of saved tensors, by position; -1: of the stream
     reference: Tensor | None = None  # what the stream's error is measured against, where that is not itself
 
-    def living(self) -> Iterator[Holder]:
-        return (h for h in (ref() for ref in self.holders) if h is not None)
+    def living(self) -> Iterator[tuple[int, Holder]]:
+        return ((i, h) for i, h in ((i, ref()) for i, ref in enumerate(self.holders)) if h is not None)
 
     def check(self) -> None:
         """Raise unless the function would run now as it ran in forward."""

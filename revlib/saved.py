@@ -12,9 +12,15 @@ from torch import Tensor
 
 from revlib.step import State
 
-__all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned"]
+__all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned", "graph_task"]
 
 FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
+
+
+def graph_task() -> tuple[int, bool]:
+    """The running graph task (-1: none), and whether it keeps its graph for another pass."""
+    task = torch._C._current_graph_task_id()
+    return task, task == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _Save(torch.autograd.Function):
@@ -126,10 +132,11 @@ class Versioned(NamedTuple):
 class Holder:
     """Stands in the graph for one saved tensor; dies when autograd releases its node."""
 
-    __slots__ = ("__weakref__", "fresh", "step", "values")
+    __slots__ = ("__weakref__", "fresh", "place", "step", "values")
 
     def __init__(self, step: int, tensor: Tensor) -> None:
         self.step = step
+        self.place = 1.0  # in the order of saving, from 0 to 1; backward asks for the last first
         self.fresh: Versioned | None = Versioned.of(
             tensor
         )  # while forward runs, for functions that differentiate inside

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["CUDA", "Arriving", "Launch", "Pace", "driver"]
+__all__ = ["CUDA", "Arriving", "Launch", "Pace", "driver", "settle"]
 
 
 class CUDA:
@@ -102,10 +102,18 @@ class Launch:
                 self.main.wait_event(self.event)
 
 
+def settle(launches: dict[int, Launch]) -> None:
+    """Make main wait for launches that nobody has waited for, and forget them."""
+    for launch in set(launches.values()):
+        launch.join()
+    launches.clear()
+
+
 class Pace:
     """What one backward pass through a stack does with the side stream, and is told."""
 
     ahead: bool = True  # recover the next step on it, while the gradients of this one run
+    lead: float = 0.5  # share of this step's saved tensors that backward has not asked for yet when that starts
 
     def started(self, device: torch.device) -> None:
         """The first step is about to be recovered."""

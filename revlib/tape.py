@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib import loop, streams
 from revlib.record import Record, Weight, intercept
 from revlib.replay import Autocast, Randomness
-from revlib.saved import FOR_GOOD, Holder, Shelf
+from revlib.saved import FOR_GOOD, Holder, Shelf, graph_task
 from revlib.step import State, evaluate, merge
 
 __all__ = ["Tape"]
@@ -43,18 +43,13 @@ class Cursor:
     witnesses: list[loop.Witness] = field(default_factory=list)
 
 
-def _task() -> tuple[int, bool]:
-    """The running graph task (-1: none), and whether it keeps its graph for another pass."""
-    task = torch._C._current_graph_task_id()
-    return task, task == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 class Tape:
-    """The memory of one forward pass through a stack of m streams, shared by all backward passes through its graph."""
+    """The memory of one forward pass through so many steps on m streams, shared by all backward passes of its graph."""
 
     def __init__(
         self,
         m: int,
+        steps: int,
         randomness: Randomness,
         autocast: Autocast,
         tolerance: float | None,
@@ -63,12 +58,12 @@ class Tape:
     ) -> None:
         self.randomness, self.autocast, self.tolerance = randomness, autocast, tolerance
         self.pace, self.weights = pace, weights
-        self.sampler = loop.Sampler()
+        self.sampler = loop.Sampler(steps)
         self.records: list[Record] = []
         self.shelf = Shelf(m)
         self.cursors: dict[Any, Cursor] = {}
         self.watched: set[int] = set()
-        self.launches: dict[int, streams.Launch] = {}  # by the step they recover
+        self.launches: dict[int, streams.Launch] = {}  # the one under way, by the steps it recovers
         self.lowest = -1  # step that backward may evaluate
         self.dtypes: set[torch.dtype] = set()
         self.finite: Tensor | None = None  # whether the last state is
@@ -96,17 +91,17 @@ class Tape:
             if self.weights is not None:
                 self.weights.append(record.weigh(k, (*state, merged)))
         finally:
-            for holder in record.living():
-                holder.fresh = None
+            for i, holder in record.living():
+                holder.fresh, holder.place = None, i / len(record.holders)
         self.dtypes.update(t.dtype for t in (s, merged, *tree_leaves(f)))
         return (*inputs, merged)
 
     def end(self, state: State) -> None:
         """After the last step."""
         self.lowest = next((k for k, record in enumerate(self.records) if record.guarded), -1)
-        if self.pace and not all(streams.driver.serves(s) and s.device == state[0].device for s in state):
-            self.pace = None
         self.device = state[0].device
+        if not all(streams.driver.serves(s) and s.device == self.device for s in state):
+            self.pace = None
         if self.tolerance != math.inf:
             with torch.no_grad():
                 sums = [s.sum(dtype=loop.wide(s)).isfinite().to(self.device) for s in state]
@@ -116,7 +111,7 @@ class Tape:
     def unpack(self, holder: Holder) -> Tensor:
         if holder.fresh is not None:
             return holder.fresh.get()
-        task, keeps = _task()
+        task, keeps = graph_task()
         value = holder.get(task)
         if value is None or holder.step in self.launches:
             self.need(holder.step, task, keeps)
@@ -124,53 +119,67 @@ class Tape:
             if task == -1:
                 self.forget(task)
             assert value is not None, "a holder of a recovered step is empty"
+        if self.pace and self.pace.ahead and holder.place < self.pace.lead and not keeps:
+            self.look_ahead(holder.step - 1, task)
         return value
 
     def before_gradient(self, k: int) -> None:
         """Recover step k before any gradient enters its function: an optimizer may step inside backward."""
-        self.need(k, *_task())
+        self.need(k, *graph_task())
 
     def need(self, k: int, task: int, keeps: bool) -> None:
-        """Have step k recovered, and with a side stream the next one on its way."""
+        """Have step k recovered."""
         with self.lock:
-            launch = self.launches.pop(k, None)
-            if launch is not None:
-                launch.join()
             cursors = (self.cursors.get(FOR_GOOD), self.cursors.get(task))
-            if not any(c is not None and k in c.done for c in cursors):
+            done = any(c is not None and k in c.done for c in cursors)
+            if done and k in self.launches:
+                self.records[k].check()  # nobody may have edited meanwhile what it read
+            if not done or k in self.launches:
+                streams.settle(self.launches)
+            if not done:
                 self.recover(k, task, keeps)
-            if self.pace and not keeps:
-                if k == self.lowest:
-                    self.pace.ended(self.device)
-                elif self.pace.ahead:
-                    self.look_ahead(k - 1, self.pace)
+            if self.pace and k == self.lowest:
+                self.pace.ended(self.device)
 
-    def look_ahead(self, k: int, pace: streams.Pace) -> None:
-        """Recover step k on a side stream, next to the gradients of the step above."""
-        cursor = self.cursors[FOR_GOOD]
-        if cursor.index == k + 1 and self.records[k].guarded and k not in self.launches:
-            work = partial(self._run, k, cursor, FOR_GOOD, fill=True)
-            launch = self.launches[k] = streams.Launch(self.device, work, held=(cursor.state, self.records[k]))
-            if launch.failure is not None:  # for whoever needs the step, if anyone does
-                pace.failed(launch.failure)
+    def look_ahead(self, k: int, task: int) -> None:
+        """Recover step k on a side stream, next to the rest of the gradients of the step above."""
+        with self.lock:
+            cursor = self.cursors.get(FOR_GOOD)
+            if not cursor or cursor.index != k + 1 or self.launches or k < 0 or not self.records[k].guarded:
+                return
+            lowest = k
+            while lowest > self.lowest and not self.records[lowest].holders:  # nobody will ask for it
+                lowest -= 1
+
+            self.watch(task, FOR_GOOD)
+            work = partial(self._descend, lowest, cursor, FOR_GOOD, keeps=False)
+            launch = streams.Launch(self.device, work, held=(cursor.state, self.records[lowest : k + 1]))
+            self.launches.update(dict.fromkeys(range(lowest, k + 1), launch))
+            if launch.failure is not None and self.pace:  # for whoever needs the step, if anyone does
+                self.pace.failed(launch.failure)
+
+    def watch(self, task: int, key: Any) -> None:
+        """Have :meth:`finish` called at the end of a graph task."""
+        if task != -1 and task not in self.watched:
+            self.watched.add(task)
+            ending = partial(self.finish, task, key)
+            weakref.finalize(ending, streams.settle, self.launches)  # after an exception in backward it is only dropped
+            torch.autograd.Variable._execution_engine.queue_callback(ending)
+            if self.pace and key is FOR_GOOD:
+                self.pace.started(self.device)
 
     def recover(self, k: int, task: int, keeps: bool) -> None:
         """Refill the holders of step k, undoing the steps above it that this task has not undone yet."""
         key = task if keeps else FOR_GOOD
         cursor = self.cursors.setdefault(key, Cursor())
-        if task != -1 and task not in self.watched:
-            self.watched.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self.finish, task, key))
-            if self.pace and not keeps:
-                self.pace.started(self.device)
+        self.watch(task, key)
         try:
             if keeps:  # nodes of other steps have run; should one still ask, it is served by another recovery
                 self._clear(key, cursor.done - {k})
             self._start(k, cursor, consume=not keeps)
             if cursor.index == k:
                 self._run(k, cursor, key, fill=True)
-            while cursor.index > k:  # what is recovered for this task alone need not be kept on the way
-                self._run(cursor.index - 1, cursor, key, fill=not keeps or cursor.index - 1 == k)
+            self._descend(k, cursor, key, keeps=keeps)
         except BaseException:
             if keeps:
                 self.forget(key)
@@ -191,6 +200,10 @@ class Tape:
                 "Specify retain_graph=True to go backward a second time; differentiate only after its forward is done."
             )
 
+    def _descend(self, k: int, cursor: Cursor, key: Any, *, keeps: bool) -> None:
+        while cursor.index > k:  # what is recovered for this task alone need not be kept on the way
+            self._run(cursor.index - 1, cursor, key, fill=not keeps or cursor.index - 1 == k)
+
     def _run(self, k: int, cursor: Cursor, key: Any, *, fill: bool) -> None:
         """Recover step k from the state after it or, if the cursor is there already, the state before it."""
         record = self.records[k]
@@ -199,10 +212,9 @@ class Tape:
         known, merged = (cursor.state[0], None) if before else (self.shelf.stream(k), cursor.state[-1])
         with self.autocast.replaying():
             s, found = record.again(inputs, known, merged, key, self.randomness, fill=fill)
-        for i, sample in record.samples.items():
-            if i in found:
-                again, reference = self.sampler(found[i]), record.reference
-                cursor.witnesses.append(loop.Witness(record.branch.name, sample, again, reference))
+        for i in record.samples.keys() & found.keys():
+            samples = record.samples[i], self.sampler(found[i]), record.reference
+            cursor.witnesses.append(loop.Witness(record.branch.name, *samples))
         cursor.index, cursor.state = k, (s, *inputs)
         if fill:
             cursor.done.add(k)
@@ -213,8 +225,7 @@ class Tape:
     def finish(self, task: int, key: Any) -> None:
         """At the end of a graph task: compare what it recovered, and release what was recovered for it alone."""
         self.watched.discard(task)
-        while self.launches:
-            self.launches.popitem()[1].join()
+        streams.settle(self.launches)
         cursor = self.cursors[key]
         witnesses, cursor.witnesses = cursor.witnesses, []
         if key is not FOR_GOOD:
@@ -231,6 +242,6 @@ class Tape:
 
     def _clear(self, key: Any, steps: set[int]) -> None:
         for k in steps:
-            for holder in self.records[k].living():
+            for _, holder in self.records[k].living():
                 holder.values.pop(key, None)
         steps.clear()

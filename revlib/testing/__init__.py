@@ -9,6 +9,9 @@ The assertions need nothing but torch. :mod:`revlib.testing.strategies` needs hy
     @given(strategies.cases())
     def test_my_scheduler(case):
         assert_same_gradients(case.stack, *case.streams, context=case.context, schedulers=[MyScheduler()])
+
+What works on several CUDA streams is tested for races on a CPU, with :func:`assert_no_races` or, around code of your
+own, :class:`RaceChecker`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ from revlib.testing.assertions import (
     assert_unmerges,
 )
 from revlib.testing.memory import Footprint, LiveBytes, footprint
+from revlib.testing.races import RaceChecker, assert_no_races
 
 if TYPE_CHECKING:
     from revlib.testing import strategies
@@ -27,8 +31,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Footprint",
     "LiveBytes",
+    "RaceChecker",
     "assert_inverts",
     "assert_memory_flat",
+    "assert_no_races",
     "assert_same_gradients",
     "assert_unmerges",
     "footprint",

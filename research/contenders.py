@@ -1,0 +1,196 @@
+"""What the benchmark compares: the schedulers of revlib, and what users have today, on the same blocks.
+
+A new scheduler is a line of SCHEDULERS, a new block a line of BLOCKS, anything else a line of CONTENDERS.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from research.instruments import Run
+from research.libraries import Block, invtorch, memcnn, revtorch
+from revlib import ReversibleSequence, Step, positionwise
+from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible, Scheduler
+
+Law = Callable[..., tuple[Tensor, ...]]  # of F, G and the streams -> the streams after the block
+
+SCHEDULERS: dict[str, Scheduler] = {
+    "naive": Naive(),
+    "reversible": Reversible(),
+    "pareprop": PaReprop(),
+    "pareprop-always": PaReprop(trials=0),
+    "pareprop-always-at-once": PaReprop(trials=0, lead=1.0),
+    "keep-last-1": KeepLast(1),
+    "anchored-4": Anchored(4),
+    "checkpoint": Checkpoint(),
+    "checkpoint-2": Checkpoint(every=2),
+    "budget-0.25": Budget(fraction=0.25),
+    "budget-0.5": Budget(fraction=0.5),
+    "budget-0.75": Budget(fraction=0.75),
+}
+
+
+def vit(width: int, heads: int) -> Block:
+    """Attention and MLP of a pre-norm ViT block, from timm."""
+    return (
+        nn.Sequential(nn.LayerNorm(width), Attention(width, heads, qkv_bias=True)),
+        nn.Sequential(nn.LayerNorm(width), Mlp(width, 4 * width)),
+    )
+
+
+BLOCKS: dict[str, Callable[[int, int], Block]] = {"vit": vit}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``build(blocks, compiled)`` makes the run of a stack, where ``compiled`` says whether F and G are.
+
+    ``package``: what must be installed for it, and may fail. ``compiles``: it compiles whole blocks by itself.
+    ``warm_up``: steps on CUDA before anything is measured; PaReprop needs some to decide.
+    """
+
+    build: Callable[[Sequence[Block], bool], Run]
+    warm_up: int = 1
+    streams: int = 2
+    package: str | None = None
+    on_cuda_only: bool = False
+    compiles: bool = False
+
+    def why_not(self, device: torch.device) -> str | None:
+        """The reason why it cannot run here, and what to do."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed; pip install --no-deps {self.package}"
+        if self.on_cuda_only and device.type != "cuda":
+            return f"it says something on CUDA only, not on {device.type}"
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- block by block
+def two_streams(F: nn.Module, G: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    y1 = x1 + F(x2)
+    return y1, x2 + G(y1)
+
+
+def one_stream(F: nn.Module, G: nn.Module, x: Tensor) -> tuple[Tensor]:
+    x = x + F(x)
+    return (x + G(x),)
+
+
+def scheduled(scheduler: Scheduler) -> Contender:
+    def build(blocks: Sequence[Block], compiled: bool) -> Run:
+        stack = ReversibleSequence(blocks, scheduler=copy.deepcopy(scheduler))  # some measure
+        return lambda x: stack(x, x)
+
+    return Contender(build, warm_up=20 if isinstance(scheduler, PaReprop) else 1)
+
+
+def in_parts(chunks: int) -> Contender:
+    """Reversible, with each G run on a part of the positions at a time."""
+
+    def build(blocks: Sequence[Block], compiled: bool) -> Run:
+        stack = ReversibleSequence(item for F, G in blocks for item in (Step(F), *positionwise(G, chunks)))
+        return lambda x: stack(x, x)
+
+    return Contender(build)
+
+
+def blockwise(law: Law, around: Callable[[Law, bool], Law] = lambda law, compiled: law, **facts: Any) -> Contender:
+    """Blocks one after another, each called by ``around(law, compiled)``."""
+    streams = 1 if law is one_stream else 2
+
+    def build(blocks: Sequence[Block], compiled: bool) -> Run:
+        call = around(law, compiled)
+
+        def run(x: Tensor) -> Sequence[Tensor]:
+            state = tuple(x.view_as(x) for _ in range(streams))  # a compiler would treat one tensor twice apart
+            for F, G in blocks:
+                state = call(F, G, *state)
+            return state
+
+        return run
+
+    return Contender(build, streams=streams, **facts)
+
+
+def checkpointed(law: Law, compiled: bool) -> Law:
+    return partial(checkpoint, law, use_reentrant=False)
+
+
+ATTENTION = [
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+]
+MATMUL = ["mm", "addmm", "bmm", "baddbmm"]
+
+
+def keeping(names: Sequence[str]) -> Callable[[Law, bool], Law]:
+    """Selective checkpointing that keeps what these operations return.
+
+    It cannot see operations inside compiled functions, so with those it is compiled as well, around them.
+    """
+    operations = [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+
+    def around(law: Law, compiled: bool) -> Law:
+        contexts = partial(create_selective_checkpoint_contexts, operations)
+        call = partial(checkpoint, law, use_reentrant=False, context_fn=contexts)
+        return torch.compile(call, dynamic=False) if compiled else call
+
+    return around
+
+
+def budgeted(budget: float) -> Callable[[Law, bool], Law]:
+    """Blocks compiled one by one, where backward may store this share of a block's activations."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        from torch._functorch import config  # the setting has no other address, and importing the compiler is slow
+        from torch._inductor.compile_fx import compile_fx
+
+        with config.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs)
+
+    return lambda law, compiled: torch.compile(law, backend=backend, dynamic=False)
+
+
+def offloaded(law: Law, compiled: bool) -> Law:
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        with save_on_cpu(pin_memory=True):
+            return law(*args)
+
+    return call
+
+
+CONTENDERS: dict[str, Contender] = {
+    **{name: scheduled(scheduler) for name, scheduler in SCHEDULERS.items()},
+    "reversible-in-2-parts": in_parts(2),
+    "torch-checkpoint": blockwise(two_streams, checkpointed),
+    "torch-selective-attention": blockwise(two_streams, keeping(ATTENTION)),
+    "torch-selective-matmul": blockwise(two_streams, keeping([*ATTENTION, *MATMUL])),
+    "torch-compile": blockwise(two_streams, budgeted(1.0), compiles=True),
+    "torch-compile-budget-0.5": blockwise(two_streams, budgeted(0.5), compiles=True),
+    "torch-compile-budget-0.2": blockwise(two_streams, budgeted(0.2), compiles=True),
+    "save-on-cpu": blockwise(two_streams, offloaded, on_cuda_only=True),
+    "one-stream": blockwise(one_stream),
+    "one-stream-checkpoint": blockwise(one_stream, checkpointed),
+    "one-stream-selective-attention": blockwise(one_stream, keeping(ATTENTION)),
+    "one-stream-selective-matmul": blockwise(one_stream, keeping([*ATTENTION, *MATMUL])),
+    "one-stream-compile": blockwise(one_stream, budgeted(1.0), compiles=True),
+    "one-stream-compile-budget-0.5": blockwise(one_stream, budgeted(0.5), compiles=True),
+    "memcnn": Contender(memcnn, package="memcnn"),
+    "revtorch": Contender(revtorch, package="revtorch"),
+    "invtorch": Contender(invtorch, package="invtorch"),
+}
+DEFAULT = [
+    *("naive", "reversible", "reversible-in-2-parts", "checkpoint-2", "checkpoint"),
+    *("budget-0.25", "budget-0.5", "budget-0.75", "torch-checkpoint", "one-stream", "one-stream-checkpoint"),
+]

@@ -1,0 +1,87 @@
+"""What a training step costs, in bytes and seconds: one instrument for every contender, eager or compiled.
+
+On a CPU the bytes are those of every allocation and release that torch's allocator reports to its profiler. For eager
+code that equals ``revlib.testing.footprint`` to the byte, plus what operations do not return: generator states that
+torch's checkpointing stores, storages that other libraries resize. Compiled code allocates outside of the dispatcher,
+where ``footprint`` cannot see, and its dispatch mode would moreover have torch run the eager code instead.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+BACKWARD = "the backward pass of a measured step"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Activation bytes ``held`` between forward and backward, and the ``peak`` of backward. On CUDA also the most that
+    was ``allocated`` in the whole step, weights and gradients included, and the most that was ``reserved`` for it."""
+
+    held: int
+    peak: int
+    allocated: int | None = None
+    reserved: int | None = None
+
+
+def loss_of(outputs: Sequence[Tensor]) -> Tensor:
+    """The sum of the outputs' mean squares."""
+    return torch.stack([y.float().square().mean() for y in outputs]).sum()
+
+
+def cost(run: Run, x: Tensor, parameters: Sequence[Tensor]) -> Cost:
+    """Of one step from zero gradients, which are allocated beforehand, so that they do not mix with activations."""
+    for t in (x, *parameters):
+        t.grad = torch.zeros_like(t)
+    gc.collect()
+    return _cuda_cost(run, x) if x.is_cuda else _cpu_cost(run, x)
+
+
+def _cpu_cost(run: Run, x: Tensor) -> Cost:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = loss_of(run(x))
+        with record_function(BACKWARD):
+            loss.backward()
+    now = held = peak = 0
+    results = recorded.profiler.kineto_results  # type: ignore[union-attr]  # events() leaves out what operations took
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == BACKWARD:
+            held = peak = now
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return Cost(held, peak)
+
+
+def _cuda_cost(run: Run, x: Tensor) -> Cost:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # else what earlier contenders reserved would count
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    loss = loss_of(run(x))
+    held, forward = torch.cuda.memory_allocated() - base, torch.cuda.max_memory_allocated()
+    reserved = torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    loss.backward()
+    backward = torch.cuda.max_memory_allocated()
+    return Cost(held, backward - base, max(forward, backward), max(reserved, torch.cuda.max_memory_reserved()))
+
+
+def step_seconds(run: Run, x: Tensor) -> float:
+    """One forward and backward pass."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    loss_of(run(x)).backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -1,0 +1,220 @@
+"""What only a GPU can show. All of it is skipped without one; `TORCH_CUDA_SANITIZER=1` looks for races besides."""
+
+import pytest
+import torch
+from common import error, grads, loss, vit_block
+from torch import nn
+
+from revlib import (
+    Anchored,
+    Budget,
+    Checkpoint,
+    KeepLast,
+    Naive,
+    PaReprop,
+    Reversible,
+    ReversibleSequence,
+    raise_pending,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+ALWAYS = PaReprop(trials=0)
+SLEEP = 2_000_000  # cycles: about a millisecond
+
+
+class Asleep(nn.Module):
+    """Delays its result on the device, in forward or in its gradient."""
+
+    def __init__(self, fn, when):
+        super().__init__()
+        self.fn, self.when = fn, when
+
+    def forward(self, x):
+        y = self.fn(x)
+        if self.when == "recovery":  # on the side stream, in backward
+            torch.cuda._sleep(SLEEP)
+        elif y.requires_grad:
+            y.register_hook(lambda _: torch.cuda._sleep(SLEEP))  # on main, among the gradients
+        return y
+
+
+def vits(depth, width=64, when=None, dropout=0.0):
+    torch.manual_seed(0)
+    blocks = [vit_block(width, 2) for _ in range(depth)]
+    if dropout:
+        blocks = [tuple(nn.Sequential(f, nn.Dropout(dropout)) for f in pair) for pair in blocks]
+    if when:
+        blocks = [tuple(Asleep(f, when) for f in pair) for pair in blocks]
+    return ReversibleSequence(blocks).cuda()
+
+
+def step(stack, scheduler, x, amp=False):
+    stack.scheduler = scheduler
+    stack.zero_grad()
+    x = x.detach().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        outputs = stack(x, x)
+    loss(outputs).backward()
+    found = [*(y.detach() for y in outputs), *grads(x, stack)]
+    raise_pending()
+    return found
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 33, 64, device="cuda")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 12])
+@pytest.mark.parametrize("when", [None, "recovery", "gradient"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_pareprop_has_the_gradients_of_reversible(x, depth, when, dropout):
+    stack = vits(depth, when=when, dropout=dropout)
+    want = step(stack, Reversible(), x)
+    for _ in range(3):  # memory comes back from the allocator
+        assert error(step(stack, ALWAYS, x), want) < 1e-5
+    assert error(want, step(stack, Naive(), x)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "scheduler", [KeepLast(3), Checkpoint(), Checkpoint(2), Anchored(4), Budget(fraction=0.5)], ids=str
+)
+def test_it_composes(x, scheduler):
+    stack = vits(6, when="recovery")
+    want = step(stack, Naive(), x)
+    for _ in range(3):
+        assert error(step(stack, scheduler, x), want) < 1e-3
+        assert error(step(stack, PaReprop(scheduler, trials=0), x), want) < 1e-3
+
+
+@pytest.mark.parametrize("when", ["recovery", "gradient"])
+def test_under_autocast_on_another_stream(x, when):
+    stack = vits(4, when=when, dropout=0.1)
+    want = step(stack, Reversible(), x, amp=True)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            found = step(stack, ALWAYS, x, amp=True)
+        torch.cuda.current_stream().synchronize()
+    assert error(found, want) < 1e-2
+
+
+@pytest.mark.parametrize("when", ["recovery", "gradient"])
+def test_with_the_optimizer_in_backward(x, when):
+    found = []
+    for scheduler in (Naive(), ALWAYS):
+        stack = vits(4, when=when)
+        stack.scheduler = scheduler
+
+        def update(p):
+            with torch.no_grad():
+                p.sub_(0.1 * p.grad)
+            p.grad = None
+
+        for p in stack.parameters():
+            p.register_post_accumulate_grad_hook(update)
+        for _ in range(3):
+            loss(stack(x, x)).backward()
+        found.append([p.detach() for p in stack.parameters()])
+    assert error(found[1], found[0]) < 1e-3
+
+
+def test_the_host_never_waits(x):
+    stack = vits(4, dropout=0.1)
+    for scheduler in (Reversible(), ALWAYS, PaReprop(trials=2)):
+        step(stack, scheduler, x)
+        torch.cuda.synchronize()
+        stack.zero_grad(set_to_none=False)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(8):
+                outputs = stack(x, x)
+                sum(y.square().mean() for y in outputs).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    raise_pending()
+
+
+@pytest.mark.parametrize("scheduler", [Reversible(), ALWAYS], ids=["reversible", "pareprop"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_step_in_a_cuda_graph(x, scheduler, dropout):
+    """Forward, backward and optimizer, captured together and replayed, against the same steps run one by one."""
+
+    def make():
+        stack = vits(3, dropout=dropout)
+        stack.scheduler = scheduler
+        return stack, torch.optim.SGD(stack.parameters(), 0.1)
+
+    def train(stack, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+        sum(y.square().mean() for y in stack(x, x)).backward()
+        optimizer.step()
+
+    found = []
+    for captured in (False, True):
+        stack, optimizer = make()
+        state = {k: v.clone() for k, v in stack.state_dict().items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                train(stack, optimizer)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        raise_pending()
+        stack.load_state_dict(state)
+        torch.manual_seed(2)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                train(stack, optimizer)
+            stack.load_state_dict(state)
+            torch.manual_seed(2)
+            for _ in range(3):
+                graph.replay()
+        else:
+            for _ in range(3):
+                train(stack, optimizer)
+        torch.cuda.synchronize()
+        found.append([p.detach().clone() for p in stack.parameters()])
+    assert error(found[1], found[0]) < 1e-3
+
+
+def test_peaks():
+    """Look-ahead takes at most five more stream tensors, and no more with depth."""
+    peaks = {}
+    for depth in (4, 12):
+        stack, x = vits(depth, width=256), torch.randn(16, 197, 256, device="cuda")
+        for name, scheduler in (("reversible", Reversible()), ("pareprop", ALWAYS)):
+            step(stack, scheduler, x)
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            outputs = stack(x, x)
+            sum(y.square().mean() for y in outputs).backward()
+            del outputs
+            peaks[name, depth] = (torch.cuda.max_memory_allocated() - base) / x.nbytes
+    print(peaks)
+    assert peaks["pareprop", 12] <= peaks["reversible", 12] + 5
+    assert peaks["pareprop", 12] <= peaks["pareprop", 4] * 1.03
+
+
+def test_out_of_memory_in_the_look_ahead_is_survived(x):
+    class Greedy(nn.Module):
+        def __init__(self, fn):
+            super().__init__()
+            self.fn, self.main = fn, torch.cuda.current_stream()
+
+        def forward(self, x):
+            if torch.cuda.current_stream() != self.main:
+                torch.empty(2**44, dtype=torch.uint8, device=x.device)
+            return self.fn(x)
+
+    stack = vits(3)
+    want = step(stack, Reversible(), x)
+    stack[1].G = Greedy(stack[1].G)
+    scheduler = PaReprop(trials=1)
+    assert error(step(stack, scheduler, x), want) < 1e-5
+    assert [t.verdict for t in scheduler._trials.values()] == [False]
