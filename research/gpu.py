@@ -41,7 +41,9 @@ def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
     streams = [*pytest, "tests/test_gpu.py", "tests/test_replay.py"]
-    found = [Job("tests-of-streams", streams), Job("sanitizer", streams, sanitized=True)]
+    found = [Job("tests-of-streams", streams)]
+    if device != "cpu":
+        found.append(Job("sanitizer", streams, sanitized=True))
     toy = "--width 32 --heads 2 --tokens 16 --depths 1,2 --batch-sizes 2 --repeats 1".split()
     ways = "reversible,pareprop,pareprop-always,pareprop-always-at-once,torch-checkpoint"
     for name, width, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12), ("large", 1024, 16)):

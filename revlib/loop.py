@@ -20,14 +20,14 @@ from revlib import streams
 
 __all__ = ["Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
 
-_SAMPLES, _FEWEST, _ALL = 128, 8, 2**14  # elements of a stream: at most, at least, and of a whole stack
+_SAMPLES, _FEWEST, _ALL = 128, 8, 2**13  # elements of a stream: at most, at least, and of a whole stack
 _serial = itertools.count()
 
 
 class Sampler:
     """Picks a grid of up to 128 elements of a tensor, at an offset that moves from one forward to the next.
 
-    Stacks of more than 128 steps take fewer of each, down to 8: what is kept to compare must not grow with depth.
+    Stacks of more than 64 steps take fewer of each, down to 8: what is kept to compare must not grow with depth.
     """
 
     def __init__(self, steps: int = 1) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from typer.testing import CliRunner
 
-from research import benchmark, contenders, gpu, pareto
+from research import benchmark, contenders, gpu, libraries, pareto
 from research.contenders import CONTENDERS, SCHEDULERS, Contender, vit
 from research.instruments import cost, loss_of
 from research.points import Point, Record, table
@@ -382,3 +383,25 @@ def test_the_commands_for_a_gpu_are_understood(tmp_path, monkeypatch, tiny):
         flags = job.command[job.command.index("research.benchmark") + 1 :]
         assert CliRunner().invoke(benchmark.app, flags).exit_code == 0
         assert points_of(tmp_path / job.name)
+
+
+@pytest.mark.parametrize("library", ["memcnn", "revtorch", "invtorch"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.filterwarnings("ignore")
+def test_other_libraries_with_dropout(library, rate):
+    """What the README says of them, as they come."""
+    pytest.importorskip(library)
+
+    def function():
+        return nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Dropout(rate), nn.Linear(32, 16))
+
+    torch.manual_seed(0)
+    stack = ReversibleSequence([(function(), function()) for _ in range(3)], scheduler=Naive())
+    x, found = torch.randn(4, 5, 16, requires_grad=True), []
+    for run in (lambda x: stack(x, x), getattr(libraries, library)([tuple(pair) for pair in stack], False)):
+        stack.zero_grad()
+        torch.manual_seed(1)
+        sum((y.sin() * y).sum() for y in run(x)).backward()
+        found.append([p.grad.clone() for p in stack.parameters()])
+    errors = [((got - want).norm() / want.norm()).item() for got, want in zip(found[1], found[0], strict=True)]
+    assert max(errors) > 0.3 if rate else max(errors) < 1e-5

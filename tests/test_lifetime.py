@@ -306,6 +306,17 @@ def test_memory_is_flat_from_4_to_64_blocks():
     assert max(in_units(vit(64), streams)) <= 17.6
 
 
+@pytest.mark.slow
+def test_a_thousand_blocks_peak_within_three_percent_of_twelve():
+    x = torch.randn(8, 197, 96)
+    peaks = []
+    for depth in (12, 1000):
+        stack = ReversibleSequence(vit_block(96, 3) for _ in range(depth))
+        peaks.append(footprint(lambda a, stack=stack: stack(a, a), [x], stack.parameters()).peak)
+        assert all(p.grad.isfinite().all() for p in stack.parameters())
+    assert peaks[1] < 1.03 * peaks[0]
+
+
 def peak_of(scheduler, depth, differentiate):
     """Bytes at the peak of ``differentiate(loss, streams)``, gradients not counted where they are allocated before."""
     stack = ReversibleSequence([(mlp(16), mlp(16)) for _ in range(depth)], scheduler=scheduler)

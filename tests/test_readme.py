@@ -12,7 +12,7 @@ def test_the_code_blocks_run_in_order():
     assert len(blocks) >= 5
     namespace: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, "<a block of README.md>", "exec"), namespace)
 
 
 def test_every_path_exists():
