@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from research.instruments import Run
 from research.libraries import Block, invtorch, memcnn, revtorch
-from revlib import ReversibleSequence, Step, positionwise
+from revlib import Coupling, ExactAdditive, ReversibleSequence, Step, positionwise
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible, Scheduler
 
 Law = Callable[..., tuple[Tensor, ...]]  # of F, G and the streams -> the streams after the block
@@ -85,9 +85,9 @@ def one_stream(F: nn.Module, G: nn.Module, x: Tensor) -> tuple[Tensor]:
     return (x + G(x),)
 
 
-def scheduled(scheduler: Scheduler) -> Contender:
+def scheduled(scheduler: Scheduler, coupling: Coupling | None = None) -> Contender:
     def build(blocks: Sequence[Block], compiled: bool) -> Run:
-        stack = ReversibleSequence(blocks, scheduler=copy.deepcopy(scheduler))  # some measure
+        stack = ReversibleSequence(blocks, coupling, copy.deepcopy(scheduler))  # some measure
         return lambda x: stack(x, x)
 
     return Contender(build, warm_up=20 if isinstance(scheduler, PaReprop) else 1)
@@ -172,6 +172,7 @@ def offloaded(law: Law, compiled: bool) -> Law:
 
 CONTENDERS: dict[str, Contender] = {
     **{name: scheduled(scheduler) for name, scheduler in SCHEDULERS.items()},
+    "reversible-exact": scheduled(Reversible(), ExactAdditive()),
     "reversible-in-2-parts": in_parts(2),
     "torch-checkpoint": blockwise(two_streams, checkpointed),
     "torch-selective-attention": blockwise(two_streams, keeping(ATTENTION)),

@@ -1,7 +1,7 @@
 """revlib: reversible networks in PyTorch, trained in the activation memory of one step."""
 
 from revlib.chunks import positionwise
-from revlib.couplings import Additive, Coupling
+from revlib.couplings import Additive, Coupling, ExactAdditive
 from revlib.loop import raise_pending
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible
 from revlib.sequence import ReversibleSequence, invert, reversible
@@ -14,6 +14,7 @@ __all__ = [
     "Budget",
     "Checkpoint",
     "Coupling",
+    "ExactAdditive",
     "KeepLast",
     "Naive",
     "PaReprop",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn, slice_scatter
+from torch import Tensor, dtype, nn, slice_scatter
 
 from revlib.couplings import Additive, Coupling
 from revlib.step import Step
@@ -60,6 +60,15 @@ class _Into(Coupling):
     def unmerge(self, merged: Tensor, f: Any) -> Tensor:
         part = self.coupling.unmerge(self.part.of(merged), f)
         return slice_scatter(merged, part, self.part.dim, *self.part.bounds(merged))
+
+    def enter(self, s: Tensor) -> Tensor:
+        return self.coupling.enter(s)
+
+    def show(self, s: Tensor) -> Tensor:
+        return self.coupling.show(s)
+
+    def limit_of(self, dtype: dtype) -> float:
+        return self.coupling.limit_of(dtype)
 
 
 class _Nothing(nn.Module):

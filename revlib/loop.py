@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from revlib import streams
 
-__all__ = ["Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
+__all__ = ["Extent", "Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
 
 _SAMPLES, _FEWEST, _ALL = 128, 8, 2**13  # elements of a stream: at most, at least, and of a whole stack
 _serial = itertools.count()
@@ -59,6 +59,21 @@ class Witness(NamedTuple):
     original: Tensor
     recovered: Tensor
     reference: Tensor | None = None
+
+
+class Extent(NamedTuple):
+    """The largest magnitude of a merged stream, and what its coupling allows."""
+
+    name: str
+    size: Tensor
+    limit: float
+
+
+def extents(name: str, merged: Tensor, limit: float) -> list[Extent]:
+    """Of a stream that must stay below a limit; none of any other."""
+    if limit == math.inf or not merged.numel():
+        return []
+    return [Extent(name, torch.linalg.vector_norm(merged.detach(), math.inf), limit)]
 
 
 def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
@@ -104,40 +119,59 @@ def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | Non
         return errors if finite is None else torch.where(finite, errors, 0.0)
 
 
-def _judge(errors: Tensor, names: Sequence[str], tolerance: float, when: str) -> None:
-    bad = [(e, n) for e, n in zip(errors.tolist(), names, strict=True) if e > tolerance]
-    if bad:
-        error, name = bad[0]
-        raise RuntimeError(
-            f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
-            f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
-            "(a random generator of its own, a call counter, a tensor edited since forward), or its stream does not "
-            "invert accurately (its result is far larger than the stream, or computed in a lower precision: keep the "
-            "streams in float32 and normalise the branches). Compare with scheduler=Naive(); if the error is "
-            "acceptable, raise the scheduler's tolerance."
-        )
+def _judge(values: Tensor, witnesses: Sequence[str], extents: Sequence[Extent], tolerance: float, when: str) -> None:
+    """Raise for the first of the errors, then sizes, that is too large."""
+    errors, sizes = values[: len(witnesses)].tolist(), values[len(witnesses) :].tolist()
+    for size, (name, _, limit) in zip(sizes, extents, strict=True):
+        if not size < limit:
+            raise RuntimeError(
+                f"{name} took its stream to a magnitude of {size:.6g}, beyond the limit of {limit:g} below which its "
+                "coupling is exact. Give the coupling a larger limit, at a coarser resolution, or normalise the branch."
+            )
+    for error, name in zip(errors, witnesses, strict=True):
+        if error > tolerance:
+            raise RuntimeError(
+                f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
+                f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
+                "(a random generator of its own, a call counter, a tensor edited since forward), or its stream does "
+                "not invert accurately (its result is far larger than the stream, or computed in a lower precision: "
+                "use the ExactAdditive coupling, keep the streams in float32, or normalise the branches). Compare with "
+                "scheduler=Naive(); if the error is acceptable, raise the scheduler's tolerance."
+            )
 
 
-_pending: list[tuple[streams.Arriving, list[str], float]] = []
+_pending: list[tuple[streams.Arriving, list[str], Sequence[Extent], float]] = []
 
 
 def close(
-    witnesses: Sequence[Witness], tolerance: float | None, dtypes: set[torch.dtype], finite: Tensor | None
+    witnesses: Sequence[Witness],
+    extents: Sequence[Extent],
+    steps: int,
+    tolerance: float | None,
+    dtypes: set[torch.dtype],
+    finite: Tensor | None,
 ) -> None:
-    """Compare, and raise where a stream came back wrong: at once on a CPU.
+    """Compare, and raise where a stream came back wrong or left its range: at once on a CPU.
 
     On CUDA the verdict is copied without a synchronisation and raised by the first forward or backward of any stack
     that finds it ready, or by :func:`raise_pending`. Inside a CUDA-graph capture nothing can be raised or compared.
     """
-    if not witnesses or witnesses[0].original.is_meta or isinstance(witnesses[0].original, FakeTensor):
+    found = [w.original for w in witnesses] + [e.size for e in extents]
+    if not found or found[0].is_meta or isinstance(found[0], FakeTensor) or streams.driver.capturing():
         return
+    device = found[0].device
+    if tolerance is None:  # with an exact coupling in every step, equality, wherever kernels repeat their bits
+        exact = device.type == "cpu" and len(extents) == steps
+        tolerance = 0.0 if exact else default_tolerance(dtypes, device.type != "cpu")
+    values = _errors(witnesses, tolerance, finite) if witnesses else torch.empty(0, dtype=torch.float64, device=device)
+    if extents:
+        sizes = torch.stack([e.size.to(device, torch.float64) for e in extents])
+        values = torch.cat([values, sizes if finite is None else torch.where(finite, sizes, 0.0)])
     names = [w.name for w in witnesses]
-    if tolerance is None:
-        tolerance = default_tolerance(dtypes, witnesses[0].original.device.type != "cpu")
-    if witnesses[0].original.device.type != "cuda":
-        _judge(_errors(witnesses, tolerance, finite), names, tolerance, "backward")
-    elif not streams.driver.capturing():
-        _pending.append((streams.Arriving(_errors(witnesses, tolerance, finite)), names, tolerance))
+    if device.type == "cuda":
+        _pending.append((streams.Arriving(values), names, extents, tolerance))
+    else:
+        _judge(values, names, extents, tolerance, "backward")
 
 
 def raise_pending(*, wait: bool = True) -> None:
@@ -147,5 +181,5 @@ def raise_pending(*, wait: bool = True) -> None:
     ends; call this once there. ``wait=False`` looks only at those that have arrived, as every stack does by itself.
     """
     while _pending and not streams.driver.capturing() and (wait or _pending[0][0].here()):
-        verdict, names, tolerance = _pending.pop(0)
-        _judge(verdict.get(), names, tolerance, "an earlier backward")
+        verdict, names, extents, tolerance = _pending.pop(0)
+        _judge(verdict.get(), names, extents, tolerance, "an earlier backward")

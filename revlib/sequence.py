@@ -48,6 +48,11 @@ def _checked_streams(streams: tuple[Any, ...]) -> State:
     return streams
 
 
+def _entered(branches: list[Branch], state: State) -> State:
+    """Each stream is made fit for the coupling that will merge it away first."""
+    return (*(b.coupling.enter(s) for b, s in zip(branches, state, strict=False)), *state[len(branches) :])
+
+
 def _pair(item: Any) -> tuple[Any, Any]:
     try:
         F, G = item
@@ -139,7 +144,8 @@ class ReversibleSequence(nn.Module):
         return _branches(self, self.coupling)
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
-        return self.scheduler.run(self.branches, _checked_streams(streams), context)
+        branches = self.branches
+        return self.scheduler.run(branches, _entered(branches, _checked_streams(streams)), context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.

@@ -121,6 +121,7 @@ def _versions(tensors: Sequence[Any]) -> list[int]:
 
 def evaluate(branch: Branch, inputs: State, context: Mapping[str, Any]) -> Any:
     """``f(inputs)``, refusing a function that edits its inputs or its context in place."""
+    inputs = tuple(branch.coupling.show(s) for s in inputs)
     if torch.compiler.is_compiling():  # versions cannot be traced
         return branch.fn(*inputs, **context)
     watched = [*inputs, *(tree_leaves(dict(context)) if context else ())]

@@ -58,7 +58,7 @@ class Tape:
     ) -> None:
         self.randomness, self.autocast, self.tolerance = randomness, autocast, tolerance
         self.pace, self.weights = pace, weights
-        self.sampler = loop.Sampler(steps)
+        self.steps, self.sampler = steps, loop.Sampler(steps)
         self.records: list[Record] = []
         self.shelf = Shelf(m)
         self.cursors: dict[Any, Cursor] = {}
@@ -67,6 +67,7 @@ class Tape:
         self.lowest = -1  # step that backward may evaluate
         self.dtypes: set[torch.dtype] = set()
         self.finite: Tensor | None = None  # whether the last state is
+        self.extents: list[loop.Extent] = []
         self.lock = threading.RLock()
 
     # ------------------------------------------------------------------------------------------ forward
@@ -94,6 +95,7 @@ class Tape:
             for i, holder in record.living():
                 holder.fresh, holder.place = None, i / len(record.holders)
         self.dtypes.update(t.dtype for t in (s, merged, *tree_leaves(f)))
+        self.extents += loop.extents(record.branch.name, merged, record.branch.coupling.limit_of(merged.dtype))
         return (*inputs, merged)
 
     def end(self, state: State) -> None:
@@ -233,7 +235,7 @@ class Tape:
         elif all(k in cursor.done or not r.guarded for k, r in enumerate(self.records)):
             # All is recovered for good. A module may hold a tensor whose graph holds this tape: let go of the module.
             self.records, cursor.state = [], ()
-        loop.close(witnesses, self.tolerance, self.dtypes, self.finite)
+        loop.close(witnesses, self.extents, self.steps, self.tolerance, self.dtypes, self.finite)
 
     def forget(self, key: Any) -> None:
         cursor = self.cursors.pop(key, None)

@@ -1,4 +1,4 @@
-r"""Couplings: how a step folds what its function returned into the oldest stream, and how that is undone.
+r"""What a coupling is: how a step folds what its function returned into the oldest stream, and how that is undone.
 
 A reversible step is the recurrence
 
@@ -10,13 +10,14 @@ their own; whatever is learned lives in the function $f$.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Additive", "Coupling"]
+__all__ = ["Coupling"]
 
 
 class Coupling(ABC):
@@ -35,21 +36,14 @@ class Coupling(ABC):
     def unmerge(self, merged: Tensor, f: Any) -> Tensor:
         """The oldest stream, from the new one and what the function returned."""
 
+    def enter(self, s: Tensor) -> Tensor:
+        """What a sequence makes of an input stream before its first step; differentiable. As it is, unless defined."""
+        return s
 
-@dataclass(frozen=True)
-class Additive(Coupling):
-    r"""$\mathrm{merge}(s, f) = s + f$, $\mathrm{unmerge}(t, f) = t - f$.
+    def show(self, s: Tensor) -> Tensor:
+        """What the functions of steps with this coupling see of a stream; differentiable. As it is, unless defined."""
+        return s
 
-    Shapes: ``s`` and ``f`` alike, or ``f`` broadcastable to ``s``. Cost: one addition, nothing saved for backward.
-    Inversion is exact up to rounding: about one unit in the last place of ``s + f`` a step, so it loses accuracy
-    where ``f`` is much larger than ``s``, and it drifts with depth where ``f`` is computed in bfloat16 or float16.
-
-    Source: Gomez et al., *The Reversible Residual Network*, NeurIPS 2017, equation 6; Mangalam et al., *Reversible
-    Vision Transformers*, CVPR 2022, equations 1 and 2.
-    """
-
-    def merge(self, s: Tensor, f: Tensor) -> Tensor:
-        return s + f
-
-    def unmerge(self, merged: Tensor, f: Tensor) -> Tensor:
-        return merged - f
+    def limit_of(self, dtype: torch.dtype) -> float:
+        """The magnitude that merged streams of this dtype must stay below; backward raises where one has not."""
+        return math.inf
