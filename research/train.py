@@ -10,28 +10,38 @@ Settings are in config.py, readers in data.py, shuffling and augmentation in bat
 import math
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import typer
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from research import checkpoint
 from research.batches import Batch, Batches
 from research.checkpoint import Run
-from research.config import AmpDtypeName, Config, ModelName, SchedulerName, flags
+from research.config import AmpDtypeName, Config, CouplingName, ModelName, SchedulerName, flags
 from research.data import DATASETS, Dataset
 from research.log import Log, Row
 from research.machine import environment, make_reproducible, pick_device
 from research.plots import draw_curves
-from revlib import raise_pending
+from revlib import Additive, Coupling, ExactAdditive, raise_pending
 from revlib.models import RevViT
-from revlib.schedulers import Checkpoint, Naive, Reversible, Scheduler
+from revlib.schedulers import Checkpoint, Naive, PaReprop, Reversible, Scheduler
 
-MODELS: dict[ModelName, Callable[..., nn.Module]] = {"vit": RevViT}
+
+def plain_vit(coupling: Coupling, scheduler: Scheduler, **sizes: Any) -> nn.Module:
+    """timm's: one stream, every activation stored."""
+    return VisionTransformer(**sizes, class_token=False, global_pool="avg")
+
+
+MODELS: dict[ModelName, Callable[..., nn.Module]] = {"vit": RevViT, "plain-vit": plain_vit}
+COUPLINGS: dict[CouplingName, Coupling] = {"additive": Additive(), "exact": ExactAdditive()}
 SCHEDULERS: dict[SchedulerName, Scheduler] = {
     "naive": Naive(),
     "reversible": Reversible(),
+    "pareprop": PaReprop(),
     "checkpoint": Checkpoint(),
 }
 AMP_DTYPES: dict[AmpDtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,6 +163,7 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         drop_path_rate=config.drop_path,
+        coupling=COUPLINGS[config.coupling],
         scheduler=SCHEDULERS[config.scheduler],
     ).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)

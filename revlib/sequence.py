@@ -193,7 +193,7 @@ def reversible(
     """
     branches = _branches(functions, _checked_coupling(coupling or Additive()))
     return _checked_scheduler(scheduler or Reversible(), "scheduler").run(
-        branches, _checked_streams(streams), context or {}
+        branches, _entered(branches, _checked_streams(streams)), context or {}
     )
 
 

@@ -147,7 +147,7 @@ class Tape:
         """Recover step k on a side stream, next to the rest of the gradients of the step above."""
         with self.lock:
             cursor = self.cursors.get(FOR_GOOD)
-            if not cursor or cursor.index != k + 1 or self.launches or k < 0 or not self.records[k].guarded:
+            if not cursor or cursor.index != k + 1 or k < self.lowest or self.launches or not self.records[k].guarded:
                 return
             lowest = k
             while lowest > self.lowest and not self.records[lowest].holders:  # nobody will ask for it

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent / "revlib"
 LAYERS = [
     ["couplings", "replay", "modules", "streams"],
     ["loop", "step"],
-    ["chunks", "saved"],
+    ["chunks", "recurrences", "saved"],
     ["record"],
     ["tape"],
     ["engine"],

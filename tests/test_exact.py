@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from revlib import ExactAdditive, Naive, PaReprop, Reversible, ReversibleSequence, Step, positionwise
+from revlib import (
+    ExactAdditive,
+    Naive,
+    PaReprop,
+    Reversible,
+    ReversibleSequence,
+    Step,
+    invert,
+    positionwise,
+    reversible,
+)
 from revlib.schedulers import Anchored, Checkpoint, KeepLast
 from revlib.testing import assert_unmerges, strategies
 
@@ -220,6 +230,15 @@ def test_compiled():
         t.grad = None
     loss(stack(*xs)).backward()
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(got, grads(*xs, stack), strict=True))
+
+
+def test_the_functional_form_enters_the_grid_too():
+    torch.manual_seed(0)
+    pairs, coupling = [(mlp(), mlp()) for _ in range(3)], ExactAdditive()
+    xs = leaves(dtype=torch.float32)
+    with torch.no_grad():
+        back = invert(pairs, *reversible(pairs, *xs, coupling=coupling), coupling=coupling)
+    assert same(back, [coupling.enter(x).detach() for x in xs])
 
 
 def test_in_parts():

@@ -2,5 +2,6 @@
 
 from revlib.couplings.additive import Additive, ExactAdditive
 from revlib.couplings.base import Coupling
+from revlib.couplings.family import Affine, Scaled
 
-__all__ = ["Additive", "Coupling", "ExactAdditive"]
+__all__ = ["Additive", "Affine", "Coupling", "ExactAdditive", "Scaled"]

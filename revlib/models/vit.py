@@ -10,6 +10,7 @@ from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_pat
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from revlib.couplings import Coupling
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 
@@ -29,6 +30,7 @@ class RevViT(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: width of each stream, blocks, heads, hidden width of the MLP / width.
         drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
             (rising linearly over the blocks).
+        coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
         scheduler: how backward gets activations back; also ``model.blocks.scheduler = ...`` at any time.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). With N patches, features are (B, N, 2 embed_dim).
@@ -52,6 +54,7 @@ class RevViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class RevViT(nn.Module):
 
         self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-        self.blocks = ReversibleSequence(scheduler=scheduler)
+        self.blocks = ReversibleSequence(coupling=coupling, scheduler=scheduler)
         for rate in calculate_drop_path_rates(drop_path_rate, depth):
             attention = Attention(embed_dim, num_heads, qkv_bias=True, attn_drop=attn_drop_rate, proj_drop=drop_rate)
             mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate)
