@@ -73,7 +73,8 @@ def extents(name: str, merged: Tensor, limit: float) -> list[Extent]:
     """Of a stream that must stay below a limit; none of any other."""
     if limit == math.inf or not merged.numel():
         return []
-    return [Extent(name, torch.linalg.vector_norm(merged.detach(), math.inf), limit)]
+    low, high = torch.aminmax(merged.detach())  # many times as fast as a norm, on a CPU
+    return [Extent(name, torch.maximum(-low, high), limit)]
 
 
 def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:

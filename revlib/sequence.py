@@ -34,7 +34,7 @@ def _name(fn: Callable[..., Any]) -> str:
     return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
 
 
-def _checked_streams(streams: tuple[Any, ...]) -> State:
+def checked_streams(streams: tuple[Any, ...]) -> State:
     for i, stream in enumerate(streams):
         if not isinstance(stream, Tensor):
             raise TypeError(f"stream {i} must be a tensor, got {type(stream).__name__}; pass context by keyword")
@@ -48,7 +48,7 @@ def _checked_streams(streams: tuple[Any, ...]) -> State:
     return streams
 
 
-def _entered(branches: list[Branch], state: State) -> State:
+def entered(branches: list[Branch], state: State) -> State:
     """Each stream is made fit for the coupling that will merge it away first."""
     return (*(b.coupling.enter(s) for b, s in zip(branches, state, strict=False)), *state[len(branches) :])
 
@@ -145,14 +145,14 @@ class ReversibleSequence(nn.Module):
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
         branches = self.branches
-        return self.scheduler.run(branches, _entered(branches, _checked_streams(streams)), context)
+        return self.scheduler.run(branches, entered(branches, checked_streams(streams)), context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.
 
         Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode.
         """
-        return _invert(self.branches, _checked_streams(streams), context)
+        return _invert(self.branches, checked_streams(streams), context)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -193,7 +193,7 @@ def reversible(
     """
     branches = _branches(functions, _checked_coupling(coupling or Additive()))
     return _checked_scheduler(scheduler or Reversible(), "scheduler").run(
-        branches, _entered(branches, _checked_streams(streams)), context or {}
+        branches, entered(branches, checked_streams(streams)), context or {}
     )
 
 
@@ -205,4 +205,4 @@ def invert(
 ) -> State:
     """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``."""
     branches = _branches(functions, _checked_coupling(coupling or Additive()))
-    return _invert(branches, _checked_streams(streams), context or {})
+    return _invert(branches, checked_streams(streams), context or {})

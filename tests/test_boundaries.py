@@ -13,7 +13,7 @@ LAYERS = [
     ["engine"],
     ["schedulers"],
     ["sequence"],
-    ["models", "testing"],
+    ["models", "testing", "diagnostics", "convert"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -43,7 +43,7 @@ def test_research_uses_the_public_api_only():
     for path in (ROOT.parent / "research").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("revlib."):
-                assert node.module.split(".")[1] in {"schedulers", "models", "testing"}, path.name
+                assert node.module.split(".")[1] in {"couplings", "schedulers", "models", "testing"}, path.name
 
 
 def test_one_place_touches_random_generators_and_one_autograd():

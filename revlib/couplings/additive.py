@@ -43,7 +43,7 @@ class _Snap(torch.autograd.Function):
 
     @staticmethod
     def forward(t: Tensor, grid: float) -> Tensor:
-        return torch.round(t * (1 / grid)) * grid  # scaling by a power of two is exact
+        return (t * (1 / grid)).round_().mul_(grid)  # scaling by a power of two is exact
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None: ...

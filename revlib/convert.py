@@ -1,0 +1,249 @@
+r"""From a pretrained residual network to a reversible one, near enough to be fine-tuned instead of it.
+
+A residual stack $x \leftarrow x + f_t(x)$ cannot be undone. Here $m$ velocities are carried beside $x$. The functions
+run in cycles of $m$, and the $i$-th of each cycle $c$ owns the velocity $v_i$:
+
+$$v_i \leftarrow \gamma v_i + [(1 - \gamma) f_{cm+i}(x + v_1 + \dots + v_{i-1})] \quad (i = 1, \dots, m), \qquad
+x \leftarrow x + v_1 + \dots + v_m.$$
+
+In the first cycle $v_i = [f_i]$: a stack of one cycle is the original, and with $\gamma = 0$ any would be. But undoing
+a step divides by $\gamma$, and in floating point errors would grow by $1/\gamma$ a cycle. So nothing is rounded away:
+$\gamma = 2^{-k}$, $[f]$ is $f$ rounded to multiples of a ``resolution``, and streams are float64, whose mantissa has
+room for what each product shifts down. Inversion gives back every bit, and the gradients of every scheduler are those
+of ``Naive`` wherever kernels repeat their bits, also under autocast, for stacks of $C$ cycles with
+
+$$k (C - 1) \le 53 - \log_2(\mathrm{limit} / \mathrm{resolution}) = 30 \quad \text{(as defaults are).}$$
+
+By default $k$ is the largest that fits. Cycles are 2 blocks / ``group``, and decide how close the start is:
+
+======  =======  =======================================================================
+cycles  γ        relative error of the logits: ViTs of 12 to 48 random blocks; 12 trained
+======  =======  =======================================================================
+3       2^-15    1e-4 to 4e-4; 9e-5
+6       2^-6     1 to 3 %; 1 % (12 blocks, as :func:`vit` converts them)
+12      2^-2     20 to 50 %; 15 %: another network, which must be trained
+======  =======  =======================================================================
+
+Cost: at any depth 2 ``group`` + 2 streams of float32 after forward, and 4 ``group`` + 22 at the peak of backward (ViT).
+Checkpointing the original is exact, and takes blocks and blocks + 20: use that for less than 9 cycles, where its peak
+is lower. Nor is this for devices without float64.
+
+Source: momentum residual networks, Sander et al., ICML 2021; keeping shifted bits, Maclaurin et al. 2015; starting near
+a pretrained network, Dr²Net, Zhao et al., CVPR 2024. Velocities by turns, with their bits in float64, are our own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import vision_transformer as timm_vit
+from torch import Tensor, nn
+
+from revlib.couplings import Coupling, ExactAdditive
+from revlib.schedulers import Scheduler
+from revlib.sequence import ReversibleSequence
+from revlib.step import Step
+
+__all__ = ["Momentum", "ReversibleResidual", "residual", "restore", "vit"]
+
+_DIGITS = 53  # of a float64
+Parts = Sequence[nn.Module]  # a residual branch: these modules one after the other
+
+
+def _grid(resolution: float) -> ExactAdditive:
+    return ExactAdditive(resolution * 2.0**_DIGITS)
+
+
+@dataclass(frozen=True)
+class Momentum(Coupling):
+    r"""$\mathrm{merge}(v, f) = \gamma v + [(1 - \gamma) f]$, where $[f]$ is $f$ rounded to the resolution.
+
+    Exact in float64 for $\gamma = 2^{-k}$ while the digits last. Cost: four passes.
+    """
+
+    momentum: float
+    limit: float
+    resolution: float
+
+    def merge(self, s: Tensor, f: Any) -> Tensor:
+        return _grid(self.resolution).merge(s * self.momentum, self._scaled(f, s))
+
+    def unmerge(self, merged: Tensor, f: Any) -> Tensor:
+        return _grid(self.resolution).unmerge(merged, self._scaled(f, merged)) * (1 / self.momentum)
+
+    def limit_of(self, dtype: torch.dtype) -> float:
+        return self.limit
+
+    def _scaled(self, f: Tensor, s: Tensor) -> Tensor:
+        return f.to(s.dtype) * (1 - self.momentum)
+
+
+class _Branch(nn.Sequential):
+    """The function of a step: sums the position and the velocities before its own, in the precision of the input."""
+
+    def __init__(self, parts: Parts, skip: int) -> None:  # skip: velocities of its own cycle to come
+        super().__init__(*parts)
+        self.skip = skip
+
+    def forward(self, *streams: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return super().forward(_sum(*streams[self.skip :]).to(dtype))
+
+
+class ReversibleResidual(nn.Sequential):
+    """The stack ``for f in branches: x = x + f(x)`` as a module, run by ``sequence`` on (v_1, ..., v_m, x) in float64.
+
+    It holds the original modules under their names, so ``state_dict`` is the original's. Iterating it, as timm does for
+    intermediate features, attention masks and its own checkpointing, runs the original network, activations stored.
+
+    Args:
+        modules, split: what it holds; the branches of each, as modules that run in turn.
+        group: m, branches in a cycle; best a multiple of the period in which kinds of branches recur.
+        momentum: γ, a power of two; the smallest that can be undone unless given.
+        limit: the magnitude of x up to which no digit is lost, a power of two; backward raises an error beyond it.
+        resolution: a power of two; what branches return is rounded to its multiples.
+        scheduler: how backward gets activations back; swap it at any time by assignment.
+
+    Shapes: x of any shape and precision to the same.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        split: Callable[[Any], Sequence[Parts]],
+        *,
+        group: int = 2,
+        momentum: float | None = None,
+        limit: float = 512.0,
+        resolution: float = 2.0**-14,
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        super().__init__(*modules)
+        self._split, self.group, self.limit, self.resolution = split, group, limit, resolution
+        self._build(momentum, scheduler)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        velocities = (x.new_zeros(x.shape, dtype=torch.float64) for _ in range(self.group))
+        state = self.sequence(*velocities, x.double(), dtype=x.dtype)
+        return _sum(*state[-1 - (len(self._built[0]) - 1) % self.group - 1 :]).to(x.dtype)  # x and the last cycle's
+
+    @property
+    def sequence(self) -> ReversibleSequence:
+        if self._branches() != self._built[0]:  # compared by identity: adapters may have replaced some
+            self._build(self.momentum, self.scheduler)
+        return self._built[1]
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._built[1].scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler) -> None:
+        self._built[1].scheduler = scheduler
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        settings = {k: getattr(self, k) for k in ("group", "momentum", "limit", "resolution", "scheduler")}
+        return type(self)(list(self)[index], self._split, **settings)
+
+    def _branches(self) -> list[tuple[nn.Module, ...]]:
+        return [tuple(parts) for module in self for parts in self._split(module)]
+
+    def _build(self, momentum: float | None, scheduler: Scheduler | None) -> None:
+        branches = self._branches()
+        self.momentum = _momentum(momentum, len(branches), self.group, self.limit, self.resolution)
+        first = _grid(self.resolution)  # its velocities are zero
+        later = Momentum(self.momentum, self.limit, self.resolution)
+        sequence = ReversibleSequence(scheduler=scheduler)
+        for i, parts in enumerate(branches):
+            if i and i % self.group == 0:
+                sequence.append(Step(_sum, ExactAdditive(self.limit)))
+            branch = _Branch(parts, skip=self.group - 1 - i % self.group)
+            sequence.append(Step(branch, first if i < self.group else later))
+        self._built = branches, sequence  # in a tuple: no submodule, its modules are here already
+
+
+def residual(branches: Iterable[nn.Module], **options: Any) -> ReversibleResidual:
+    """The stack ``for f in branches: x = x + f(x)``, reversible; for ``options`` see :class:`ReversibleResidual`."""
+    branches = list(branches)
+    for f in branches:
+        if not isinstance(f, nn.Module):
+            raise TypeError(f"a branch must be an nn.Module, got {type(f).__name__}; wrap a function in one")
+        if isinstance(f, timm_vit.Block):
+            raise TypeError("a timm Block adds its own input; pass its branches, or convert the model by convert.vit")
+    return ReversibleResidual(branches, _whole, **options)
+
+
+def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: Any) -> Any:
+    """A timm VisionTransformer with reversible blocks: a copy, or ``model`` itself if ``inplace``.
+
+    Features, pooling, class token and head are those of timm, and ``state_dict`` is the original's either way. A
+    block has two branches: a ``group`` of 4 is two blocks. For ``options`` see :class:`ReversibleResidual`.
+    Raises: TypeError for blocks that are no pre-norm residuals, ValueError for hooks on them, which nobody would call.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(model, timm_vit.VisionTransformer) or not isinstance(blocks, nn.Sequential):
+        raise TypeError(f"convert.vit takes a timm VisionTransformer, got {type(model).__name__}; try convert.residual")
+    for i, block in enumerate(blocks):
+        _check_block(i, block)
+    converted: Any = model if inplace else copy.deepcopy(model)
+    converted.set_grad_checkpointing(False)
+    converted.blocks = ReversibleResidual(converted.blocks, _halves, group=group, **options)
+    return converted
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`vit` in place: the ordinary network, with the weights as they are now."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, ReversibleResidual):
+        raise TypeError(f"expected a model that convert.vit returned, got {type(model).__name__}")
+    model.blocks = nn.Sequential(*blocks)
+    return model
+
+
+def _sum(*streams: Tensor) -> Tensor:
+    return sum(streams[1:], streams[0])
+
+
+def _whole(branch: nn.Module) -> list[Parts]:
+    return [(branch,)]
+
+
+def _halves(b: Any) -> list[Parts]:
+    return [(b.norm1, b.attn, b.ls1, b.drop_path1), (b.norm2, b.mlp, b.ls2, b.drop_path2)]
+
+
+def _check_block(i: int, block: nn.Module) -> None:
+    if type(block).forward is not timm_vit.Block.forward:
+        name = type(block).__name__
+        kind = "parallel branches" if "Parallel" in name else "a post-norm" if "Post" in name else "its own forward"
+        told = f"block {i} is a {name} with {kind}, not x + attn(norm1(x)), then x + mlp(norm2(x))"
+        raise TypeError(f"{told}; give what it adds to x to convert.residual, as modules")
+    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
+        raise ValueError(f"block {i} has hooks, which would not be called; put them on its parts, such as block.attn")
+
+
+def _momentum(momentum: float | None, branches: int, group: int, limit: float, resolution: float) -> float:
+    """The coefficient, checked; the smallest whose products fit into the digits of a float64 unless given."""
+    if not (isinstance(group, int) and group >= 1 and branches):
+        raise ValueError(f"expected branches, and a group of one or more of them; got {branches} and group={group!r}")
+    values = {"limit": limit, "resolution": resolution, "momentum": 0.5 if momentum is None else momentum}
+    for name, value in values.items():
+        if not (value > 0 and math.frexp(value)[0] == 0.5):
+            raise ValueError(f"{name} must be a power of two, got {value!r}")
+    undone = -(-branches // group) - 1  # products that must not be rounded
+    room = _DIGITS - round(math.log2(limit / resolution))
+    most = room // undone if undone else room
+    bits = min(most, 20) if momentum is None else -round(math.log2(momentum))
+    if bits < 1 or bits > most:
+        asked = "any momentum" if momentum is None else f"momentum=2**{-bits}"
+        raise ValueError(
+            f"{branches} branches in cycles of {group} cannot be undone with {asked}: {undone} products have {room} "
+            f"bits, so it must be 2**-{most} to 1/2. Raise group, at one float64 stream each, or momentum."
+        )
+    return 2.0**-bits

@@ -1,0 +1,171 @@
+"""Watching a real run: how accurately its stacks invert, while it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from revlib import loop, streams
+from revlib.modules import ModuleState, modules_of
+from revlib.replay import Autocast, Randomness
+from revlib.schedulers import Scheduler
+from revlib.sequence import ReversibleSequence, checked_streams, entered
+from revlib.step import Branch, State, evaluate, merge, retreat, route
+
+__all__ = ["Drift", "DriftMonitor"]
+
+_SAMPLES = 4096  # elements of a stream
+_ADVICE = (
+    "in forward {}, inversion gives back what step {} merged away ({}) with a relative error of {:.2g}, above {:.2g}; "
+    "gradients err likewise. Use coupling=ExactAdditive() and float32 streams, with autocast for the functions; or "
+    "Anchored(k) or Checkpoint(), which invert less; or normalise what the functions return. See monitor.report()."
+)
+
+
+class Drift(NamedTuple):
+    """How far the stream that step ``step`` merged away, as inverted from the states above, is from the one it was."""
+
+    forward: int  # number of the forward pass in training, from 0
+    step: int
+    name: str
+    error: float  # in the norm, relative
+
+
+class DriftMonitor:
+    """Measures the inversion error of every ``every``-th training forward of a stack, from the first on, by steps.
+
+    It runs that forward beforehand, without a graph and with the same random numbers, and inverts it as the scheduler's
+    plan would in backward: the errors of the streams that the plan does not keep, built up from the nearest state above
+    that it keeps. Results, gradients, buffers, attributes and random generators are as without a monitor. What else
+    functions do (hooks, prints, a generator of their own) happens two times more. Cost where it measures: the time of
+    two forwards, memory for what the plan keeps, and 4096 elements a step. None at other forwards, in eval mode or
+    without gradients, nor where the plan inverts nothing (``Naive``, ``Checkpoint``).
+
+    Args:
+        warn_above: warn where the error rises above it; a tenth of what backward tolerates, unless given.
+        scheduler: whose plan to follow, unless the stack's own: ``Reversible()`` on a stack that trains under
+            ``Naive()`` tells beforehand.
+
+    ``history`` holds every :class:`Drift` measured, of each forward from the last step to the first. Clear it freely.
+    """
+
+    def __init__(
+        self,
+        stack: ReversibleSequence,
+        every: int = 100,
+        warn_above: float | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"DriftMonitor(every=...) takes a whole number from 1 up, got {every!r}")
+        self.every, self.warn_above, self.scheduler = every, warn_above, scheduler
+        self.history: list[Drift] = []
+        self._forwards, self._above = 0, False
+        self._handle = stack.register_forward_pre_hook(self._before, with_kwargs=True)  # the stack owns us: no cycle
+
+    def remove(self) -> None:
+        """Stop watching; the history stays."""
+        self._handle.remove()
+
+    def report(self) -> str:
+        """A table of the steps that are inverted, from the last: the error last measured, and the largest."""
+        latest = {d.step: d for d in self.history}
+        largest = {d.step: d for d in sorted(self.history, key=lambda d: d.error)}
+        lines = ["step   latest  largest  in forward  function"]
+        for k, (forward, _, name, error) in sorted(largest.items(), reverse=True):
+            lines.append(f"{k:>4}  {latest[k].error:>7.1e}  {error:>7.1e}  {forward:>10}  {name}")
+        return "\n".join(lines if latest else [*lines, "nothing has been inverted yet"])
+
+    @torch.compiler.disable
+    def _before(self, stack: Any, args: tuple[Any, ...], context: dict[str, Any]) -> None:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if not (stack.training and torch.is_grad_enabled()) or transformed or streams.driver.capturing():
+            return
+        forward, self._forwards = self._forwards, self._forwards + 1
+        if forward % self.every or any(is_lazy(p) or isinstance(p, FakeTensor) for p in stack.parameters()):
+            return
+        scheduler = self.scheduler or stack.scheduler
+        found, tolerated = _measure(stack.branches, checked_streams(args), context, scheduler)
+        self.history += (Drift(forward, *f) for f in found)
+        threshold = tolerated / 10 if self.warn_above is None else self.warn_above
+        worst = max(found, key=lambda f: f[2], default=(0, "", 0.0))
+        was, self._above = self._above, worst[2] > threshold
+        if self._above and not was:
+            warnings.warn(_ADVICE.format(forward, *worst, threshold), stacklevel=6)  # the call of the stack
+
+
+@torch.no_grad()
+def _measure(
+    branches: list[Branch], given: State, context: Mapping[str, Any], scheduler: Scheduler
+) -> tuple[list[tuple[int, str, float]], float]:
+    """-> step, name and error of each stream that backward would invert; and what it would tolerate."""
+    m, plan = len(given), scheduler.plan(len(branches))
+    kept = {*plan.streams, *(i for j in plan.states for i in range(j, j + m))}
+    top = max(plan.states, default=0)
+    lowest = min((k for k in range(top) if k not in plan.activations), default=top)
+    inverted = [k for k in reversed(range(lowest, top)) if k not in kept]
+    if not inverted:
+        return [], math.inf
+    contexts = route(branches, m, context)
+    modules = [modules_of(b.owner) for b in branches]
+    tensors = [t for t in tree_leaves((given, context)) if isinstance(t, Tensor)]
+    tensors += [p for ms in modules for f in ms for p in f._parameters.values() if p is not None]
+    randomness, autocast = Randomness(tensors), Autocast(tensors)
+    devices = [d for d in randomness.devices if d.type != "cpu"]
+    state, shelf, samples = entered(branches, given), dict[int, Tensor](), dict[int, Tensor]()
+    runs, dtypes, errors = list[tuple[ModuleState, dict[Any, Tensor]]](), set[torch.dtype](), list[Tensor]()
+    fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
+    with fork, _untouched(f for ms in modules for f in ms), autocast.replaying():
+        for k, branch in enumerate(branches[:top]):
+            s, *inputs = state
+            shelf |= {k: s} if k in kept else {}
+            samples |= {k: _sample(s)} if k in inverted else {}
+            runs.append((ModuleState(modules[k]), {}))
+            with randomness.recording(runs[k][1]):
+                f = evaluate(branch, tuple(inputs), tree_map(lambda leaf: leaf, contexts[k]))
+            runs[k][0].seal()
+            state = (*inputs, merge(branch, s, f))
+            dtypes.update(t.dtype for t in (s, state[-1], *tree_leaves(f)))
+        for k in reversed(range(inverted[-1], top)):
+            if k in inverted:
+                with randomness.replaying(runs[k][1]), runs[k][0].bound():
+                    s = retreat(branches[k], state, tree_map(lambda leaf: leaf, contexts[k]))[0].to(samples[k].dtype)
+                wide = loop.wide(s)
+                gap, size = (_sample(s).to(wide) - samples[k]).norm(), samples[k].to(wide).norm()
+                errors.append(torch.where(gap == 0, gap, gap / size).nan_to_num(math.inf).to(given[0].device))
+            state = (s if k in inverted else shelf[k], *state[:-1])
+    tolerated = scheduler.tolerance
+    if tolerated is None or tolerated == math.inf:
+        tolerated = loop.default_tolerance(dtypes, given[0].device.type != "cpu")
+    return [(k, branches[k].name, e) for k, e in zip(inverted, torch.stack(errors).tolist(), strict=True)], tolerated
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Evenly spaced elements; an odd number apart, or they would be of few channels."""
+    return t.reshape(-1)[:: t.numel() // _SAMPLES | 1].clone()
+
+
+@contextlib.contextmanager
+def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules run on copies of their buffers; what they assign meanwhile is taken back."""
+    before = [(f, f.__dict__.copy(), f._buffers.copy()) for f in modules]
+    copies: dict[int, Tensor] = {}  # modules may share a buffer
+    try:
+        for f, _, buffers in before:
+            f._buffers.update({k: copies.setdefault(id(b), b.clone()) for k, b in buffers.items() if b is not None})
+        yield
+    finally:
+        for f, attributes, buffers in before:
+            f._buffers.update(buffers)
+            for key in f.__dict__.keys() - attributes.keys():
+                delattr(f, key)
+            f.__dict__.update(attributes)
