@@ -580,3 +580,20 @@ def test_another_missing_module_is_not_blamed_on_hypothesis(unimported):
     unimported.setitem(sys.modules, "revlib.step", None)
     with pytest.raises(ModuleNotFoundError, match=r"revlib\.step"):
         _ = revlib.testing.strategies
+
+
+def test_what_a_repetition_puts_into_a_list_cannot_be_differentiated():
+    """It is a second copy of what forward put there: its gradient would count twice."""
+    told = []
+
+    def f(m, x):
+        y = m(x).tanh()
+        told.append(y.square().sum())
+        return y * 2
+
+    outputs = net(Reversible(), lambda: Lambda(f, nn.Linear(4, 4)))(*leaves())
+    in_forward = len(told)
+    loss(outputs).backward()
+    assert len(told) > in_forward
+    with pytest.raises(RuntimeError, match="belongs to its repetition in backward"):
+        told[-1].backward()
