@@ -160,6 +160,22 @@ def test_a_step_that_does_not_repeat_its_bits_is_an_error():
         loss(ReversibleSequence([(mlp(), bad)], ExactAdditive())(*xs)).backward()
 
 
+def test_a_private_mask_that_would_hide_in_the_tolerance_of_bfloat16_is_an_error():
+    """Without the grid, which asks for equality, it is known to be silent."""
+    generator = torch.Generator().manual_seed(3)
+
+    def f(m, x):
+        mask = torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+        return torch.where(mask > 0, m(x), m(x).sin())
+
+    torch.manual_seed(0)
+    stack = ReversibleSequence([(mlp(), Lambda(f, nn.Linear(4, 4))) for _ in range(3)], ExactAdditive())
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = stack(*leaves(16, 4, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="where 0 is tolerated"):
+        loss(outputs).backward()
+
+
 # ---------------------------------------------------------------------------------------------- low precision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_whole_models_in_low_precision_keep_their_streams_in_float32(dtype):

@@ -58,7 +58,6 @@ class Budget(Scheduler):
             raise ValueError(f"Budget(bytes=...) takes a whole number of bytes, such as 2 * 2**30, got {self.bytes!r}")
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"Budget(fraction=...) takes a number from 0 to 1, got {self.fraction!r}")
-
         if self.below.plan(4).activations:
             raise ValueError(f"Budget(below=...) takes a scheduler that keeps no activations itself, got {self.below}")
 
