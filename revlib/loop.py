@@ -62,10 +62,11 @@ class Witness(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """The largest magnitude of a merged stream, and what its coupling allows."""
+    """The least and the largest element of a merged stream, and the magnitude that its coupling allows."""
 
     name: str
-    size: Tensor
+    least: Tensor
+    largest: Tensor
     limit: float
 
 
@@ -73,8 +74,7 @@ def extents(name: str, merged: Tensor, limit: float) -> list[Extent]:
     """Of a stream that must stay below a limit; none of any other."""
     if limit == math.inf or not merged.numel():
         return []
-    low, high = torch.aminmax(merged.detach())  # many times as fast as a norm, on a CPU
-    return [Extent(name, torch.maximum(-low, high), limit)]
+    return [Extent(name, *torch.aminmax(merged.detach()), limit)]  # many times as fast as a norm, on a CPU
 
 
 def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
@@ -94,9 +94,14 @@ def wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
+def _flat(samples: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All of them in one, in at least single precision."""
+    flat = torch.cat([t.flatten() if t.device == device else t.flatten().to(device) for t in samples])
+    return flat.to(wide(flat))
+
+
 def _norms(tensors: list[Tensor]) -> Tensor:
-    device = tensors[0].device  # streams may live on several
-    return torch.stack([n.to(device, torch.float64) for n in torch._foreach_norm(tensors)])
+    return torch.stack(torch._foreach_norm(tensors)).double()
 
 
 def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | None) -> Tensor:
@@ -106,14 +111,19 @@ def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | Non
     Infinite where a stream came back as NaN; zero throughout where forward itself overflowed: naive autograd has NaN
     gradients then too, and GradScaler skips them.
     """
-    originals = [w.original.to(wide(w.original)) for w in witnesses]
+    device = witnesses[0].original.device  # streams may live on several
+    counts = [w.original.numel() for w in witnesses]
     with torch.no_grad():
-        recovered = [w.recovered.to(o.dtype) for w, o in zip(witnesses, originals, strict=True)]
-        gaps, norms = _norms(list(torch._foreach_sub(recovered, originals))), _norms(originals)
+        originals = _flat([w.original for w in witnesses], device)
+        gap = _flat([w.recovered for w in witnesses], device)
+        same = gap == originals  # infinities too, which attention may save
+        gap.sub_(originals).masked_fill_(same, 0.0)
+        originals.masked_fill_(~originals.isfinite(), 0.0)
+        gaps, norms = _norms([*gap.split(counts), *originals.split(counts)]).view(2, -1)
         sizes = norms.clone()
         for i, w in enumerate(witnesses):
             if w.reference is not None:
-                sizes[i] = torch.maximum(norms[i], _norms([w.reference.to(wide(w.reference))])[0])
+                sizes[i] = torch.maximum(norms[i], _norms([_flat([w.reference], device)])[0])
         sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
         sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
         errors = (gaps / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -123,7 +133,7 @@ def _errors(witnesses: Sequence[Witness], tolerance: float, finite: Tensor | Non
 def _judge(values: Tensor, witnesses: Sequence[str], extents: Sequence[Extent], tolerance: float, when: str) -> None:
     """Raise for the first of the errors, then sizes, that is too large."""
     errors, sizes = values[: len(witnesses)].tolist(), values[len(witnesses) :].tolist()
-    for size, (name, _, limit) in zip(sizes, extents, strict=True):
+    for size, (name, _, _, limit) in zip(sizes, extents, strict=True):
         if not size < limit:
             raise RuntimeError(
                 f"{name} took its stream to a magnitude of {size:.6g}, beyond the limit of {limit:g} below which its "
@@ -157,7 +167,7 @@ def close(
     On CUDA the verdict is copied without a synchronisation and raised by the first forward or backward of any stack
     that finds it ready, or by :func:`raise_pending`. Inside a CUDA-graph capture nothing can be raised or compared.
     """
-    found = [w.original for w in witnesses] + [e.size for e in extents]
+    found = [w.original for w in witnesses] + [e.largest for e in extents]
     if not found or found[0].is_meta or isinstance(found[0], FakeTensor) or streams.driver.capturing():
         return
     device = found[0].device
@@ -166,7 +176,8 @@ def close(
         tolerance = 0.0 if exact else default_tolerance(dtypes, device.type != "cpu")
     values = _errors(witnesses, tolerance, finite) if witnesses else torch.empty(0, dtype=torch.float64, device=device)
     if extents:
-        sizes = torch.stack([e.size.to(device, torch.float64) for e in extents])
+        ends = _flat([e.least for e in extents] + [e.largest for e in extents], device)
+        sizes = ends.abs().view(2, -1).amax(0)
         values = torch.cat([values, sizes if finite is None else torch.where(finite, sizes, 0.0)])
     names = [w.name for w in witnesses]
     if device.type == "cuda":

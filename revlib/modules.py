@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ModuleState", "modules_of"]
+__all__ = ["ModuleState", "modules_of", "version_of"]
+
+
+def version_of(t: Tensor) -> int:
+    """How often a tensor has been edited in place; -1 for an inference tensor, which does not count."""
+    try:
+        return t._version
+    except RuntimeError:  # asking beforehand would cost more, and this is asked of every tensor that autograd saves
+        return -1
 
 
 def modules_of(fn: Any) -> list[nn.Module]:
@@ -20,8 +29,20 @@ def modules_of(fn: Any) -> list[nn.Module]:
     for cell in getattr(fn, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # a variable that is not assigned yet
             owners.append(cell.cell_contents)
-    found = {id(m): m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()}
+    found: dict[int, nn.Module] = {}
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            _collect(owner, found)
     return list(found.values())
+
+
+def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
+    """Like ``module.modules()``, which makes a name for each that nobody wants here, at several times the cost."""
+    if id(module) not in found:
+        found[id(module)] = module
+        for child in module._modules.values():
+            if child is not None:
+                _collect(child, found)
 
 
 class ModuleState:
@@ -36,7 +57,7 @@ class ModuleState:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.mode = [(m, m.training) for m in modules]
         self.parameters = [
-            (m, k, p, p.requires_grad, -1 if p.is_inference() else p._version)
+            (m, k, p, p.requires_grad, version_of(p))
             for m in modules
             for k, p in m._parameters.items()
             if p is not None
@@ -98,9 +119,11 @@ class ModuleState:
         attributes = [(m.__dict__, m.__dict__.copy()) for m, _ in self.mode]
         try:
             for m, k, p, required_grad, _ in self.parameters:
+                same = p.requires_grad == required_grad
+                if same and m._parameters.get(k) is p:
+                    continue
                 if isinstance(p, _DTensor) or isinstance(m._parameters.get(k), _DTensor):
                     continue  # FSDP swaps its own
-                same = p.requires_grad == required_grad
                 bind(m._parameters, k, p if same else p.detach().requires_grad_(required_grad))
             for m, k, b, _ in self.constant:
                 # Native batch norm, called as a function, writes statistics without moving their versions.
@@ -113,6 +136,8 @@ class ModuleState:
             for slots, key, value in reversed(undo):
                 slots[key] = value
             for current, before in attributes:  # what the repetition assigned is of a graph that nobody differentiates
+                if current.keys() == before.keys() and all(map(operator.is_, current.values(), before.values())):
+                    continue
                 for key in current.keys() - before.keys():
                     del current[key]
                 for key, value in before.items():

@@ -23,7 +23,7 @@ __all__ = ["Record", "Weight", "intercept"]
 
 
 class Weight(NamedTuple):
-    """What keeping the activations of a step would take: bytes of its own, and streams, which other steps may share."""
+    """What keeping the activations of a step would take: bytes of its own, and streams, which others may share."""
 
     own: int
     saved: frozenset[int]  # by number
@@ -110,7 +110,8 @@ class Record:
         A stream ``unseen`` by any function may be tiny beside what is merged into it.
         """
         if self.known:
-            latest = [(i, t) for i, t in self.activations() if i < self.split][:2]
+            # Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing.
+            latest = [(i, t) for i, t in self.activations() if i < self.split and not _counts(t)][:2]
             self.samples = {i: sampler(t) for i, t in latest}
         else:
             self.samples, self.reference = {-1: sampler(s)}, sampler(merged) if unseen else None
@@ -153,7 +154,8 @@ class Record:
         if s is None:
             assert merged is not None
             with torch.no_grad():
-                s = self.branch.coupling.unmerge(merged, tree_map(Tensor.detach, f)).to(self.dtype)
+                result = f.detach() if isinstance(f, Tensor) else tree_map(Tensor.detach, f)
+                s = self.branch.coupling.unmerge(merged, result).to(self.dtype)
                 if s.stride() != self.stride and self.dense:  # kernels may depend on the layout
                     s = torch.empty_strided(s.shape, self.stride, dtype=s.dtype, device=s.device).copy_(s)
             found = {-1: s}
@@ -209,6 +211,10 @@ class Record:
             if holder is not None and fill:
                 holder.values[key] = value
         return result, values
+
+
+def _counts(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
 def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:

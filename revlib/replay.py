@@ -119,8 +119,11 @@ class Autocast:
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
+        settings = [s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0])]
+        if not settings:
+            yield
+            return
         with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.settings:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+            for kind, enabled, dtype in settings:
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             yield

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from revlib.modules import version_of
 from revlib.step import State
 
 __all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned", "graph_task"]
@@ -117,7 +118,7 @@ class Versioned(NamedTuple):
 
     @classmethod
     def of(cls, t: Tensor) -> Versioned:
-        return cls(t, -1 if t.is_inference() else t._version)
+        return cls(t, version_of(t))
 
     def get(self) -> Tensor:
         if self.version >= 0 and self.tensor._version != self.version:

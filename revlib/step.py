@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from revlib.couplings import Additive, Coupling
+from revlib.modules import version_of
 
 __all__ = ["Branch", "Pair", "State", "Step", "checked", "evaluate", "merge", "retreat", "route"]
 
@@ -116,7 +117,7 @@ def route(branches: Sequence[Branch], streams: int, context: Mapping[str, Any]) 
 
 # ---------------------------------------------------------------------------------------------- one step
 def _versions(tensors: Sequence[Any]) -> list[int]:
-    return [t._version if isinstance(t, Tensor) and not t.is_inference() else -1 for t in tensors]
+    return [version_of(t) if isinstance(t, Tensor) else -1 for t in tensors]
 
 
 def evaluate(branch: Branch, inputs: State, context: Mapping[str, Any]) -> Any:
@@ -137,7 +138,7 @@ def evaluate(branch: Branch, inputs: State, context: Mapping[str, Any]) -> Any:
 
 def merge(branch: Branch, s: Tensor, f: Any) -> Tensor:
     """The new stream; its shape and kind must be those of the stream it replaces."""
-    leaves = tree_leaves(f)
+    leaves = [f] if isinstance(f, Tensor) else tree_leaves(f)
     if not leaves or not all(isinstance(t, Tensor) for t in leaves):
         raise TypeError(f"{branch.name} must return a tensor to merge into its stream, got {type(f).__name__}")
     if not all(t.is_floating_point() or t.is_complex() for t in leaves):

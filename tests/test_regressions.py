@@ -1,6 +1,7 @@
 """Faults that a review found once, each by its smallest case."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from common import every_recomputing_scheduler, every_scheduler, leaves, loss, mlp, net
 from torch import nn
 
-from revlib import Checkpoint, Coupling, Naive, Reversible, ReversibleSequence, Step
+from revlib import Anchored, Checkpoint, Coupling, Naive, Reversible, ReversibleSequence, Step, reversible
 from revlib.testing import LiveBytes
 
 
@@ -217,3 +218,48 @@ def test_autocast_never_differentiates_another_weight_than_forward_used():
     with torch.autocast("cpu", torch.bfloat16):
         fresh = stack(*xs)
     assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
+
+
+class SavesRubbish(torch.autograd.Function):
+    """As attention kernels do: a seed that nobody has written where nothing is drawn, and infinities as padding."""
+
+    seeds = itertools.count()
+
+    @staticmethod
+    def forward(ctx, x):
+        seed = torch.tensor(next(SavesRubbish.seeds) * 2**40)
+        ctx.save_for_backward(x, x.new_full((3,), torch.inf), seed)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Checkpoint(2), Anchored(2)], ids=str)
+def test_saved_seeds_and_infinities_are_no_error(scheduler):
+    """On a GPU the loop check once compared attention's seed."""
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        xs = leaves()
+        loss(reversible([(SavesRubbish.apply, torch.cos)] * 3, *xs, scheduler=s)).backward()
+        found.append([x.grad for x in xs])
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
+
+
+def test_a_saved_infinity_that_does_not_come_back_is_an_error():
+    signs = itertools.cycle([1, -1])
+
+    class Flipping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, x.new_full((3,), next(signs) * torch.inf))
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0].cos()
+
+    with pytest.raises(RuntimeError, match="recovered what enters"):
+        loss(reversible([(Flipping.apply, torch.cos)], *leaves(), scheduler=Checkpoint())).backward()

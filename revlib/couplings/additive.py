@@ -36,25 +36,26 @@ class Additive(Coupling):
 _DIGITS = {torch.float32: 24, torch.float64: 53}  # of the significand
 
 
-class _Snap(torch.autograd.Function):
-    """Round to multiples of a power of two; the gradient passes through as if nothing had happened."""
+class _AddOnGrid(torch.autograd.Function):
+    """s + sign [t], with t rounded to multiples of a power of two; the gradient is that of s + sign t."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(t: Tensor, grid: float) -> Tensor:
-        return (t * (1 / grid)).round_().mul_(grid)  # scaling by a power of two is exact
+    def forward(s: Tensor, t: Tensor, grid: float, sign: int) -> Tensor:
+        return torch.add(s, (t * (1 / grid)).round_(), alpha=sign * grid)  # scaling by a power of two is exact
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None: ...
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.sign = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+        return gradient, gradient if ctx.sign > 0 else -gradient, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return tangent.clone()
+    def jvp(ctx: Any, ds: Tensor, dt: Tensor, *_: Any) -> Tensor:
+        return ds + dt if ctx.sign > 0 else ds - dt
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ExactAdditive(Coupling):
         functions: the dtype in which functions see streams, for functions whose parameters are in bfloat16 or float16.
             Streams are then cast to float32 as they enter, and leave the sequence so.
 
-    Shapes: ``s`` and ``f`` alike, or ``f`` broadcastable to ``s``. Cost: three passes over ``f`` more than
+    Shapes: ``s`` and ``f`` alike, or ``f`` broadcastable to ``s``. Cost: two passes over ``f`` more than
     :class:`Additive`, and one over the stream to watch its range; nothing saved for backward.
     Not for streams in bfloat16 or float16, whose grids would be too coarse: keep the streams in float32.
 
@@ -99,14 +100,14 @@ class ExactAdditive(Coupling):
             raise ValueError(f"ExactAdditive(limit=...) takes a power of two such as 1024, got {self.limit!r}")
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
-        return s + self._snap(f, s)
+        return self._add(s, f, 1)
 
     def unmerge(self, merged: Tensor, f: Tensor) -> Tensor:
-        return merged - self._snap(f, merged)
+        return self._add(merged, f, -1)
 
     def enter(self, s: Tensor) -> Tensor:
         wide = s.float() if self.functions is not None and s.dtype not in _DIGITS else s
-        return self._snap(wide, wide)
+        return self._add(torch.zeros_like(wide), wide, 1)
 
     def show(self, s: Tensor) -> Tensor:
         return s if self.functions is None else s.to(self.functions)
@@ -114,11 +115,12 @@ class ExactAdditive(Coupling):
     def limit_of(self, dtype: torch.dtype) -> float:
         return self.limit
 
-    def _snap(self, f: Tensor, s: Tensor) -> Tensor:
+    def _add(self, s: Tensor, f: Tensor, sign: int) -> Tensor:
         if s.dtype not in _DIGITS:
             raise TypeError(
                 f"ExactAdditive needs streams in float32 or float64, got {s.dtype}: say "
                 f"ExactAdditive(functions={s.dtype}) if that is what the functions compute in, or cast the streams and "
                 "run the functions under autocast"
             )
-        return _Snap.apply(f.to(s.dtype), self.limit * 2.0 ** -_DIGITS[s.dtype])  # type: ignore[no-untyped-call]
+        grid = self.limit * 2.0 ** -_DIGITS[s.dtype]
+        return _AddOnGrid.apply(s, f.to(s.dtype).expand_as(s), grid, sign)  # type: ignore[no-untyped-call]
