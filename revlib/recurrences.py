@@ -93,7 +93,7 @@ def momentum(fns: Iterable[Function], gamma: float = 0.9) -> list[Step]:
     kept beside the stream, at $\log_2(1 / \gamma)$ bits an element and step (Maclaurin et al. 2015), as the paper does.
     Not for a small $\gamma$ in deep stacks: 0 is the residual network itself, which does not invert.
 
-    Source: Sander et al., *Momentum Residual Neural Networks*, ICML 2021, section 3.
+    Source: Sander et al., *Momentum Residual Neural Networks*, ICML 2021, the momentum ResNet.
     """
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < 1:
         raise ValueError(
@@ -118,7 +118,7 @@ def columns(fns: Iterable[Function], gamma: float = 1.0) -> list[Step]:
     :class:`~revlib.couplings.Scaled` says. With $\gamma = \pm 1$ ``Step(f, Scaled(keep, plus=ExactAdditive()))`` is
     exact. Not for the paper's $\gamma$, which is learned for each channel: that is a coupling of your own.
 
-    Source: Cai et al., *Reversible Column Networks*, ICLR 2023, equation 2.
+    Source: Cai et al., *Reversible Column Networks*, ICLR 2023, the multi-level reversible unit.
     """
     return [Step(fn, Scaled(keep=gamma)) for fn in fns]
 
@@ -149,7 +149,7 @@ def grouped(*blocks: Sequence[Function], exact: float | None = None) -> list[Ste
     streams a block. Inversion as with ``Additive``, or ``ExactAdditive(exact)``. Not for few channels: functions of 1/C
     of them have 1/C of a dense layer's weights to mix with.
 
-    Source: Li et al., *Training Graph Neural Networks with 1000 Layers*, ICML 2021, section 3, grouped reversible GNN.
+    Source: Li et al., *Training Graph Neural Networks with 1000 Layers*, ICML 2021, the grouped reversible GNN.
     """
     sizes = sorted({len(block) for block in blocks})
     if len(sizes) > 1 or (sizes and sizes[0] < 2):

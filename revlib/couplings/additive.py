@@ -22,8 +22,8 @@ class Additive(Coupling):
     Inversion is exact up to rounding: about one unit in the last place of ``s + f`` a step, so it loses accuracy
     where ``f`` is much larger than ``s``, and it drifts with depth where ``f`` is computed in bfloat16 or float16.
 
-    Source: Gomez et al., *The Reversible Residual Network*, NeurIPS 2017, equation 6; Mangalam et al., *Reversible
-    Vision Transformers*, CVPR 2022, equations 1 and 2.
+    Source: Gomez et al., *The Reversible Residual Network*, NeurIPS 2017, its reversible block; Mangalam et al.,
+    *Reversible Vision Transformers*, CVPR 2022.
     """
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:

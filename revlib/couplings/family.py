@@ -1,6 +1,6 @@
 r"""Couplings that scale: by a number (midpoint, leapfrog, momentum, columns), or by what the function returned.
 
-:mod:`revlib.recurrences` builds the published networks from them. NICE (Dinh et al. 2014, section 3.2) needs none of
+:mod:`revlib.recurrences` builds the published networks from them. NICE (Dinh et al. 2014) needs none of
 them: its coupling is :class:`~revlib.couplings.Additive` on the two halves of the channels.
 """
 
@@ -48,7 +48,7 @@ class Scaled(Coupling):
     Exact, with ``plus=ExactAdditive()``, for $k = \pm 1$ and any $c$: the product $c f$ is rounded to the grid before
     it is added. Any other $k$ leads off the grid or beyond its limit and loses digits that only side information could
     bring back (Maclaurin et al., *Gradient-based Hyperparameter Optimization through Reversible Learning*, ICML 2015,
-    section 2.2: for rational $k$), so it is refused.
+    for rational $k$), so it is refused.
 
     Not for a learned or per-channel $k$: return it from the function, with :class:`Affine` or a coupling of your own.
     Not for a $|k|$ far from 1 in deep stacks, unless ``Anchored`` or ``Checkpoint`` keeps states on the way.
@@ -120,7 +120,7 @@ class Affine(Coupling):
     Not where a plain sum serves: it costs more, and streams that shrink step after step do not come back. Not with a
     large ``bound`` in float32, where the gradient of the scales also explodes.
 
-    Source: Dinh et al., *Density estimation using Real NVP*, ICLR 2017, equations 4 and 5, inverse in equation 8. The
+    Source: Dinh et al., *Density estimation using Real NVP*, ICLR 2017, the affine coupling layer. The
     bound on the scale is that of common implementations; MemCNN (van de Leemput et al., *MemCNN: A Python/PyTorch
     package for creating memory-efficient invertible neural networks*, JOSS 2019) bounds with a sigmoid.
     """

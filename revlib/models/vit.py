@@ -36,8 +36,8 @@ class RevViT(nn.Module):
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). With N patches, features are (B, N, 2 embed_dim).
     Cost: activation memory of one block at any depth, about 17.5 B·N·embed_dim elements at the peak of backward.
 
-    Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.2 (no residual around the pair, no
-    layer between blocks) and section 3.2.3 (fusion by concatenation).
+    Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022: no residual around the pair, no layer
+    between blocks, fusion by concatenation at the end.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class Reversible(Scheduler):
     Not for stacks whose activations fit anyway, nor for branches in low precision that must be exact at great depth:
     the recovered streams drift.
 
-    Source: Gomez et al. 2017, algorithm 1; Mangalam et al. 2022, section 3.1.
+    Source: Gomez et al. 2017; Mangalam et al. 2022.
     """
 
     tolerance: float | None = None
