@@ -1,14 +1,14 @@
-"""Batches of a data set in memory: shuffled, augmented a whole batch at once, normalised.
+"""Batches of a data set in memory: shuffled, augmented a whole epoch at once, normalised.
 
-torchvision's RandomCrop and RandomHorizontalFlip draw once per call, so they would move a batch as one image.
+torchvision's RandomCrop and RandomHorizontalFlip draw once per call, so they would move an epoch as one image. Numbers
+are drawn on the CPU, the same for every device; drawn batch by batch, each copy of them would make the host wait.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from research.data import Dataset, Split
@@ -26,18 +26,19 @@ class Batches:
         """Every training image once, in random order, moved about as the data set allows."""
         split = self.data.train
         order = torch.randperm(len(split), generator=draws).to(split.labels.device)
-        for chosen in _progress(order.split(self.size), label):
-            images = random_crop(split.images[chosen], self.data.crop_padding, draws)
-            if self.data.flip:
-                images = random_flip(images, draws)
-            yield self.normalize(images), split.labels[chosen]
+        images = random_crop(split.images[order], self.data.crop_padding, draws)
+        if self.data.flip:
+            images = random_flip(images, draws)
+        yield from self._cut(images, split.labels[order], self.size, label)
 
     def test(self, label: str) -> Iterator[Batch]:
         """Every test image once, as it is."""
-        split = self.data.test
-        pairs = zip(split.images.split(self.size), split.labels.split(self.size), strict=True)
-        for images, labels in _progress(list(pairs), label):
-            yield self.normalize(images), labels
+        yield from self._cut(self.data.test.images, self.data.test.labels, 2 * self.size, label)  # backward needs more
+
+    def _cut(self, images: Tensor, labels: Tensor, size: int, label: str) -> Iterator[Batch]:
+        pairs = list(zip(images.split(size), labels.split(size), strict=True))
+        for some, theirs in tqdm(pairs, desc=label, leave=False, disable=None):  # None: only on a terminal
+            yield self.normalize(some), theirs
 
 
 def random_crop(images: Tensor, padding: int, draws: torch.Generator) -> Tensor:
@@ -54,13 +55,14 @@ def random_flip(images: Tensor, draws: torch.Generator) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
-def normalizer(train: Split) -> v2.Compose:
+def normalizer(train: Split) -> Callable[[Tensor], Tensor]:
     """uint8 -> float32 with mean 0 and standard deviation 1 per channel over the training images."""
     channels = [channel.float() / 255 for channel in train.images.transpose(0, 1)]
-    mean = [channel.mean().item() for channel in channels]
-    std = [max(channel.std().item(), 1 / 255) for channel in channels]  # blank channels stay finite
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    # Tensors on the device, where torchvision's Normalize would copy a list there with each batch.
+    mean = torch.stack([channel.mean() for channel in channels]).view(-1, 1, 1)
+    std = torch.stack([channel.std() for channel in channels]).view(-1, 1, 1).clamp_min(1 / 255)  # blank channels
 
+    def normalize(images: Tensor) -> Tensor:
+        return (images.float() * (1 / 255) - mean) / std
 
-def _progress(batches, label: str):  # type: ignore[no-untyped-def]
-    return tqdm(batches, desc=label, leave=False, disable=None)  # None: only on a terminal
+    return normalize

@@ -3,6 +3,7 @@
     python -m research.benchmark                                    # a few minutes on two CPU cores
     python -m research.benchmark --device cuda --batch-sizes 32,128 --contenders all
     python -m research.benchmark --depths 4,12,48 --repeats 0       # memory only
+    python -m research.benchmark --device cuda --graphs             # the device alone: nothing waits for Python
     python -m research.benchmark --compiled --depths 4,12 --contenders naive,reversible,torch-compile-budget-0.5
 
 Memory is counted in stream tensors (batch x tokens x width elements), see research/instruments.py. Time is a ratio
@@ -18,16 +19,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from research.captured import WARM_UPS
 from research.contenders import BLOCKS, CONTENDERS, DEFAULT
 from research.files import replacing
-from research.instruments import Run, cost, loss_of, step_seconds
+from research.instruments import Replay, Run, Step, cost, eager, step_seconds
 from research.machine import environment, pick_device
 from research.pareto import draw_limits, draw_memory, draw_pareto, limits_table
 from research.points import Point, Record, table
@@ -45,7 +47,7 @@ def autocast(run: Run) -> Run:
 
 
 def measure(
-    points: Sequence[Point], x: Tensor, heads: int, compiled: bool, amp: bool, repeats: int, tick: Tick
+    points: Sequence[Point], x: Tensor, heads: int, compiled: bool, amp: bool, graphs: bool, repeats: int, tick: Tick
 ) -> None:
     """Fill in the points of one cell."""
     if any(p.compiled for p in points):
@@ -59,17 +61,26 @@ def measure(
         for module in modules:
             module.compile(dynamic=False)
     parameters = list(modules.parameters())
-    runs: dict[str, Run] = {}
+    steps: dict[str, Step] = {}
     expected: list[Tensor] = []
+    pool: Any = None
     for point in points:
         point.parameters = sum(p.numel() for p in parameters)
         contender = CONTENDERS[point.contender]
-        with excused(point):
+        with excused(point, anything=graphs):
             run = contender.build(blocks, compiled)
-            run = runs[point.contender] = autocast(run) if amp else run
-            for _ in range(contender.warm_up if x.is_cuda else 1):
-                loss_of(run(x)).backward()  # compiles, measures what fits, and takes what libraries take once
-            vars(point).update(asdict(cost(run, x, parameters)))
+            run = autocast(run) if amp else run
+            warm_up = contender.warm_up if x.is_cuda else 1  # compiles, measures what fits, takes what is taken once
+            if graphs:
+                shared, pool = pool, None  # a capture that fails spoils its pool
+                replay = steps[point.contender] = Replay(run, x, parameters, max(warm_up, WARM_UPS), shared)
+                pool, found_cost = replay.graph.pool(), replay.cost
+            else:
+                step = steps[point.contender] = eager(run)
+                for _ in range(warm_up):
+                    step(x)
+                found_cost = cost(run, x, parameters)
+            vars(point).update(asdict(found_cost))
             found = [t.grad for t in (x, *parameters)]
             if point.contender == "naive":
                 expected = [g.clone() for g in found if g is not None]
@@ -77,13 +88,14 @@ def measure(
                 point.gradient_error = max(map(difference, found, expected))
         tick()
     if repeats:
-        time_rounds(points, runs, x, repeats, tick)
+        time_rounds(points, steps, x, repeats, tick)
 
 
 @contextmanager
-def excused(point: Point) -> Iterator[None]:
-    """Note that the memory did not suffice, or that another library failed, and go on; not so where we fail."""
-    kind = Exception if CONTENDERS[point.contender].package else torch.OutOfMemoryError
+def excused(point: Point, anything: bool = False) -> Iterator[None]:
+    """Note that the memory did not suffice, or that another library failed, and go on; where we fail, only if
+    ``anything`` may."""
+    kind = Exception if anything or CONTENDERS[point.contender].package else torch.OutOfMemoryError
     try:
         yield
     except kind as error:
@@ -97,7 +109,7 @@ def difference(found: Tensor | None, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
-def time_rounds(points: Sequence[Point], runs: dict[str, Run], x: Tensor, repeats: int, tick: Tick) -> None:
+def time_rounds(points: Sequence[Point], steps: dict[str, Step], x: Tensor, repeats: int, tick: Tick) -> None:
     rounds: list[dict[str, float]] = []
     for number in range(repeats + 1):
         order = [p for p in points if p.error is None]
@@ -106,7 +118,7 @@ def time_rounds(points: Sequence[Point], runs: dict[str, Run], x: Tensor, repeat
         for point in [*order[start:], *order[:start]]:
             # Rotated, since a contender pays for the heap that the one before it leaves behind.
             with excused(point):
-                rounds[-1][point.contender] = step_seconds(runs[point.contender], x)
+                rounds[-1][point.contender] = step_seconds(steps[point.contender], x)
         tick()
     for point in points:
         timed = [r for r in rounds[1:] if point.contender in r]  # the first round warms up
@@ -175,6 +187,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=0, help="Timed rounds after one that warms up; 0: memory only.")] = 7,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile F and G of every contender.")] = False,
     amp: Annotated[bool, typer.Option("--amp", help="Run forward under bfloat16 autocast.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Time replays of steps captured as CUDA graphs.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "cpu",
     parameters: Annotated[
         bool, typer.Option(help="Count weights, gradients and Adam's moments in what fits into a memory.")
@@ -194,9 +207,11 @@ def main(
     if width % heads:
         raise typer.BadParameter(f"expected a divisor of --width {width}, got {heads}", param_hint="--heads")
     place = pick_device(device)
+    if graphs and place.type != "cuda":
+        raise typer.BadParameter(f"needs --device cuda, this one is {place.type}; drop it", param_hint="--graphs")
     names = choose(contenders, place)
     setting = {"width": width, "heads": heads, "tokens": tokens, "dtype": "torch.float32", "amp": amp,
-               "compiled": compiled, "repeats": repeats, "contenders": names}  # fmt: skip
+               "compiled": compiled, "graphs": graphs, "repeats": repeats, "contenders": names}  # fmt: skip
     record = Record(setting, environment(place), [])
     if path.exists() and not overwrite:
         before = Record.read(path)
@@ -216,7 +231,7 @@ def main(
             points = [
                 Point(name, model, depth, batch, compiled or CONTENDERS[name].compiles, 0, unit) for name in names
             ]
-            measure(points, x, heads, compiled, amp, repeats, bar.update)
+            measure(points, x, heads, compiled, amp, graphs, repeats, bar.update)
             record.points += points
             record.write(path)
     report(record, out, parameters)

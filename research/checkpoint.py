@@ -40,6 +40,9 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("model", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:  # torch moves an optimizer's state to the device, but not this
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].to(group["params"][0].device)
         self.draws.set_state(state["draws"])
         torch.set_rng_state(state["cpu_rng"])
         for index, rng in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):

@@ -125,6 +125,9 @@ class Config:
 
     device: Annotated[str, _machine("auto, cpu, cuda, cuda:1, mps, ...; auto prefers a GPU.")] = "auto"
     seed: Annotated[int, _machine("Seeds weights, order of images, augmentation and dropout.", **_whole(0))] = 0
+    graph: Annotated[
+        bool, _machine("Capture the training step as a CUDA graph: faster where the host is the bottleneck.", "--graph")
+    ] = False
     deterministic: Annotated[
         bool, _machine("Refuse kernels whose result varies from run to run (slower on a GPU).")
     ] = True
@@ -152,6 +155,12 @@ class Config:
             )
         if self.amp_dtype == "float16" and not self.amp:
             raise typer.BadParameter("float16 has no effect without --amp; add it.", param_hint="--amp-dtype")
+        if self.graph and self.amp_dtype == "float16":
+            raise typer.BadParameter(
+                "float16 skips steps that overflow, which a captured step cannot; use --amp-dtype bfloat16, "
+                "or drop --graph.",
+                param_hint="--graph",
+            )
         if self.resume and self.overwrite:
             raise typer.BadParameter("continues a run, --overwrite drops it; give one.", param_hint="--resume")
 

@@ -90,7 +90,7 @@ def scheduled(scheduler: Scheduler, coupling: Coupling | None = None) -> Contend
         stack = ReversibleSequence(blocks, coupling, copy.deepcopy(scheduler))  # some measure
         return lambda x: stack(x, x)
 
-    return Contender(build, warm_up=20 if isinstance(scheduler, PaReprop) else 1)
+    return Contender(build, warm_up=20 if isinstance(scheduler, PaReprop) and scheduler.trials else 1)
 
 
 def in_parts(chunks: int) -> Contender:

@@ -1,25 +1,32 @@
 """Everything that wants a GPU and is not measured yet, most telling first, resumable.
 
     python -m research.gpu --data cifar10.tar.xz --minutes 9 --out runs/gpu
+    python -m research.gpu --data cifar10.tar.xz --list
+    python -m research.gpu --only tests-of-streams,pareprop-graphs-small
 
 Run it again to go on: finished jobs are skipped, training and benchmarks resume where they were. What it writes
 belongs under research/results/gpu once it is whole. `--device cpu --tiny` rehearses every job in a few minutes.
+The runs on CIFAR-10 share the GPU, so their seconds tell nothing.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from research.data import cifar10
 from research.files import replacing
 from research.machine import environment, pick_device
 
@@ -29,72 +36,138 @@ app = typer.Typer(add_completion=False)
 @dataclass(frozen=True)
 class Job:
     """A command, and the folder of its results. ``resumable``: it takes --resume where its folder holds a last.pt.
-    The benchmark goes on by itself. ``sanitized``: under torch's CUDA sanitizer, which looks for races of streams."""
+    The benchmark goes on by itself. ``sanitized``: under torch's CUDA sanitizer, which looks for races of streams.
+    ``minutes``: it is stopped after so long, and not started again. ``at_once``: it runs next to so many, itself
+    included, of those that are listed beside it."""
 
     name: str
     command: list[str]
     resumable: bool = False
     sanitized: bool = False
+    minutes: float | None = None
+    at_once: int = 1
+
+
+PYTHON = [sys.executable, "-m"]
+PYTEST = [*PYTHON, "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
+STREAMS = [*PYTEST, "tests/test_gpu.py", "tests/test_replay.py"]
+TOY = "--width 32 --heads 2 --tokens 16 --depths 1,2 --batch-sizes 2 --repeats 1".split()
+WIDTHS = {
+    name: f"--width {width} --heads {heads}".split()
+    for name, width, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12), ("large", 1024, 16))
+}
 
 
 def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
-    python = [sys.executable, "-m"]
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
-    streams = [*pytest, "tests/test_gpu.py", "tests/test_replay.py"]
-    found = [Job("tests-of-streams", streams)]
+    """All of them; training on CIFAR-10 only where there is data."""
+
+    def benchmark(name: str, contenders: str, sizes: list[str], *flags: str) -> Job:
+        rest = ["--device", device, "--contenders", contenders, *flags, "--out", str(out / name)]
+        return Job(name, [*PYTHON, "research.benchmark", *(TOY if tiny else sizes), *rest])
+
+    def pareprop(name: str, width: str, contenders: str, repeats: int, *flags: str) -> list[Job]:
+        sizes = [*WIDTHS[width], *f"--depths 12 --batch-sizes 1,4,16,64,256 --repeats {repeats}".split()]
+        precisions: list[tuple[str, list[str]]] = [("", []), ("-amp", ["--amp"])]
+        return [benchmark(name + suffix, contenders, sizes, *flags, *amp) for suffix, amp in precisions]
+
+    found = [Job("tests-of-streams", [*STREAMS, "tests/test_captured.py"], minutes=3)]
+    ways = "reversible,reversible-exact,pareprop-always,pareprop-always-at-once,torch-checkpoint"
+    for width in ("tiny", "small", "base"):
+        found += pareprop(f"pareprop-graphs-{width}", width, ways, 10, *([] if device == "cpu" else ["--graphs"]))
+    small = [*WIDTHS["small"], *"--depths 4,12,24,48,64 --batch-sizes 16,64".split()]
+    base = [*WIDTHS["base"], *"--depths 4,12,24 --batch-sizes 16,64".split()]
+    found += [benchmark("benchmark-small", "all", small), benchmark("benchmark-base", "all", base)]
+    if data or tiny:
+        found += trainings(device, data, out, tiny)
     if device != "cpu":
-        found.append(Job("sanitizer", streams, sanitized=True))
-    toy = "--width 32 --heads 2 --tokens 16 --depths 1,2 --batch-sizes 2 --repeats 1".split()
+        found.append(Job("sanitizer", STREAMS, sanitized=True, minutes=2))
     ways = "reversible,pareprop,pareprop-always,pareprop-always-at-once,torch-checkpoint"
-    for name, width, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12), ("large", 1024, 16)):
-        sizes = f"--width {width} --heads {heads} --depths 12 --batch-sizes 1,4,16,64,256 --repeats 20".split()
-        for amp in ([], ["--amp"]):
-            flags = ["--device", device, "--contenders", ways, *(toy if tiny else sizes), *amp]
-            found.append(Job(f"pareprop-{name}{'-amp' if amp else ''}", [*python, "research.benchmark", *flags]))
-    small = "--depths 4,12,24,48,64 --batch-sizes 16,64".split()
-    base = "--width 768 --heads 12 --depths 4,12,24 --batch-sizes 16,64".split()
-    for name, sizes in (("small", small), ("base", base)):
-        for compiled in ([], ["--compiled"]):
-            flags = ["--device", device, "--contenders", "all", *(toy if tiny else sizes), *compiled]
-            suffix = "-compiled" if compiled else ""
-            found.append(Job(f"benchmark-{name}{suffix}", [*python, "research.benchmark", *flags]))
-    found.append(Job("tests", [*pytest, "tests/test_laws.py" if tiny else "tests"]))
+    for width in WIDTHS:
+        found += pareprop(f"pareprop-{width}", width, ways, 20)
+    found.append(benchmark("benchmark-small-compiled", "all", small, "--compiled"))
+    found.append(benchmark("benchmark-base-compiled", "all", base, "--compiled"))
+    found.append(Job("tests", [*PYTEST, "tests/test_laws.py" if tiny else "tests"], minutes=3))
+    return found
+
+
+def trainings(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
+    """The runs on CIFAR-10, several at once: each leaves most of a large GPU idle."""
+    networks = {
+        "vit-reversible": [],
+        "vit-pareprop": ["--scheduler", "pareprop"],
+        "vit-naive": ["--scheduler", "naive"],
+        "vit-exact": ["--coupling", "exact"],
+        "plain-vit": ["--model", "plain-vit"],
+    }
     source = ["--dataset", "cifar10", "--data-dir", str(data), "--cache-dir", str(data)] if data else []
     few = ["--limit-train", "256", "--limit-test", "64", "--epochs", "2"] if tiny else []
-    for amp in (["--amp"], []):
-        for scheduler in ("reversible", "naive"):
-            name = f"cifar10-vit-{scheduler}{'-amp' if amp else ''}"
-            flags = ["--scheduler", scheduler, "--device", device, "--no-deterministic", *amp, *source, *few]
-            found.append(Job(name, [*python, "research.train", *flags], resumable=True))
-    return [
-        j if "pytest" in j.command else replace(j, command=[*j.command, "--out", str(out / j.name)])
-        for j in found
-        if data or not j.resumable or tiny
-    ]
+    fast = ["--no-deterministic", *([] if device == "cpu" else ["--graph"])]
+    found = []
+    for suffix, amp in (("", []), ("-amp", ["--amp"])):
+        for network, flags in networks.items():
+            name = f"cifar10-{network}{suffix}"
+            rest = [*flags, "--device", device, *fast, *amp, *source, *few, "--out", str(out / name)]
+            found.append(Job(name, [*PYTHON, "research.train", *rest], resumable=True, at_once=5))
+    return found
 
 
-def run(job: Job, folder: Path, seconds: float) -> bool:
-    """Run a job for at most so long. -> whether it finished; its output goes to the screen and to output.txt."""
+def run(job: Job, folder: Path, left: float) -> str:
+    """Run a job for as long as it may, and the time is ``left``. -> what became of it; its output is in output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     command = job.command
     if job.resumable:
         command = [*command, "--resume" if (folder / "last.pt").exists() else "--overwrite"]
+    limit = min(left, 60 * (job.minutes or math.inf))
     began = time.perf_counter()
     with (folder / "output.txt").open("a") as log:
         try:
             env = os.environ | ({"TORCH_CUDA_SANITIZER": "1"} if job.sanitized else {})
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, env=env).returncode
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=env).returncode
         except subprocess.TimeoutExpired:
-            return False
+            if limit == left:
+                return "time is up; run this again to go on"
+            code = None
     record = {
         "command": command[1:],
         "exit_status": code,
         "seconds": time.perf_counter() - began,
         "environment": environment(pick_device("auto")),
     }
-    with replacing(folder / ("failed.json" if code else "done.json")) as temporary:
+    end = "stopped" if code is None else "failed" if code else "done"
+    with replacing(folder / f"{end}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
-    return True
+    return f"{end}, see {folder}/output.txt"
+
+
+def ended(folder: Path) -> str | None:
+    """How a job ended that is not to be started again."""
+    return next((end for end in ("done", "stopped") if (folder / f"{end}.json").exists()), None)
+
+
+def choose(found: list[Job], only: str) -> list[Job]:
+    """The jobs that a flag names, in their own order."""
+    names = only.split(",")
+    if unknown := set(names) - {job.name for job in found}:
+        raise typer.BadParameter(
+            f"expected some of {', '.join(job.name for job in found)} (cifar10-... wants --data); "
+            f"got {', '.join(sorted(unknown))}",
+            param_hint="--only",
+        )
+    return [job for job in found if job.name in names]
+
+
+def unpack(data: Path) -> Path:
+    """The folder of the tar's images."""
+    if not data.is_file():
+        raise typer.BadParameter(f"expected a tar file, {data} is none", param_hint="--data")
+    unpacked = Path(tempfile.gettempdir()) / "revlib-cifar10"
+    if not unpacked.exists():
+        typer.echo(f"unpacking {data}")
+        with tarfile.open(data) as tar, tempfile.TemporaryDirectory(dir=unpacked.parent) as fresh:
+            tar.extractall(fresh, filter="data")
+            (root,) = Path(fresh).iterdir()
+            os.rename(root, unpacked)
+    return unpacked
 
 
 @app.command()
@@ -104,33 +177,31 @@ def main(
     minutes: Annotated[float, typer.Option(help="Stop after so long; run again to go on.")] = 9.0,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse every job at toy sizes.")] = False,
+    only: Annotated[str | None, typer.Option(help="Names of jobs, comma-separated, instead of all.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the jobs, and run none.")] = False,
 ) -> None:
     """Run the jobs that are not done, most telling first."""
     deadline = time.perf_counter() + 60 * minutes
-    pick_device(device)
-    unpacked = None
-    if data is not None:
-        if not data.is_file():
-            raise typer.BadParameter(f"expected a tar file, {data} is none", param_hint="--data")
-        unpacked = Path(tempfile.gettempdir()) / "revlib-cifar10"
-        if not unpacked.exists():
-            typer.echo(f"unpacking {data}")
-            with tarfile.open(data) as tar, tempfile.TemporaryDirectory(dir=unpacked.parent) as fresh:
-                tar.extractall(fresh, filter="data")
-                (root,) = Path(fresh).iterdir()
-                os.rename(root, unpacked)
-    for job in jobs(device, unpacked, out, tiny):
-        folder, left = out / job.name, deadline - time.perf_counter()
-        if (folder / "done.json").exists():
-            typer.echo(f"{job.name}: done before")
-        elif left < 20:
-            typer.echo(f"{job.name}: not started, time is up")
-        elif run(job, folder, left):
-            failed = "" if (folder / "done.json").exists() else "FAILED, "
-            typer.echo(f"{job.name}: {failed}see {folder}/output.txt")
-        else:
-            typer.echo(f"{job.name}: time is up; run this again to go on")
-    typer.echo(f"torch {torch.__version__}; results in {out}")
+    if not list_:
+        pick_device(device)
+    unpacked = None if data is None else data if list_ else unpack(data)
+    chosen = jobs(device, unpacked, out, tiny)
+    chosen = chosen if only is None else choose(chosen, only)
+    if list_:
+        return typer.echo("\n".join(f"{job.name}: {ended(out / job.name) or 'to do'}" for job in chosen))
+    todo = [job for job in chosen if not ended(out / job.name)]
+
+    def attempt(job: Job) -> None:
+        left = deadline - time.perf_counter()
+        result = run(job, out / job.name, left) if left > 20 else "not started, time is up"
+        typer.echo(f"{job.name}: {result}")
+
+    for at_once, group in groupby(todo, key=lambda job: job.at_once):
+        if at_once > 1 and unpacked is not None and time.perf_counter() < deadline - 20:
+            cifar10(unpacked, unpacked)  # decodes the images once, where all runs find them
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(attempt, group))
+    typer.echo(f"{len(chosen) - len(todo)} jobs were done before; torch {torch.__version__}; results in {out}")
 
 
 if __name__ == "__main__":

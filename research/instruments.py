@@ -4,21 +4,28 @@ On a CPU the bytes are those of every allocation and release that torch's alloca
 code that equals ``revlib.testing.footprint`` to the byte, plus what operations do not return: generator states that
 torch's checkpointing stores, storages that other libraries resize. Compiled code allocates outside of the dispatcher,
 where ``footprint`` cannot see, and its dispatch mode would moreover have torch run the eager code instead.
+
+On CUDA a step can also be captured as a graph, whose replay leaves the host nothing to do: what is timed then is the
+device alone. Its bytes are those that the capture sets aside.
 """
 
 import gc
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from research.captured import CUDA
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop
 
 Run = Callable[[Tensor], Sequence[Tensor]]
+Step = Callable[[Tensor], object]  # a forward and backward pass
 BACKWARD = "the backward pass of a measured step"
 
 
@@ -38,12 +45,21 @@ def loss_of(outputs: Sequence[Tensor]) -> Tensor:
     return torch.stack([y.float().square().mean() for y in outputs]).sum()
 
 
+def eager(run: Run) -> Step:
+    """A step, one operation after another."""
+    return lambda x: loss_of(run(x)).backward()
+
+
 def cost(run: Run, x: Tensor, parameters: Sequence[Tensor]) -> Cost:
     """Of one step from zero gradients, which are allocated beforehand, so that they do not mix with activations."""
     for t in (x, *parameters):
         t.grad = torch.zeros_like(t)
     gc.collect()
-    return _cuda_cost(run, x) if x.is_cuda else _cpu_cost(run, x)
+    if not x.is_cuda:
+        return _cpu_cost(run, x)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # else what earlier contenders reserved would count
+    return _cuda_cost(run, x)
 
 
 def _cpu_cost(run: Run, x: Tensor) -> Cost:
@@ -63,8 +79,6 @@ def _cpu_cost(run: Run, x: Tensor) -> Cost:
 
 
 def _cuda_cost(run: Run, x: Tensor) -> Cost:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # else what earlier contenders reserved would count
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
     loss = loss_of(run(x))
@@ -76,12 +90,41 @@ def _cuda_cost(run: Run, x: Tensor) -> Cost:
     return Cost(held, backward - base, max(forward, backward), max(reserved, torch.cuda.max_memory_reserved()))
 
 
-def step_seconds(run: Run, x: Tensor) -> float:
+class Replay:
+    """A step as a CUDA graph, after steps on a side stream that warm up. It reads this ``x`` alone.
+
+    Args:
+        warm_up: number of those steps.
+        pool: that of another graph whose memory it may share, since they never run at the same time.
+
+    ``cost`` is that of the step; what is reserved for it cannot be told from what others reserve in the same pool.
+    """
+
+    def __init__(self, run: Run, x: Tensor, parameters: Sequence[Tensor], warm_up: int, pool: Any = None) -> None:
+        for t in (x, *parameters):
+            t.grad = torch.zeros_like(t) if t.grad is None else t.grad
+        self.grads = [t.grad for t in (x, *parameters) if t.grad is not None]  # every graph adds to these
+        CUDA().warm_up(lambda: eager(run)(x), warm_up)
+        gc.collect()  # what is freed within a capture stays reserved
+        self.graph = torch.cuda.CUDAGraph()
+        here = torch.cuda.stream(torch.cuda.current_stream())  # torch leaves a capture's stream only if it succeeds
+        with here, torch.cuda.graph(self.graph, pool=pool):
+            found = _cuda_cost(run, x)
+        self.cost = replace(found, reserved=None)
+        for grad in self.grads:
+            grad.zero_()
+        self(x)  # so that gradients are those of one step
+
+    def __call__(self, x: Tensor) -> None:
+        self.graph.replay()
+
+
+def step_seconds(step: Step, x: Tensor) -> float:
     """One forward and backward pass."""
     if x.is_cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
-    loss_of(run(x)).backward()
+    step(x)
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - began

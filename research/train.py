@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from research import checkpoint
 from research.batches import Batch, Batches
+from research.captured import Captured, Step
 from research.checkpoint import Run
 from research.config import AmpDtypeName, Config, CouplingName, ModelName, SchedulerName, flags
 from research.data import DATASETS, Dataset
@@ -61,6 +62,8 @@ def main(config: Config) -> None:
             param_hint="--out",
         )
     device = pick_device(config.device)
+    if config.graph and device.type != "cuda":
+        raise typer.BadParameter(f"needs CUDA, this run is on {device.type}; drop it.", param_hint="--graph")
     make_reproducible(config.seed, config.deterministic)
     data = DATASETS[config.dataset](config.data_dir, config.cache_dir)
     data = data.prepare(config.limit_train, config.limit_test, device)
@@ -76,10 +79,12 @@ def main(config: Config) -> None:
 
     batches = Batches(data, config.batch_size)
     amp = torch.autocast(device.type, AMP_DTYPES[config.amp_dtype], enabled=config.amp)
+    step = train_step(run, amp)
+    step = Captured(step, run.model, run.optimizer) if config.graph else step
     for epoch in range(len(log.rows) + 1, min(config.epochs, config.stop_after or config.epochs) + 1):
         name = f"epoch {epoch}/{config.epochs}"
         began, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
-        train_loss, train_accuracy = train_epoch(run, batches.train(run.draws, f"{name} train"), amp)
+        train_loss, train_accuracy = train_epoch(run, batches.train(run.draws, f"{name} train"), step)
         test_loss, test_accuracy = evaluate(run.model, batches.test(f"{name} test"), amp)
         row = Row(
             epoch=epoch,
@@ -102,11 +107,10 @@ def main(config: Config) -> None:
     typer.echo(f"{len(log.rows)} of {config.epochs} epochs done: see {logfile}, {curve}, {last}")
 
 
-def train_epoch(run: Run, batches: Iterable[Batch], amp: torch.autocast) -> tuple[float, float]:
-    """One optimizer step per batch. -> mean loss and accuracy over the images, measured on the way."""
-    run.model.train()
-    sums = []
-    for images, labels in batches:
+def train_step(run: Run, amp: torch.autocast) -> Step:
+    """A function that takes one optimizer step on a batch. -> its score, measured on the way."""
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
         with amp:
             logits = run.model(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -114,7 +118,15 @@ def train_epoch(run: Run, batches: Iterable[Batch], amp: torch.autocast) -> tupl
         run.scaler.scale(loss).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        sums.append(score(logits.detach(), loss.detach(), labels))
+        return score(logits.detach(), loss.detach(), labels)
+
+    return step
+
+
+def train_epoch(run: Run, batches: Iterable[Batch], step: Step) -> tuple[float, float]:
+    """One step per batch. -> mean loss and accuracy over the images."""
+    run.model.train()
+    sums = [step(images, labels) for images, labels in batches]
     raise_pending()  # a GPU tells late of streams that came back wrong: before the epoch counts
     run.schedule.step()
     return mean(sums)
@@ -166,7 +178,9 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
         coupling=COUPLINGS[config.coupling],
         scheduler=SCHEDULERS[config.scheduler],
     ).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    # A captured step reads the learning rate from the device, where the schedule writes it.
+    lr = torch.tensor(config.lr, device=device) if config.graph else config.lr
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, capturable=config.graph)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
     return Run(model, optimizer, schedule, scaler, torch.Generator().manual_seed(config.seed))

@@ -4,17 +4,20 @@ import gc
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from research import benchmark, contenders, gpu, libraries, pareto
+from research import benchmark, contenders, gpu, instruments, libraries, pareto
+from research.config import Config, flags
 from research.contenders import CONTENDERS, SCHEDULERS, Contender, vit
 from research.instruments import cost, loss_of
 from research.points import Point, Record, table
@@ -365,6 +368,7 @@ def test_points_of_another_setting_are_not_mixed_in(finished, tmp_path, monkeypa
         ("--batch-sizes 0", ["--batch-sizes", "atleast1"]),
         ("--heads 3", ["--heads", "divisor"]),
         ("--device gpu", ["--device", "gpuisnone"]),
+        ("--graphs", ["--graphs", "needs--devicecuda,thisoneiscpu"]),
     ],
 )
 def test_a_bad_flag_is_named_with_what_to_do(tmp_path, args, words):
@@ -373,12 +377,100 @@ def test_a_bad_flag_is_named_with_what_to_do(tmp_path, args, words):
     assert not list(tmp_path.iterdir())
 
 
+class Rerun:
+    """A captured step, where there is nothing to capture with. Checkpointing cannot be captured here."""
+
+    pools: ClassVar[list[Any]] = []
+
+    def __init__(self, run: Any, x: torch.Tensor, parameters: list[Any], warm_up: int, pool: Any) -> None:
+        assert warm_up >= 3
+        self.pools.append(pool)
+        if len(self.pools) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        self.step = instruments.eager(run)
+        self.cost = cost(run, x, parameters)
+        self.graph = self
+
+    def __call__(self, x: torch.Tensor) -> None:
+        self.step(x)
+
+    def pool(self) -> str:
+        return f"of {len(self.pools)}"
+
+
+def test_a_step_that_cannot_be_captured_costs_one_contender(monkeypatch):
+    monkeypatch.setattr(benchmark, "Replay", Rerun)
+    names = ["naive", "reversible", "torch-checkpoint", "one-stream"]
+    points = [Point(name, "vit", 1, 2, False, 0, 96) for name in names]
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    benchmark.measure(points, x, 2, False, False, True, 1, lambda: None)
+    assert points[2].error == "RuntimeError: operation not permitted when stream is capturing"
+    assert points[2].seconds is None and all(p.seconds and p.peak for p in points if p.error is None)
+    assert points[1].gradient_error < 1e-5
+    assert Rerun.pools == [None, "of 1", "of 2", None]  # shared, but not with one that failed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", [[], ["--amp"]], ids=["float32", "amp"])
+def test_captured_contenders(tmp_path, amp):
+    """One of which fails in the middle of the capture."""
+    names = "save-on-cpu,reversible,reversible-exact,pareprop-always,torch-checkpoint"
+    sizes = ["--depths", 3, "--batch-sizes", "2,4", "--tokens", 40, "--width", 64]
+    code, output = run(tmp_path, "--device", "cuda", "--graphs", "--contenders", names, *sizes, *amp)
+    assert code == 0, output
+    found = points_of(tmp_path)
+    print(*(f"{p.contender}, {p.batch}: {p.error}, {p.gradient_error}, {p.peak}" for p in found), sep="\n")
+    for p in found:
+        if p.contender not in ("save-on-cpu", "torch-checkpoint"):
+            assert p.error is None and p.gradient_error < (0.1 if amp else 1e-3) and p.seconds and 0 < p.held <= p.peak
+
+
+# The jobs for a GPU
+
+
+def test_a_job_that_takes_too_long_is_not_started_again(tmp_path):
+    slow = gpu.Job("slow", [sys.executable, "-c", "import time; time.sleep(60)"], minutes=0.01)
+    assert "stopped" in gpu.run(slow, tmp_path / "slow", 100.0) and gpu.ended(tmp_path / "slow") == "stopped"
+    assert "run this again" in gpu.run(slow, tmp_path / "cut", 0.1) and gpu.ended(tmp_path / "cut") is None
+    for code, end in ((0, "done"), (1, None)):
+        quick = gpu.Job("quick", [sys.executable, "-c", f"raise SystemExit({code})"])
+        gpu.run(quick, tmp_path / str(code), 100.0)
+        assert gpu.ended(tmp_path / str(code)) == end
+
+
+def test_jobs_are_listed_and_chosen(tmp_path):
+    def call(*args: str) -> tuple[int, str]:
+        result = CliRunner().invoke(gpu.app, ["--device", "cpu", "--out", str(tmp_path), *args])
+        return result.exit_code, re.sub(r"[\s─-╿]", "", result.output)
+
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "stopped.json").touch()
+    assert call("--list", "--only", "tests,tests-of-streams") == (0, "tests-of-streams:todotests:stopped")
+    code, output = call("--list", "--only", "magic,tests")
+    assert code == 2 and "gotmagic" in output and "tests-of-streams" in output
+    code, output = call("--list", "--only", "cifar10-vit-naive")
+    assert code == 2 and "wants--data" in output
+    with_data = [job.name for job in gpu.jobs("cuda", Path("cifar10"), tmp_path, False)]
+    assert len(set(with_data)) == len(with_data) == 31 and with_data[0] == "tests-of-streams"
+
+
+def test_the_trainings_for_a_gpu_are_understood(tmp_path):
+    seen: list[Config] = []
+    app = typer.Typer()
+    app.command()(flags(seen.append))
+    for job in gpu.trainings("cuda", tmp_path, tmp_path, False):
+        arguments = job.command[job.command.index("research.train") + 1 :]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert len({(c.model, c.scheduler, c.coupling, c.amp) for c in seen}) == 10
+    assert all(c.graph and c.epochs == 100 and c.embed_dim == 128 and not c.deterministic for c in seen)
+
+
 @pytest.mark.parametrize("tiny", [True, False])
 def test_the_commands_for_a_gpu_are_understood(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(benchmark, "measure", lambda *args: None)
     monkeypatch.setattr(benchmark.torch, "randn", lambda *shape, generator: torch.empty(1))
     jobs = [job for job in gpu.jobs("cpu", None, tmp_path, tiny) if "research.benchmark" in job.command]
-    assert len(jobs) == 12
+    assert len(jobs) == 18
     for job in jobs:
         flags = job.command[job.command.index("research.benchmark") + 1 :]
         assert CliRunner().invoke(benchmark.app, flags).exit_code == 0

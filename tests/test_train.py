@@ -270,6 +270,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         ("--patch-size 3", ["--patch-size", "got 3 for 8x8", "divisor"]),
         ("--device gpu", ["--device", "gpu is none", "auto"]),
         ("--amp-dtype float16", ["--amp-dtype", "without --amp"]),
+        ("--graph", ["--graph", "needs CUDA, this run is on cpu"]),
+        ("--graph --amp --amp-dtype float16", ["--graph", "overflow", "--amp-dtype bfloat16"]),
         ("--resume", ["--resume", "last.pt, found none", "drop --resume"]),
         ("--resume --overwrite", ["--resume", "--overwrite", "give one"]),
         ("--data-dir /nowhere", ["--data-dir", "digits comes with scikit-learn", "/nowhere"]),
