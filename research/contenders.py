@@ -28,7 +28,6 @@ SCHEDULERS: dict[str, Scheduler] = {
     "reversible": Reversible(),
     "pareprop": PaReprop(),
     "pareprop-always": PaReprop(trials=0),
-    "pareprop-always-at-once": PaReprop(trials=0, lead=1.0),
     "keep-last-1": KeepLast(1),
     "anchored-4": Anchored(4),
     "checkpoint": Checkpoint(),

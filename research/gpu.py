@@ -71,7 +71,7 @@ def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
         return [benchmark(name + suffix, contenders, sizes, *flags, *amp) for suffix, amp in precisions]
 
     found = [Job("tests-of-streams", [*STREAMS, "tests/test_captured.py"], minutes=3)]
-    ways = "reversible,reversible-exact,pareprop-always,pareprop-always-at-once,torch-checkpoint"
+    ways = "reversible,reversible-exact,pareprop-always,torch-checkpoint"
     for width in ("tiny", "small", "base"):
         found += pareprop(f"pareprop-graphs-{width}", width, ways, 10, *([] if device == "cpu" else ["--graphs"]))
     small = [*WIDTHS["small"], *"--depths 4,12,24,48,64 --batch-sizes 16,64".split()]
@@ -81,7 +81,7 @@ def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
         found += trainings(device, data, out, tiny)
     if device != "cpu":
         found.append(Job("sanitizer", STREAMS, sanitized=True, minutes=2))
-    ways = "reversible,pareprop,pareprop-always,pareprop-always-at-once,torch-checkpoint"
+    ways = "reversible,pareprop,pareprop-always,torch-checkpoint"
     for width in WIDTHS:
         found += pareprop(f"pareprop-{width}", width, ways, 20)
     found.append(benchmark("benchmark-small-compiled", "all", small, "--compiled"))

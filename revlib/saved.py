@@ -133,11 +133,10 @@ class Versioned(NamedTuple):
 class Holder:
     """Stands in the graph for one saved tensor; dies when autograd releases its node."""
 
-    __slots__ = ("__weakref__", "fresh", "place", "step", "values")
+    __slots__ = ("__weakref__", "fresh", "step", "values")
 
     def __init__(self, step: int, tensor: Tensor) -> None:
         self.step = step
-        self.place = 1.0  # in the order of saving, from 0 to 1; backward asks for the last first
         self.fresh: Versioned | None = Versioned.of(
             tensor
         )  # while forward runs, for functions that differentiate inside

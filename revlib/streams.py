@@ -113,7 +113,6 @@ class Pace:
     """What one backward pass through a stack does with the side stream, and is told."""
 
     ahead: bool = True  # recover the next step on it, while the gradients of this one run
-    lead: float = 0.5  # share of this step's saved tensors that backward has not asked for yet when that starts
 
     def started(self, device: torch.device) -> None:
         """The first step is about to be recovered."""

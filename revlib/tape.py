@@ -92,8 +92,8 @@ class Tape:
             if self.weights is not None:
                 self.weights.append(record.weigh(k, (*state, merged)))
         finally:
-            for i, holder in record.living():
-                holder.fresh, holder.place = None, i / len(record.holders)
+            for _, holder in record.living():
+                holder.fresh = None
         self.dtypes.update(t.dtype for t in (s, merged, *tree_leaves(f)))
         self.extents += loop.extents(record.branch.name, merged, record.branch.coupling.limit_of(merged.dtype))
         return (*inputs, merged)
@@ -121,7 +121,7 @@ class Tape:
             if task == -1:
                 self.forget(task)
             assert value is not None, "a holder of a recovered step is empty"
-        if self.pace and self.pace.ahead and holder.place < self.pace.lead and not keeps:
+        if self.pace and self.pace.ahead and not keeps:
             self.look_ahead(holder.step - 1, task)
         return value
 
@@ -144,7 +144,7 @@ class Tape:
                 self.pace.ended(self.device)
 
     def look_ahead(self, k: int, task: int) -> None:
-        """Recover step k on a side stream, next to the rest of the gradients of the step above."""
+        """Recover step k on a side stream, next to the gradients of the step above."""
         with self.lock:
             cursor = self.cursors.get(FOR_GOOD)
             if not cursor or cursor.index != k + 1 or k < self.lowest or self.launches or not self.records[k].guarded:

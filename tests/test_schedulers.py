@@ -371,7 +371,6 @@ def test_new_ones_are_values_too(scheduler):
         (lambda: Budget(bytes=1.5), r"a whole number of bytes, such as 2 \* 2\*\*30, got 1.5"),
         (lambda: Budget(fraction=50), "a number from 0 to 1, got 50"),
         (lambda: Budget(fraction=0.5, below=Naive()), "keeps no activations itself, got Naive"),
-        (lambda: PaReprop(lead=0), r"PaReprop\(lead=...\) takes a share between 0 and 1, got 0"),
         (lambda: PaReprop(trials=-1), r"PaReprop\(trials=...\) takes a number of backward passes from 0 up, got -1"),
     ],
 )

@@ -24,38 +24,34 @@ _WARM = 2  # passes of each kind that are not timed: allocator and libraries are
 class PaReprop(Scheduler):
     """Overlap the recovery of each step with the gradients of the step above it, on a side CUDA stream.
 
-    In the middle of step k's gradients, step k - 1 is recovered next to the rest of them. That gains where single
-    kernels leave the GPU partly idle; where they fill it, two streams only share it, and where memory is short, the
-    look-ahead makes it shorter. So PaReprop measures: for each shape of input, its first backward passes run
-    alternately with and without look-ahead, timed on the device, and the faster way is kept (without, if look-ahead
-    ever runs out of memory, which costs that one launch and raises nothing). The host never waits for the device.
+    When the gradients of step k begin, step k - 1 is recovered next to them. That gains where single kernels leave the
+    GPU partly idle; where they fill it, two streams only share it, where the host is too slow to keep even one busy
+    there is nothing to share, and where memory is short, the look-ahead makes it shorter. So PaReprop measures: for each
+    shape of input, its first backward passes run alternately with and without look-ahead, timed on the device, and the
+    faster way is kept (without, if look-ahead ever runs out of memory, which costs that one launch and raises nothing).
+    The host never waits for the device.
 
-    Cost beside that of ``of``: part of the activations of one more step. For a pre-norm ViT that raises the peak by 1.5
-    stream tensors, and by 6 with ``lead=1``; kernels and gradients are the same. On a CPU, and for a backward pass that
-    retains its graph, it is the same as ``of``. In a distributed run all ranks look ahead, without measuring: functions
-    may communicate, and all ranks must then do so in the same order. While a CUDA graph is captured nothing can be
-    timed; it looks ahead unless it has found out before that it should not.
+    Cost beside that of ``of``: the activations of one more step. For a pre-norm ViT that raises the peak by 6 stream
+    tensors; kernels and gradients are the same. On a CPU, and for a backward pass that retains its graph, it is the same
+    as ``of``. In a distributed run all ranks look ahead, without measuring: functions may communicate, and all ranks
+    must then do so in the same order. While a CUDA graph is captured nothing can be timed; it looks ahead unless it has
+    found out before that it should not.
 
     Args:
         of: what is kept, and so what there is to recover.
         trials: backward passes of each kind to time; 0 to look ahead always.
-        lead: share of what a step has saved that its gradients have not used yet when the next step is launched; 1 to
-            launch it at once, at more overlap and more memory.
 
     Source: Zhu and Mangalam, *PaReprop: Fast Parallelized Reversible Backpropagation*, 2023.
     """
 
     of: Scheduler = field(default_factory=Reversible)
     trials: int = 5
-    lead: float = 0.5
     _trials: dict[Hashable, _Trial] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         checked(self.of, "PaReprop(of=...)")
         if not isinstance(self.trials, int) or self.trials < 0:
             raise ValueError(f"PaReprop(trials=...) takes a number of backward passes from 0 up, got {self.trials!r}")
-        if not 0 < self.lead <= 1:
-            raise ValueError(f"PaReprop(lead=...) takes a share between 0 and 1, got {self.lead!r}")
 
     def __getstate__(self) -> dict[str, Any]:  # what was measured holds for this process and device
         return {**self.__dict__, "_trials": {}}
@@ -76,7 +72,7 @@ class PaReprop(Scheduler):
                 if len(self._trials) > 256:  # of shapes that never come again
                     self._trials.clear()
                 self._trials[key] = _Trial(0 if _distributed() else self.trials)
-            extras = replace(extras, pace=self._trials[key].pace(self.lead))
+            extras = replace(extras, pace=self._trials[key].pace())
         return plan, extras
 
 
@@ -97,9 +93,9 @@ class _Trial:
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self.pending: list[tuple[bool, Any, Any]] = []
 
-    def pace(self, lead: float) -> streams.Pace:
+    def pace(self) -> streams.Pace:
         if streams.driver.capturing():
-            return _Way(self, lead, self.verdict is not False, timed=False)
+            return _Way(self, self.verdict is not False, timed=False)
         while self.pending and self.pending[0][2].query():
             ahead, began, ended = self.pending.pop(0)
             self.seconds[ahead].append(began.elapsed_time(ended))
@@ -108,17 +104,17 @@ class _Trial:
             self.verdict = ahead_of_it < without
             self.pending.clear()
         if self.verdict is not None:
-            return _Way(self, lead, self.verdict, timed=False)
+            return _Way(self, self.verdict, timed=False)
         # The kind that has been timed less: a forward may never see a backward.
         counts = {k: len(s) + sum(ahead is k for ahead, _, _ in self.pending) for k, s in self.seconds.items()}
-        return _Way(self, lead, counts[True] <= counts[False], timed=True)
+        return _Way(self, counts[True] <= counts[False], timed=True)
 
 
 class _Way(streams.Pace):
     """One backward pass, with or without look-ahead."""
 
-    def __init__(self, trial: _Trial, lead: float, ahead: bool, *, timed: bool) -> None:
-        self.trial, self.lead, self.ahead, self.timed = trial, lead, ahead, timed
+    def __init__(self, trial: _Trial, ahead: bool, *, timed: bool) -> None:
+        self.trial, self.ahead, self.timed = trial, ahead, timed
         self.began: Any = None
 
     def started(self, device: torch.device) -> None:
