@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 DatasetName = Literal["digits", "cifar10", "fashion-mnist"]
-ModelName = Literal["vit", "plain-vit"]
+ModelName = Literal["vit", "swin", "plain-vit"]
 CouplingName = Literal["additive", "exact"]
 SchedulerName = Literal["naive", "reversible", "pareprop", "checkpoint"]
 AmpDtypeName = Literal["bfloat16", "float16"]
@@ -103,7 +103,13 @@ class Config:
     limit_train: Annotated[int | None, _data("Train on this many images only.", **_whole(1))] = None
     limit_test: Annotated[int | None, _data("Test on this many images only.", **_whole(1))] = None
 
-    model: Annotated[ModelName, _model("Architecture; plain-vit is timm's, with one stream, not reversible.")] = "vit"
+    model: Annotated[
+        ModelName,
+        _model(
+            "Architecture. swin: two stages with half of the blocks each, the second of twice the features and heads, "
+            "and windows of 4x4 patches. plain-vit: timm's, with one stream, not reversible."
+        ),
+    ] = "vit"
     coupling: Annotated[CouplingName, _model("How blocks merge; exact keeps streams on a grid.")] = "additive"
     scheduler: Annotated[SchedulerName, _model("How backward gets activations back: the gradients are the same.")] = (
         "reversible"

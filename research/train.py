@@ -28,7 +28,7 @@ from research.log import Log, Row
 from research.machine import environment, make_reproducible, pick_device
 from research.plots import draw_curves
 from revlib import Additive, Coupling, ExactAdditive, raise_pending
-from revlib.models import RevViT
+from revlib.models import RevSwin, RevViT
 from revlib.schedulers import Checkpoint, Naive, PaReprop, Reversible, Scheduler
 
 
@@ -37,7 +37,13 @@ def plain_vit(coupling: Coupling, scheduler: Scheduler, **sizes: Any) -> nn.Modu
     return VisionTransformer(**sizes, class_token=False, global_pool="avg")
 
 
-MODELS: dict[ModelName, Callable[..., nn.Module]] = {"vit": RevViT, "plain-vit": plain_vit}
+def swin(depth: int, num_heads: int, **sizes: Any) -> nn.Module:
+    """Half of the blocks in each of two stages, the second with twice the heads; a single block makes one stage."""
+    depths = (depth // 2, depth - depth // 2) if depth > 1 else (depth,)
+    return RevSwin(**sizes, depths=depths, num_heads=(num_heads, 2 * num_heads)[: len(depths)])
+
+
+MODELS: dict[ModelName, Callable[..., nn.Module]] = {"vit": RevViT, "swin": swin, "plain-vit": plain_vit}
 COUPLINGS: dict[CouplingName, Coupling] = {"additive": Additive(), "exact": ExactAdditive()}
 SCHEDULERS: dict[SchedulerName, Scheduler] = {
     "naive": Naive(),

@@ -1,0 +1,150 @@
+"""RevSwin: the reversible Swin Transformer, out of timm's layers and one reversible sequence per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import reduce
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+from revlib.couplings import Coupling
+from revlib.models.fusion import Fusion, Mean
+from revlib.schedulers import Scheduler
+from revlib.sequence import ReversibleSequence
+
+__all__ = ["RevSwin"]
+
+
+class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes without types
+    """F: a block of timm's without residuals and MLP, from (B, H, W, C) to the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path1(self._attn(self.norm1(x)))
+
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """(F, G), to be taken once: G takes the MLP with it."""
+        mlp = nn.Sequential(self.norm2, self.mlp, self.drop_path2)
+        del self.norm2, self.mlp, self.drop_path2
+        return self, mlp
+
+
+class RevSwin(nn.Module):
+    r"""Reversible Swin Transformer: stages of reversible blocks, each at half the resolution and twice the width.
+
+    $$y_1 = x_1 + \mathrm{Attention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
+
+    Attention stays within windows, which every other block shifts by half their size. Between stages, not reversibly,
+    the streams are fused, merged 2x2 and duplicated. As in RevViT, the head sees the normalised concatenation of both.
+
+    Args:
+        img_size: pixels, a number or (height, width). Images may have any other size; windows are fit for this one.
+        patch_size, window_size: pixels; patches, a number or (height, width). Images and maps are padded to multiples;
+            along a side of a map that a window covers, it shrinks to that side and does not shift.
+        in_chans, num_classes: channels in; classes out (0: no classifier, ``forward`` returns pooled features).
+        embed_dim, depths, num_heads, mlp_ratio: width of each stream in the first stage; blocks and heads of every
+            stage; hidden width of the MLP / width.
+        drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
+            (rising linearly over the blocks of all stages).
+        fusion: how two streams become one between stages: see :mod:`revlib.models.fusion`.
+        coupling, scheduler: of all stages, see :class:`~revlib.ReversibleSequence`; also ``model.scheduler = ...``.
+
+    Shapes: images (B, in_chans, H, W) to logits (B, num_classes). Features are (B, h, w, 2^stages embed_dim).
+    Cost: activation memory of one block at any depths, about 20 B·h·w·embed_dim elements for h·w patches at its peak.
+    Raises: ValueError where depths, num_heads, window_size and embed_dim do not fit each other.
+    Source: Liu et al., *Swin Transformer*, ICCV 2021; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022,
+    section 3.3 (stages); Zhu & Mangalam, *PaReprop*, 2023 (Rev-Swin).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 128,
+        depths: tuple[int, ...] = (2, 2),
+        num_heads: tuple[int, ...] = (4, 8),
+        window_size: int | tuple[int, int] = 4,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        fusion: Fusion = Mean,
+        coupling: Coupling | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        super().__init__()
+        size, window = to_2tuple(img_size), to_2tuple(window_size)
+        if not 0 < len(depths) == len(num_heads) or min(*depths, *num_heads, *window) < 1:
+            got = f"got depths={depths}, num_heads={num_heads}, window_size={window_size}"
+            raise ValueError(f"depths and num_heads take a number per stage, all and window_size at least 1, {got}")
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        if any(width % heads for width, heads in zip(widths, num_heads, strict=True)):
+            raise ValueError(f"num_heads must divide the widths {widths} of the stages, got {num_heads}")
+        self.embed_dim, self.num_features, self.head_hidden_size = embed_dim, 2 * widths[-1], 2 * widths[-1]
+        embed = {"output_fmt": "NHWC", "strict_img_size": False, "dynamic_img_pad": True}
+        self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm_layer, **embed)
+        sizes = {"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio}
+        rates = {"proj_drop": drop_rate, "attn_drop": attn_drop_rate}
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages: Any = nn.ModuleList()
+        for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
+            grid = tuple(-(-side // (patch_size * 2**i)) for side in size)
+            blocks = ReversibleSequence(coupling=coupling, scheduler=scheduler)
+            for j, rate in enumerate(drop_paths[i]):
+                own = {"shift_size": [j % 2 * (side // 2) for side in window], "drop_path": rate}
+                blocks.append(WindowBranch(width, grid, heads, **sizes, **rates, **own, norm_layer=norm_layer).pair())
+            self.stages.append(blocks)
+        self.fusions = nn.ModuleList(fusion(width, norm_layer) for width in widths[:-1])
+        self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm_layer) for width in widths[:-1])
+        self.norm = norm_layer(self.num_features)
+        self.reset_classifier(num_classes)
+        self.apply(init_weights_vit_timm)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """That of every stage; stages share the bytes of a ``Budget``."""
+        return self.stages[0].scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler) -> None:
+        for stage in self.stages:
+            stage.scheduler = scheduler
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, h, w, num_features), normalised."""
+        dtype = self.patch_embed.proj.weight.dtype  # autocast's would be too coarse for sums over blocks to invert
+        x = self.patch_embed(images).to(dtype)
+        streams = self.stages[0](x, x)
+        for fuse, downsample, stage in zip(self.fusions, self.downsamples, self.stages[1:], strict=True):
+            x = downsample(fuse(*streams)).to(dtype)
+            streams = stage(x, x)
+        return self.norm(torch.cat(streams, dim=-1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, h, w, num_features) to (B, num_classes), or to the pooled features before the classifier."""
+        x = reduce(x, "batch height width features -> batch features", "mean")
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh last layer for another number of classes, on the device and in the dtype of the model."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.apply(init_weights_vit_timm).to(self.patch_embed.proj.weight)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone, beside biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
