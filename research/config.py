@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 DatasetName = Literal["digits", "cifar10", "fashion-mnist"]
-ModelName = Literal["vit", "swin", "plain-vit"]
+ModelName = Literal["vit", "swin", "mvit", "plain-vit"]
 CouplingName = Literal["additive", "exact"]
 SchedulerName = Literal["naive", "reversible", "pareprop", "checkpoint"]
 AmpDtypeName = Literal["bfloat16", "float16"]
@@ -34,11 +34,20 @@ RECIPES: dict[DatasetName, dict[str, Any]] = {
     "cifar10": _MINREV,
     "fashion-mnist": _MINREV | {"epochs": 30},
 }
+# And those that a model changes, on every data set.
+MODEL_RECIPES: dict[ModelName, dict[str, Any]] = {
+    "mvit": {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 1},
+}
 
 
 def _use_recipe(context: typer.Context, dataset: DatasetName) -> DatasetName:
     context.default_map = dict(RECIPES[dataset])
     return dataset
+
+
+def _use_model_recipe(context: typer.Context, model: ModelName) -> ModelName:
+    context.default_map = {**(context.default_map or {}), **MODEL_RECIPES.get(model, {})}
+    return model
 
 
 def _flag(panel: str, text: str, *names: str, **rules: Any) -> Any:
@@ -107,7 +116,10 @@ class Config:
         ModelName,
         _model(
             "Architecture. swin: two stages with half of the blocks each, the second of twice the features and heads, "
-            "and windows of 4x4 patches. plain-vit: timm's, with one stream, not reversible."
+            "and windows of 4x4 patches. mvit: stages of 1, 2 and depth - 3 blocks, as minREV's; it sets "
+            "--patch-size 2, --embed-dim 64, --depth 4 and --num-heads 1 unless given. plain-vit: timm's, with one "
+            "stream, not reversible.",
+            callback=_use_model_recipe,
         ),
     ] = "vit"
     coupling: Annotated[CouplingName, _model("How blocks merge; exact keeps streams on a grid.")] = "additive"

@@ -28,7 +28,7 @@ from research.log import Log, Row
 from research.machine import environment, make_reproducible, pick_device
 from research.plots import draw_curves
 from revlib import Additive, Coupling, ExactAdditive, raise_pending
-from revlib.models import RevSwin, RevViT
+from revlib.models import RevMViT, RevSwin, RevViT
 from revlib.schedulers import Checkpoint, Naive, PaReprop, Reversible, Scheduler
 
 
@@ -43,7 +43,21 @@ def swin(depth: int, num_heads: int, **sizes: Any) -> nn.Module:
     return RevSwin(**sizes, depths=depths, num_heads=(num_heads, 2 * num_heads)[: len(depths)])
 
 
-MODELS: dict[ModelName, Callable[..., nn.Module]] = {"vit": RevViT, "swin": swin, "plain-vit": plain_vit}
+def mvit(depth: int, **sizes: Any) -> nn.Module:
+    """minREV's: stages of 1, 2, and all other blocks."""
+    stages = (1, min(depth - 1, 2), depth - 3)
+    try:
+        return RevMViT(depths=[blocks for blocks in stages if blocks > 0], **sizes)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.", param_hint="--patch-size") from error
+
+
+MODELS: dict[ModelName, Callable[..., nn.Module]] = {
+    "vit": RevViT,
+    "swin": swin,
+    "mvit": mvit,
+    "plain-vit": plain_vit,
+}
 COUPLINGS: dict[CouplingName, Coupling] = {"additive": Additive(), "exact": ExactAdditive()}
 SCHEDULERS: dict[SchedulerName, Scheduler] = {
     "naive": Naive(),

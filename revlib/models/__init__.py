@@ -1,6 +1,9 @@
 """Models: thin compositions of timm's layers and :class:`~revlib.ReversibleSequence`."""
 
+from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
+from revlib.models.mvit import RevMViT
 from revlib.models.swin import RevSwin
+from revlib.models.video import RevMViTVideo
 from revlib.models.vit import RevViT
 
-__all__ = ["RevSwin", "RevViT"]
+__all__ = ["ConcatLinear", "ConcatMlp", "Mean", "RevMViT", "RevMViTVideo", "RevSwin", "RevViT"]

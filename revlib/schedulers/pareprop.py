@@ -25,17 +25,17 @@ class PaReprop(Scheduler):
     """Overlap the recovery of each step with the gradients of the step above it, on a side CUDA stream.
 
     When the gradients of step k begin, step k - 1 is recovered next to them. That gains where single kernels leave the
-    GPU partly idle; where they fill it, two streams only share it, where the host is too slow to keep even one busy
-    there is nothing to share, and where memory is short, the look-ahead makes it shorter. So PaReprop measures: for each
-    shape of input, its first backward passes run alternately with and without look-ahead, timed on the device, and the
-    faster way is kept (without, if look-ahead ever runs out of memory, which costs that one launch and raises nothing).
-    The host never waits for the device.
+    GPU partly idle. Where they fill it, two streams only share it; where the host is too slow to keep even one busy,
+    there is nothing to share; and where memory is short, the look-ahead makes it shorter. So PaReprop measures: for
+    each shape of input, its first backward passes run alternately with and without look-ahead, timed on the device,
+    and the faster way is kept (without, if look-ahead ever runs out of memory, which costs that one launch and raises
+    nothing). The host never waits for the device.
 
     Cost beside that of ``of``: the activations of one more step. For a pre-norm ViT that raises the peak by 6 stream
-    tensors; kernels and gradients are the same. On a CPU, and for a backward pass that retains its graph, it is the same
-    as ``of``. In a distributed run all ranks look ahead, without measuring: functions may communicate, and all ranks
-    must then do so in the same order. While a CUDA graph is captured nothing can be timed; it looks ahead unless it has
-    found out before that it should not.
+    tensors; kernels and gradients are the same. On a CPU, and for a backward pass that retains its graph, it is the
+    same as ``of``. In a distributed run all ranks look ahead, without measuring: functions may communicate, and all
+    ranks must then do so in the same order. While a CUDA graph is captured nothing can be timed; it looks ahead unless
+    it has found out before that it should not.
 
     Args:
         of: what is kept, and so what there is to recover.

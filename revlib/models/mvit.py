@@ -1,0 +1,148 @@
+"""RevMViT: the reversible Multiscale Vision Transformer, timm's MViTv2 with its stages made reversible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from torch import Tensor, nn
+
+from revlib.couplings import Coupling
+from revlib.models.fusion import Fusion, Mean
+from revlib.schedulers import Naive, Reversible, Scheduler
+from revlib.sequence import ReversibleSequence
+
+__all__ = ["PooledAttention", "RevMViT", "RevStage"]
+
+
+class PooledAttention(nn.Module):
+    """F of a pair: norm, attention with pooled keys and values on a map of one size, drop path; no residual."""
+
+    def __init__(self, norm: nn.Module, attn: nn.Module, drop_path: nn.Module, feat_size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.norm, self.attn, self.drop_path, self.feat_size = norm, attn, drop_path, feat_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.attn(self.norm(x), self.feat_size)[0])
+
+
+class RevStage(nn.Module):
+    """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
+
+    Shapes: (B, N, C), (height, width) to (B, N', C'), (height', width'), as timm's stage.
+    """
+
+    def __init__(
+        self, transition: nn.Module | None, pairs: ReversibleSequence, fuse: nn.Module, feat_size: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.transition, self.pairs, self.fuse, self.feat_size = transition, pairs, fuse, feat_size
+
+    def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        if tuple(feat_size) != self.feat_size:
+            raise ValueError(
+                f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
+                "tables of relative positions fit one size; resize images to img_size, or build the model with theirs"
+            )
+        if self.transition is not None:
+            x, feat_size = self.transition(x, feat_size)
+        return self.fuse(*self.pairs(x, x)), feat_size
+
+
+class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
+    r"""Reversible Multiscale Vision Transformer, version 2: each stage halves the resolution and doubles the channels.
+
+    $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
+
+    within a stage, and $x_1 = x_2 = \mathrm{Block}(\mathrm{fuse}(y_1, y_2))$ between stages: an ordinary MViTv2 block,
+    whose queries, and residual, are pooled with stride 2 and get twice the channels. The last stage is fused too. Head
+    and methods are those of timm's ``MultiScaleVit``: norm, mean over patches, dropout, linear.
+
+    Args:
+        img_size: pixels, a number or (height, width), multiples of s = patch_size · 2^(stages - 1).
+        patch_size: pixels between patches; they overlap, 2 patch_size - 1 wide.
+        in_chans, num_classes: channels in; classes out (0: no classifier, ``forward`` returns pooled features).
+        embed_dim, num_heads: of the first stage; both double at each stage. mlp_ratio: hidden width of MLPs / width.
+        depths: blocks of each stage, counted as timm does: the first of every stage but the first is its transition.
+        kv_stride: of the pooled keys and values in the first stage; it halves at each stage, down to 1.
+        drop_rate, drop_path_rate: dropout before the classifier; stochastic depth, rising linearly over all blocks.
+        class_token: put one in front of the patches, and classify by it.
+        fusion: how two streams become one: ``Mean``, ``ConcatLinear`` or ``ConcatMlp``.
+        coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
+        scheduler: of all stages; also ``model.scheduler = ...`` at any time. A ``Budget`` bounds them together.
+
+    The defaults are minREV's on CIFAR-10; ``(224, 4, 3, 1000, 96, (2, 3, 16, 3), kv_stride=4)`` has MViTv2-B's sizes.
+
+    Shapes: images (B, in_chans, H, W) to logits (B, num_classes); features (B, H W / s², embed_dim · s / patch_size).
+    Cost: as MViTv2; held of a stage are its transition's activations and two streams, at any depth. A ValueError meets
+    sizes that do not divide, a stage without blocks, and, in forward, images of another size.
+
+    Source: Li et al., *MViTv2*, CVPR 2022; Fan et al., *Multiscale Vision Transformers*, ICCV 2021; Mangalam et al.,
+    *Reversible Vision Transformers*, CVPR 2022, section 3.3 (stage-transition and stage-preserving blocks).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (1, 2, 1),
+        num_heads: int = 1,
+        mlp_ratio: float = 4.0,
+        kv_stride: int = 2,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        class_token: bool = False,
+        fusion: Fusion = Mean,
+        coupling: Coupling | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        unit = patch_size * 2 ** (len(depths) - 1)
+        if min(depths, default=0) < 1:
+            raise ValueError(f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages")
+        if height % unit or width % unit:
+            raise ValueError(
+                f"img_size must be divisible by {unit} (patch_size={patch_size}, doubled by each stage but the "
+                f"first), got {height}x{width}; resize to {-(-height // unit) * unit}x{-(-width // unit) * unit}"
+            )
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+        cfg = MultiScaleVitCfg(
+            *(tuple(depths), embed_dim, num_heads, mlp_ratio),
+            use_cls_token=class_token,
+            stride_q=((1, 1), *((2, 2) for _ in depths[1:])),
+            stride_kv_adaptive=(kv_stride, kv_stride),
+            patch_kernel=(2 * patch_size - 1,) * 2,
+            patch_stride=(patch_size,) * 2,
+            patch_padding=(patch_size - 1,) * 2,
+        )
+        side = max(height, width)  # timm makes square tables only; what a shorter side leaves over stays unused
+        super().__init__(cfg, (side, side), in_chans, None, num_classes, drop_path_rate, drop_rate)
+        feat_size = height // patch_size, width // patch_size
+        for i, stage in enumerate(self.stages):
+            transition, blocks = (stage.blocks[0], stage.blocks[1:]) if i else (None, stage.blocks)
+            inner = (feat_size[0] // 2, feat_size[1] // 2) if i else feat_size
+            pairs = ReversibleSequence((), coupling, scheduler)
+            for b in blocks:
+                attention = PooledAttention(b.norm1, b.attn, b.drop_path1, inner)
+                pairs.append((attention, nn.Sequential(b.norm2, b.mlp, b.drop_path2)))
+            fuse = fusion(cfg.embed_dim[i], partial(nn.LayerNorm, eps=cfg.norm_eps)).apply(self._init_weights)
+            self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
+            feat_size = inner
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.stages[0].pairs.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler) -> None:
+        for stage in self.stages:
+            stage.pairs.scheduler = scheduler
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """``Reversible()`` in all stages, or ``Naive()``, which keeps every activation."""
+        self.scheduler = Reversible() if enable else Naive()
