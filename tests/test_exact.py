@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -263,3 +265,29 @@ def test_in_parts():
     parts = [item for F, G in blocks for item in (Step(F, coupling), *positionwise(G, 2, coupling=coupling))]
     stack, xs = ReversibleSequence(parts), leaves(2, 5, 4, dtype=torch.float32)
     assert same(observed(stack, Reversible(), xs, {}), observed(stack, Naive(), xs, {}))
+
+
+KERNEL = """
+import contextlib, os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from revlib.couplings import kernel
+no_device = type("", (), {"device_of": staticmethod(lambda t: contextlib.nullcontext())})
+torch.get_device_module = lambda device: no_device
+torch.manual_seed(0)
+for streams in (torch.float32, torch.float64):
+    for results in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for sign in (1, -1):
+            grid = 1024 * 2.0 ** (-24 if streams == torch.float32 else -53)
+            edges = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e30, grid / 2, 1.5 * grid])
+            halves = torch.randint(-9, 9, (500,)) * grid / 2
+            t = torch.cat([torch.randn(700), torch.randn(400) * 300, torch.randn(91) * grid, halves, edges]).to(results)
+            s = (torch.randn(len(t), dtype=streams) / grid).round() * grid
+            want = torch.add(s, (t.to(streams) * (1 / grid)).round_(), alpha=sign * grid)
+            assert torch.equal(kernel.add_on_grid(s, t, grid, sign).nan_to_num(7.0), want.nan_to_num(7.0))
+"""
+
+
+def test_the_kernel_for_cuda_in_its_interpreter():
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-c", KERNEL], check=True)

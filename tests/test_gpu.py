@@ -9,6 +9,7 @@ from revlib import (
     Anchored,
     Budget,
     Checkpoint,
+    ExactAdditive,
     KeepLast,
     Naive,
     PaReprop,
@@ -16,6 +17,7 @@ from revlib import (
     ReversibleSequence,
     raise_pending,
 )
+from revlib.couplings import kernel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -229,3 +231,43 @@ def test_what_attention_leaves_uninitialised_is_no_error(x, scheduler, amp):
         for _ in range(5):
             step(stack, scheduler, x[:, :1].expand(-1, tokens, -1).contiguous(), amp)
             torch.randint(2**40, (1000,))  # other rubbish on the heap
+
+
+# ---------------------------------------------------------------------------------------------- exactness
+@pytest.mark.parametrize("results", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("streams", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_kernel_adds_bit_for_bit_as_the_cpu_does(streams, results, sign):
+    torch.manual_seed(0)
+    grid = 1024 * 2.0 ** (-24 if streams == torch.float32 else -53)
+    t = torch.cat([torch.randn(100_000), torch.randn(1000) * 300, torch.randint(-9, 9, (999,)) * grid / 2]).to(results)
+    s = (torch.randn(len(t), dtype=streams) / grid).round() * grid
+    coupling = ExactAdditive()
+    law = coupling.merge if sign > 0 else coupling.unmerge
+    assert kernel.serves(s.cuda(), t.cuda())
+    assert torch.equal(law(s.cuda(), t.cuda()).cpu(), law(s, t))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("depth", [3, 192])
+def test_inversion_gives_back_every_bit(x, depth, amp):
+    stack = vits(depth).eval()
+    stack.coupling = ExactAdditive()
+    x = stack.coupling.enter(x)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        assert all(torch.equal(a, x) for a in stack.inverse(*stack(x, x)))
+
+
+@pytest.mark.parametrize("scheduler", [Reversible(), ALWAYS, Checkpoint(2), Anchored(4)], ids=str)
+@pytest.mark.parametrize("amp", [False, True])
+def test_exact_gradients_are_those_of_naive_bit_for_bit(x, scheduler, amp, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        stack = vits(12, dropout=0.1)
+        stack.coupling = ExactAdditive()
+        want = step(stack, Naive(), x, amp)
+        assert all(map(torch.equal, want, step(stack, Naive(), x, amp))), "the kernels do not repeat their bits"
+        assert all(map(torch.equal, want, step(stack, scheduler, x, amp)))
+    finally:
+        torch.use_deterministic_algorithms(False)
