@@ -322,3 +322,12 @@ def test_the_model_brings_its_defaults_and_flags_win():
 
 def test_it_fits_on_two_pages():
     assert len(Path(revlib.models.mvit.__file__).read_text().splitlines()) <= 150
+
+
+def test_under_autocast_streams_stay_in_full_precision():
+    model, seen = RevMViT(), []
+    for stage in model.stages:
+        stage.pairs.register_forward_pre_hook(lambda _, streams: seen.extend(s.dtype for s in streams))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32))
+    assert seen == [torch.float32] * 6

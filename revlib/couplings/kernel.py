@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["add_on_grid", "serves"]
 
@@ -22,6 +23,7 @@ def serves(s: Tensor, t: Tensor) -> bool:
         and t.is_contiguous()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and _works(s.device)
     )
 

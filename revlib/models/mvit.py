@@ -47,6 +47,7 @@ class RevStage(nn.Module):
             )
         if self.transition is not None:
             x, feat_size = self.transition(x, feat_size)
+        x = x.to(next(self.parameters()).dtype)  # autocast's would be too coarse for sums over blocks to invert
         return self.fuse(*self.pairs(x, x)), feat_size
 
 
