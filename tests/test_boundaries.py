@@ -14,6 +14,7 @@ LAYERS = [
     ["schedulers"],
     ["sequence"],
     ["models", "testing", "diagnostics", "convert"],
+    ["checkpoints"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -2,8 +2,9 @@
 
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
 from revlib.models.mvit import RevMViT
+from revlib.models.mvit_published import PublishedRevMViT
 from revlib.models.swin import RevSwin
 from revlib.models.video import RevMViTVideo
 from revlib.models.vit import RevViT
 
-__all__ = ["ConcatLinear", "ConcatMlp", "Mean", "RevMViT", "RevMViTVideo", "RevSwin", "RevViT"]
+__all__ = ["ConcatLinear", "ConcatMlp", "Mean", "PublishedRevMViT", "RevMViT", "RevMViTVideo", "RevSwin", "RevViT"]

@@ -30,6 +30,7 @@ class RevViT(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: width of each stream, blocks, heads, hidden width of the MLP / width.
         drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
             (rising linearly over the blocks).
+        fc_norm: average over the patches first, and normalise after; by timm's name.
         coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
         scheduler: how backward gets activations back; also ``model.blocks.scheduler = ...`` at any time.
 
@@ -54,6 +55,7 @@ class RevViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        fc_norm: bool = False,
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
@@ -76,7 +78,8 @@ class RevViT(nn.Module):
             attention = Attention(embed_dim, num_heads, qkv_bias=True, attn_drop=attn_drop_rate, proj_drop=drop_rate)
             mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate)
             self.blocks.append(tuple(nn.Sequential(norm_layer(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
-        self.norm = norm_layer(2 * embed_dim)
+        self.norm = nn.Identity() if fc_norm else norm_layer(2 * embed_dim)
+        self.fc_norm = norm_layer(2 * embed_dim) if fc_norm else nn.Identity()
         self.head = nn.Linear(2 * embed_dim, num_classes) if num_classes else nn.Identity()
 
         trunc_normal_(self.pos_embed, std=0.02)
@@ -84,13 +87,13 @@ class RevViT(nn.Module):
         self.head.apply(init_weights_vit_timm)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N, 2 embed_dim), normalised."""
+        """(B, C, H, W) to (B, N, 2 embed_dim), normalised unless ``fc_norm``."""
         x = self.patch_embed(images) + self.pos_embed
         return self.norm(torch.cat(self.blocks(x, x), dim=-1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, N, 2 embed_dim) to (B, num_classes), or to the pooled features before the classifier."""
-        x = reduce(x, "batch patches features -> batch features", "mean")
+        x = self.fc_norm(reduce(x, "batch patches features -> batch features", "mean"))
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
