@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib.loop import Sampler
 from revlib.modules import ModuleState
 from revlib.replay import Randomness
-from revlib.saved import Holder, Versioned
+from revlib.saved import Holder, Versioned, counts, is_parameter, storage
 from revlib.step import Branch, State, evaluate, merge
 
 __all__ = ["Record", "Weight", "intercept"]
@@ -101,7 +102,7 @@ class Record:
         for i in reversed(range(len(self.holders))):
             holder = self.holders[i]()
             t = None if holder is None or holder.fresh is None else holder.fresh.tensor
-            if t is not None and not isinstance(t, nn.Parameter) and not isinstance(t._base, nn.Parameter):
+            if t is not None and not is_parameter(t) and not is_parameter(t._base):
                 yield i, t
 
     def sample(self, sampler: Sampler, s: Tensor, merged: Tensor, *, unseen: bool) -> None:
@@ -111,8 +112,8 @@ class Record:
         """
         if self.known:
             # Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing.
-            latest = [(i, t) for i, t in self.activations() if i < self.split and not _counts(t)][:2]
-            self.samples = {i: sampler(t) for i, t in latest}
+            telling = ((i, t) for i, t in self.activations() if i < self.split and not counts(t))
+            self.samples = {i: sampler(t) for i, t in islice(telling, 2)}
         else:
             self.samples, self.reference = {-1: sampler(s)}, sampler(merged) if unseen else None
 
@@ -120,16 +121,16 @@ class Record:
         """During the first run, from state ``index``: the bytes of what autograd saves."""
         kept = [t for m in self.modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
         kept += [t for t in tree_leaves(self.context) if isinstance(t, Tensor)]
-        paid = {_storage(t): None for t in kept}
-        places = {_storage(t): i for i, t in enumerate(state, index)}
+        paid = {storage(t): None for t in kept}
+        places = {storage(t): i for i, t in enumerate(state, index)}
         own, saved = 0, set()
         for _, t in self.activations():
-            storage = _storage(t)
-            if storage in places:
-                saved.add(places[storage])
-            elif storage not in paid:
-                own += t.untyped_storage().nbytes() if storage > 0 else t.nbytes
-                paid[storage] = None
+            place = storage(t)
+            if place in places:
+                saved.add(places[place])
+            elif place not in paid:
+                own += t.untyped_storage().nbytes() if place > 0 else t.nbytes
+                paid[place] = None
         return Weight(own, frozenset(saved), tuple(t.nbytes for t in state))
 
     # ------------------------------------------------------------------------------------------ again
@@ -213,10 +214,6 @@ class Record:
         return result, values
 
 
-def _counts(t: Tensor) -> bool:
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-
-
 def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:
     expected = f"{tuple(kinds[i][0])} {kinds[i][1]}" if i < len(kinds) else "nothing more"
     raise RuntimeError(
@@ -224,14 +221,6 @@ def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], ca
         "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
         "and the default random generators. Something it reads has changed since forward, or it chooses at random."
     )
-
-
-def _storage(t: Tensor) -> int:
-    """What tensors share that share memory; negative for those that have none."""
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return -id(t)
 
 
 def intercept(before_gradient: Callable[[], Callable[[int], None] | None], k: int, t: Any) -> Any:

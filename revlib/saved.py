@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revlib.modules import version_of
 from revlib.step import State
 
-__all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned", "graph_task"]
+__all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned", "counts", "graph_task", "is_parameter", "storage"]
 
 FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
 
@@ -137,11 +137,27 @@ class Holder:
 
     def __init__(self, step: int, tensor: Tensor) -> None:
         self.step = step
-        self.fresh: Versioned | None = Versioned.of(
-            tensor
-        )  # while forward runs, for functions that differentiate inside
+        # While forward runs, for functions that differentiate inside.
+        self.fresh: Versioned | None = Versioned.of(tensor)
         self.values: dict[Any, Versioned] = {}  # by graph task
 
     def get(self, task: int) -> Tensor | None:
         value = self.values.get(FOR_GOOD) or self.values.get(task)
         return None if value is None else value.get()
+
+
+def is_parameter(t: Tensor | None) -> bool:
+    return type(t) is not Tensor and isinstance(t, nn.Parameter)  # asking that of a tensor is slow
+
+
+def counts(t: Tensor) -> bool:
+    """Whether it holds whole numbers, which nobody differentiates: seeds, indices."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def storage(t: Tensor) -> int:
+    """What tensors share that share memory; negative for those that have none."""
+    try:
+        return t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return -id(t)
