@@ -263,3 +263,20 @@ def test_a_saved_infinity_that_does_not_come_back_is_an_error():
 
     with pytest.raises(RuntimeError, match="recovered what enters"):
         loss(reversible([(Flipping.apply, torch.cos)], *leaves(), scheduler=Checkpoint())).backward()
+
+
+def test_what_does_not_come_back_beside_an_infinity_is_an_error():
+    calls = itertools.count(1.0)
+
+    class Counting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, x.new_tensor([torch.inf, next(calls)]))
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0].cos()
+
+    with pytest.raises(RuntimeError, match="recovered what enters"):
+        loss(reversible([(Counting.apply, torch.cos)], *leaves(), scheduler=Checkpoint())).backward()
