@@ -132,13 +132,15 @@ def far(limit, size, scheduler=None):
 @pytest.mark.parametrize(
     "scheduler", [Reversible(), Checkpoint(), KeepLast(1), Reversible(tolerance=math.inf)], ids=str
 )
-def test_leaving_the_range_is_an_error_that_names_the_step_and_the_size(scheduler):
-    total = loss(far(64.0, 100.0, scheduler)(*leaves(dtype=torch.float32)))
+@pytest.mark.parametrize("size", [100.0, -100.0])
+def test_leaving_the_range_is_an_error_that_names_the_step_and_the_size(scheduler, size):
+    torch.manual_seed(0)
+    total = loss(far(64.0, size, scheduler)(*leaves(dtype=torch.float32)))
     with pytest.raises(
         RuntimeError, match=r"G of block 1 \(Lambda\) took its stream to a magnitude of 10\d\.\d+, beyond"
     ):
         total.backward()
-    loss(far(256.0, 100.0, scheduler)(*leaves(dtype=torch.float32))).backward()
+    loss(far(256.0, size, scheduler)(*leaves(dtype=torch.float32))).backward()
 
 
 def test_an_overflow_in_forward_is_left_to_the_grad_scaler():
