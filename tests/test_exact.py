@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from common import Lambda, grads, leaves, loss, mlp, vit_block
+from common import Lambda, error, grads, leaves, loss, mlp, vit_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from revlib import (
+    Additive,
     ExactAdditive,
     Naive,
     PaReprop,
@@ -134,7 +135,6 @@ def far(limit, size, scheduler=None):
 )
 @pytest.mark.parametrize("size", [100.0, -100.0])
 def test_leaving_the_range_is_an_error_that_names_the_step_and_the_size(scheduler, size):
-    torch.manual_seed(0)
     total = loss(far(64.0, size, scheduler)(*leaves(dtype=torch.float32)))
     with pytest.raises(
         RuntimeError, match=r"G of block 1 \(Lambda\) took its stream to a magnitude of 10\d\.\d+, beyond"
@@ -293,3 +293,18 @@ for streams in (torch.float32, torch.float64):
 def test_the_kernel_for_cuda_in_its_interpreter():
     pytest.importorskip("triton")
     subprocess.run([sys.executable, "-c", KERNEL], check=True)
+
+
+def test_derivatives_of_the_inverse_are_those_of_the_plain_one():
+    torch.manual_seed(0)
+    stack = ReversibleSequence([(mlp(), mlp()) for _ in range(2)]).double()
+    xs, tangents = leaves(), tuple(x.detach() for x in leaves())
+    found = []
+    for coupling in (Additive(), ExactAdditive()):
+        stack.coupling = coupling
+        stack.zero_grad()
+        streams = [x.detach().clone().requires_grad_() for x in xs]
+        loss(stack.inverse(*streams)).backward()
+        _, forward = torch.func.jvp(stack.inverse, tuple(x.detach() for x in xs), tangents)
+        found.append([*grads(streams[0], stack), streams[1].grad, *forward])
+    assert error(found[1], found[0]) < 1e-9
