@@ -5,6 +5,7 @@ A new scheduler is a line of SCHEDULERS, a new block a line of BLOCKS, anything 
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from research.instruments import Run
 from research.libraries import Block, invtorch, memcnn, revtorch
 from revlib import Coupling, ExactAdditive, ReversibleSequence, Step, positionwise
+from revlib.models import RevMViT, RevSwin
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible, Scheduler
 
 Law = Callable[..., tuple[Tensor, ...]]  # of F, G and the streams -> the streams after the block
@@ -46,7 +48,32 @@ def vit(width: int, heads: int) -> Block:
     )
 
 
-BLOCKS: dict[str, Callable[[int, int], Block]] = {"vit": vit}
+def vits(depth: int, width: int, heads: int, tokens: int) -> list[Block]:
+    return [vit(width, heads) for _ in range(depth)]
+
+
+def swins(depth: int, width: int, heads: int, tokens: int) -> list[Block]:
+    """RevSwin's pairs on a square map, in windows of 7x7, which every other block shifts."""
+    side = side_of(tokens)
+    model = RevSwin(side, 1, embed_dim=width, depths=(depth,), num_heads=(heads,), window_size=7)
+    return [(nn.Sequential(nn.Unflatten(1, (side, side)), F, nn.Flatten(1, 2)), G) for F, G in model.stages[0]]
+
+
+def mvits(depth: int, width: int, heads: int, tokens: int) -> list[Block]:
+    """RevMViT's pairs on a square map, with keys and values pooled by 2."""
+    model = RevMViT(side_of(tokens), 1, embed_dim=width, depths=(depth,), num_heads=heads, kv_stride=2)
+    return [(F, G) for F, G in model.stages[0].pairs]
+
+
+def side_of(tokens: int) -> int:
+    """Of a square map."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"tokens must be a square number, as blocks see maps, got {tokens}; try {side * side}")
+    return side
+
+
+BLOCKS: dict[str, Callable[[int, int, int, int], list[Block]]] = {"vit": vits, "swin": swins, "mvit": mvits}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bytes of a training step of RevViT, and of timm's ViT, on fake tensors or real ones.
+"""Bytes of a training step of RevViT, RevSwin and RevMViT, and of timm's models, on fake tensors or real ones.
 
 Activations are counted as in revlib.testing: bytes of live storages, gradients allocated beforehand. To them come the
 images, weights, gradients, and Adam's two moments in float32.
@@ -12,24 +12,79 @@ optimizer's temporaries, the allocator's fragmentation, and CUDA's own context.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
-from timm.models import VisionTransformer
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revlib.models import RevViT
+from revlib.models import presets
 from revlib.schedulers import Anchored, Budget, Checkpoint, Naive, Reversible, Scheduler
 from revlib.testing import footprint
 
-MODELS: dict[str, dict[str, int]] = {  # the published sizes; patches of 16 pixels
-    "tiny": {"embed_dim": 40, "depth": 2, "num_heads": 4, "num_classes": 10},
-    "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+
+@dataclass(frozen=True)
+class Model:
+    """A preset, and timm's model of the same sizes. ``sizes`` override those of both; without them, it is published.
+
+    A ViT is as deep as it has blocks. A model in stages is made deeper as its authors did, in its longest stage.
+    """
+
+    preset: str
+    timm: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> tuple[int, ...] | None:
+        """Blocks of each, if it has any."""
+        return (presets.SIZES[self.preset][1] | self.sizes).get("depths")
+
+    @property
+    def depth(self) -> int:
+        """Its own number of blocks."""
+        sizes = presets.SIZES[self.preset][1] | self.sizes
+        return sum(self.stages) if self.stages else sizes["depth"]
+
+    @property
+    def least(self) -> int:
+        """The smallest depth."""
+        return sum(self.stages) - max(self.stages) + 1 if self.stages else 1
+
+    @property
+    def pixels(self) -> int:
+        """Heights and widths of images are multiples of it."""
+        return 32 if self.stages else 16
+
+    def at(self, depth: int) -> dict[str, Any]:
+        """The arguments that make it this deep."""
+        if not self.stages:
+            return {"depth": depth}
+        if depth < self.least:
+            raise ValueError(f"depth must be at least {self.least} for {self.preset}, got {depth}; add blocks")
+        longest = self.stages.index(max(self.stages))
+        rest = depth - sum(self.stages) + self.stages[longest]
+        return {"depths": (*self.stages[:longest], rest, *self.stages[longest + 1 :])}
+
+
+MODELS: dict[str, Model] = {
+    "tiny": Model("rev_vit_small", "vit_small_patch16_224", {"embed_dim": 40, "depth": 2, "num_heads": 4}),
+    "s": Model("rev_vit_small", "vit_small_patch16_224"),
+    "b": Model("rev_vit_base", "vit_base_patch16_224"),
+    "l": Model("rev_vit_large", "vit_large_patch16_224"),
+    "tiny-swin": Model(
+        "rev_swin_tiny",
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 40, "depths": (2, 1, 2), "num_heads": (1, 2, 4), "window_size": 4},
+    ),
+    "swin-t": Model("rev_swin_tiny", "swin_tiny_patch4_window7_224"),
+    "swin-s": Model("rev_swin_small", "swin_small_patch4_window7_224"),
+    "swin-b": Model("rev_swin_base", "swin_base_patch4_window7_224"),
+    "tiny-mvit": Model("rev_mvit_base", "mvitv2_small", {"embed_dim": 40, "depths": (1, 2, 3)}),
+    "mvit-b": Model("rev_mvit_base", "mvitv2_small"),
 }
 SCHEDULERS: dict[str, Scheduler] = {  # every line here is a row of the tables; add yours
     "naive": Naive(),
@@ -40,7 +95,7 @@ SCHEDULERS: dict[str, Scheduler] = {  # every line here is a row of the tables; 
     "budget-25%": Budget(fraction=0.25),
     "budget-50%": Budget(fraction=0.5),
 }
-# timm's ViT of the same size, one stream and a class token: without and with its own checkpointing.
+# timm's model of the same size, with one stream: without and with its own checkpointing.
 CONTENDERS: dict[str, Scheduler | bool] = {**SCHEDULERS, "timm": False, "timm-checkpoint": True}
 
 
@@ -85,12 +140,23 @@ class KernelLayouts(TorchDispatchMode):
         return [t if t is None else t.contiguous() for t in result]
 
 
-def build(architecture: type[nn.Module], model: str, depth: int, setting: Setting) -> nn.Module:
-    """A model on the default device; the two architectures name their arguments alike, but for dropout."""
-    drop_rate = "drop_rate" if architecture is RevViT else "proj_drop_rate"
-    sizes = {"num_classes": 1000, **MODELS[model], "depth": depth, "img_size": setting.img_size, "patch_size": 16}
-    net = architecture(**sizes, **{drop_rate: setting.dropout}, drop_path_rate=setting.dropout)
-    return net.to(getattr(torch, setting.dtype))
+def build(model: str, depth: int, setting: Setting, reversible: bool = True) -> nn.Module:
+    """A model, or timm's of its sizes, on the default device."""
+    chosen = MODELS[model]
+    arguments = chosen.sizes | chosen.at(depth) | {"num_classes": 10 if chosen.sizes else 1000}
+    name = chosen.preset if reversible else chosen.timm
+    if name == "mvitv2_small":  # timm takes its sizes as a configuration
+        sizes = arguments | {"drop_rate": setting.dropout}
+        return multiscale(setting.img_size, **sizes, drop_path_rate=setting.dropout).to(getattr(torch, setting.dtype))
+    drop_rate = "drop_rate" if reversible else "proj_drop_rate"
+    arguments |= {drop_rate: setting.dropout, "drop_path_rate": setting.dropout}
+    return timm.create_model(name, img_size=setting.img_size, **arguments).to(getattr(torch, setting.dtype))
+
+
+def multiscale(img_size: int, embed_dim: int = 96, depths: tuple[int, ...] = (), **arguments: Any) -> nn.Module:
+    """timm's MViTv2 of any depths."""
+    cfg = MultiScaleVitCfg(depths, embed_dim, stride_q=((1, 1), *[(2, 2)] * (len(depths) - 1)))
+    return MultiScaleVit(cfg, (img_size, img_size), **arguments)
 
 
 def count(
@@ -106,13 +172,13 @@ def count(
     """A point for each contender and batch size, on fake tensors or on real ones."""
     points = []
     dtype, amp = getattr(torch, setting.dtype), getattr(torch, setting.amp or "bfloat16")
-    for architecture in (RevViT, VisionTransformer):
-        names = [c for c in contenders if isinstance(CONTENDERS[c], Scheduler) == (architecture is RevViT)]
+    for reversible in (True, False):
+        names = [c for c in contenders if isinstance(CONTENDERS[c], Scheduler) == reversible]
         if not names:
             continue
         # Not under FakeTensorMode from the start: timm reads numbers from tensors, which fake ones refuse.
         with torch.device("meta" if fake else setting.device):
-            net = build(architecture, model, depth, setting)
+            net = build(model, depth, setting, reversible)
         number = sum(p.numel() for p in net.parameters())
         weights = number * dtype.itemsize
 
@@ -128,7 +194,7 @@ def count(
             for name in names:
                 how = CONTENDERS[name]
                 if isinstance(how, Scheduler):
-                    net.blocks.scheduler = how
+                    net.scheduler = how
                 else:
                     net.set_grad_checkpointing(how)
                 for batch in batches:

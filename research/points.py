@@ -15,8 +15,8 @@ from research.files import replacing
 class Point:
     """One contender at one model, depth and batch size. ``parameters`` are counted, memory is in bytes, times in
     seconds a step; ratios of times are medians of those within each round. ``gradient_error`` is the largest
-    difference from naive's gradients, relative to the largest entry of each, where the function is the same.
-    ``error`` says why a contender has no numbers."""
+    difference from naive's gradients, where the function is the same, relative to the largest entry of each, or to
+    a thousandth of the largest of all. ``error`` says why a contender has no numbers."""
 
     contender: str
     model: str

@@ -1,6 +1,6 @@
-"""Bytes of a training step of RevViT-S/B/L under every scheduler, on fake tensors: no GPU, and no memory to speak of.
+"""Bytes of a training step of the published sizes under every scheduler, on fake tensors: no GPU, and hardly memory.
 
-    python -m research.simulate                                     # minutes on one CPU core
+    python -m research.simulate                                     # of RevViT, RevSwin and RevMViT: minutes on a CPU
     python -m research.simulate --model l --img-size 1024 --batch-size 4 --amp bfloat16
     python -m research.simulate --model s --depths '' --validate    # against real steps, too
 
@@ -26,8 +26,13 @@ from research.machine import environment, pick_device
 
 app = typer.Typer(add_completion=False)
 
+PUBLISHED = [name for name, model in MODELS.items() if not model.sizes]
 PAPER = {"s": 8.8, "b": 17.0, "l": 22.6}  # MB an image at 224 pixels: Mangalam et al. 2022, table 1
 GOALS = {"s": 5.5, "b": 11.0, "l": 14.5}  # and ours, in float32
+VALIDATED = [  # models, pixels and dropout that a CPU runs in seconds
+    *((name, 64, dropout) for name in ("tiny", "tiny-swin", "tiny-mvit") for dropout in (0.0, 0.2)),
+    ("s", 224, 0.0),
+]
 
 
 class Line(NamedTuple):
@@ -112,11 +117,11 @@ def tables(rows: Sequence[Row], batch: int, comparable: bool) -> str:
 def validate(
     contenders: Sequence[str], setting: Setting, tick: Callable[[], object]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Real steps beside simulated ones, at sizes that a CPU runs in seconds."""
+    """Real steps beside simulated ones."""
     found, rows = [], []
-    for model, pixels, dropout in (("tiny", 64, 0.0), ("tiny", 64, 0.2), ("s", 224, 0.0)):
+    for model, pixels, dropout in VALIDATED:
         case = replace(setting, img_size=pixels, dropout=dropout)
-        sizes = (model, contenders, MODELS[model]["depth"], [2], case)
+        sizes = (model, contenders, MODELS[model].depth, [2], case)
         for real, fake in zip(count(*sizes, fake=False, tick=tick), count(*sizes, tick=tick), strict=True):
             row = [model, real.contender, str(dropout)]
             for a, b in ((real.held, fake.held), (real.peak, fake.peak)):
@@ -158,9 +163,9 @@ def listed(text: str, flag: str, allowed: Sequence[str] | None = None) -> list[A
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}; several separated by commas.")] = "s,b,l",
+    model: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}; by commas.")] = ",".join(PUBLISHED),
     schedulers: Annotated[str, typer.Option(help="Rows of the tables, comma-separated.")] = ",".join(CONTENDERS),
-    img_size: Annotated[int, typer.Option(min=16, help="Pixels; a multiple of 16.")] = 224,
+    img_size: Annotated[int, typer.Option(min=16, help="Pixels; a multiple of 16, or 32 in stages.")] = 224,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks, instead of the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images, where the largest depth is asked for.")] = 64,
     memory: Annotated[str, typer.Option(help="Budgets in GB, comma-separated.")] = "16,24,40,80",
@@ -172,21 +177,26 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/simulate"),
 ) -> None:
     """Size training steps without running them; write simulation.json, table.md and memory.png."""
-    if img_size % 16:
-        raise typer.BadParameter(f"expected a multiple of 16, got {img_size}", param_hint="--img-size")
     models, names = listed(model, "--model", list(MODELS)), listed(schedulers, "--schedulers", list(CONTENDERS))
     budgets, plotted = listed(memory, "--memory", None), listed(depths, "--depths", None)
     if not (models and names and budgets):
         raise typer.BadParameter("expected at least one --model, one of --schedulers and one --memory")
+    for name, asked in [(m, depth or MODELS[m].depth) for m in models] + [(models[0], d) for d in plotted]:
+        if img_size % MODELS[name].pixels:
+            unit = f"a multiple of {MODELS[name].pixels} for {name}"
+            raise typer.BadParameter(f"expected {unit}, got {img_size}", param_hint="--img-size")
+        if asked < MODELS[name].least:
+            least = f"at least {MODELS[name].least} blocks for {name}"
+            raise typer.BadParameter(f"expected {least}, got {asked}", param_hint="--depth, --depths")
     setting = Setting(img_size, dtype, amp, pick_device(device).type)
     batches = sorted({1, batch_size, 2 * batch_size, 4 * batch_size})
     many = 16 * batch_size
     points: list[Point] = []
     rows, curve, text, checked = [], [], "", []
-    steps = len(models) * (len(batches) + 2) + len(plotted) + 6 * validate_
+    steps = len(models) * (len(batches) + 2) + len(plotted) + 2 * len(VALIDATED) * validate_
     with tqdm(total=steps * len(names), unit="step") as bar:
         for m in models:
-            own = depth or MODELS[m]["depth"]
+            own = depth or MODELS[m].depth
             for d, sizes in ((own, batches), (2 * own, [batch_size]), (4 * own, [batch_size])):
                 bar.set_description(f"{m}, {d} blocks")
                 points += count(m, names, d, sizes, setting, tick=bar.update)

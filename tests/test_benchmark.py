@@ -22,6 +22,7 @@ from research.contenders import CONTENDERS, SCHEDULERS, Contender, vit
 from research.instruments import cost, loss_of
 from research.points import Point, Record, table
 from revlib import ReversibleSequence
+from revlib.models import RevMViT, RevSwin
 from revlib.schedulers import Checkpoint, Naive, Reversible
 from revlib.testing import footprint
 
@@ -257,12 +258,46 @@ def test_plot_only_measures_nothing(finished, monkeypatch, tmp_path):
 
 
 def test_several_models_have_a_plot_each(tmp_path, monkeypatch):
-    monkeypatch.setitem(contenders.BLOCKS, "vit2", vit)
+    monkeypatch.setitem(contenders.BLOCKS, "vit2", contenders.BLOCKS["vit"])
     drawn = []
     monkeypatch.setattr(benchmark, "draw_memory", lambda points, path: drawn.append((path.name, len(points))))
     assert run(tmp_path, *FEW, "--models", "vit,vit2", "--repeats", 0)[0] == 0
     assert len(points_of(tmp_path)) == 8 and drawn == [("memory-vit.png", 4), ("memory-vit2.png", 4)]
     assert "| model |" in (tmp_path / "table.md").read_text()
+
+
+def test_blocks_of_all_three_models(tmp_path):
+    sizes = ["--tokens", 16, "--depths", "2,4", "--batch-sizes", 2, "--repeats", 0]
+    code, output = run(tmp_path, *FEW, "--models", "vit,swin,mvit", *sizes)
+    assert code == 0, output
+    points = {(p.model, p.contender, p.depth): p for p in points_of(tmp_path)}
+    assert len(points) == 3 * 4 * 2 and all(p.error is None for p in points.values())
+    for model in ("vit", "swin", "mvit"):
+        for how in ("naive", "reversible", "torch-checkpoint"):
+            assert points[model, how, 4].gradient_error < 1e-5
+        held = {how: points[model, how, 4].held - points[model, how, 2].held for how in ("naive", "reversible")}
+        assert held["naive"] > 20 * 2 * 16 * 8 * 4 and held["reversible"] < held["naive"] / 40
+
+
+def test_blocks_are_those_of_the_models():
+    torch.manual_seed(0)
+    x, images = torch.randn(2, 64, 8), torch.randn(2, 3, 8, 8)
+    for name, cls, sizes in [
+        ("swin", RevSwin, {"num_heads": (2,), "window_size": 7}),
+        ("mvit", RevMViT, {"num_heads": 2, "kv_stride": 2}),
+    ]:
+        model = cls(8, 1, embed_dim=8, depths=(3,), **sizes).eval()
+        blocks = contenders.BLOCKS[name](3, 8, 2, 64)
+        stack = ReversibleSequence(blocks).eval()
+        (own,) = [m for m in model.modules() if isinstance(m, ReversibleSequence)]
+        for mine, theirs in zip(stack.parameters(), own.parameters(), strict=True):
+            mine.data = theirs.data
+        seen: list[Any] = []
+        own.register_forward_hook(lambda module, args, streams, seen=seen: seen.append((args[0], streams)))
+        model(images)
+        ((entered, left),) = seen
+        got = stack(*[entered.reshape(x.shape)] * 2)
+        assert all(torch.equal(a, b.reshape(x.shape)) for a, b in zip(got, left, strict=True))
 
 
 def exact(name: str, depth: int, batch: int, per_block: int, per_image: int, speed: float = 1.0) -> Point:
@@ -367,6 +402,8 @@ def test_points_of_another_setting_are_not_mixed_in(finished, tmp_path, monkeypa
         ("--depths 4,many", ["--depths", "4,many"]),
         ("--batch-sizes 0", ["--batch-sizes", "atleast1"]),
         ("--heads 3", ["--heads", "divisor"]),
+        ("--models vit,swin --tokens 197", ["--tokens", "squarenumber", "got197;try196", "swin"]),
+        ("--models mvit --tokens 3", ["--tokens", "squarenumber", "got3;try1", "mvit"]),
         ("--device gpu", ["--device", "gpuisnone"]),
         ("--graphs", ["--graphs", "needs--devicecuda,thisoneiscpu"]),
     ],

@@ -6,14 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.models import VisionTransformer
 from torch import nn
 from typer.testing import CliRunner
 
-from research import simulate
-from research.footprints import CONTENDERS, Point, Setting, build, count
+from research.footprints import CONTENDERS, MODELS, Point, Setting, build, count
 from research.simulate import Line, app, solve
-from revlib.models import RevViT
 
 TINY = Setting(img_size=64)  # 16 tokens of width 40: streams of which samples of any offset are equally large
 
@@ -52,9 +49,33 @@ def test_a_fake_step_takes_the_bytes_of_a_real_one(setting, names):
         assert not {less, more} <= set(held) or held[less] < held[more]
 
 
+@pytest.mark.parametrize("model", ["tiny-swin", "tiny-mvit"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_so_do_those_of_models_in_stages(model, dropout):
+    names, setting = ["naive", "reversible", "checkpoint", "timm", "timm-checkpoint"], replace(TINY, dropout=dropout)
+    real = count(model, names, MODELS[model].depth, [2], setting, fake=False)
+    fake = count(model, names, MODELS[model].depth, [2], setting)
+    assert [replace(p, seconds=0.0) for p in fake] == [replace(p, seconds=0.0) for p in real]
+    held = {p.contender: p.held for p in real}
+    assert held["reversible"] < held["checkpoint"] < held["naive"] and held["timm-checkpoint"] < held["timm"]
+
+
+def test_models_in_stages_grow_in_their_longest():
+    assert MODELS["swin-t"].at(24) == {"depths": MODELS["swin-s"].stages} and MODELS["swin-t"].depth == 12
+    assert MODELS["mvit-b"].at(32) == {"depths": (1, 2, 27, 2)} and MODELS["mvit-b"].depth == 16
+    with pytest.raises(ValueError, match="at least 7 for rev_swin_tiny, got 6"):
+        MODELS["swin-t"].at(6)
+    for model in ("swin-t", "mvit-b"):
+        with torch.device("meta"):
+            blocks = [sum(type(m).__name__ in names for m in build(model, 20, Setting(), ours).modules())
+                      for ours, names in ((True, ["Pair", "MultiScaleBlock"]),
+                                          (False, ["SwinTransformerBlock", "MultiScaleBlock"]))]  # fmt: skip
+        assert blocks == [20, 20]
+
+
 def test_everything_else_is_counted_once():
     (found,) = count("tiny", ["reversible"], 3, [2], replace(TINY, dtype="bfloat16"))
-    number = sum(p.numel() for p in build(RevViT, "tiny", 3, TINY).parameters())
+    number = sum(p.numel() for p in build("tiny", 3, TINY).parameters())
     assert (found.weights, found.gradients, found.optimizer) == (2 * number, 2 * number, 8 * number)
     assert found.images == 2 * 3 * 64 * 64 * 2
     assert point(held=1, peak=2, images=4, weights=8, gradients=16, optimizer=32).total == 62
@@ -64,13 +85,13 @@ def test_the_published_sizes():
     millions = {"s": 22, "b": 87, "l": 305}  # of parameters: table 1 of the paper
     for model, wanted in millions.items():
         with torch.device("meta"):
-            net = build(RevViT, model, simulate.MODELS[model]["depth"], Setting())
+            net = build(model, MODELS[model].depth, Setting())
         assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(wanted, rel=0.02)
 
 
 def test_dropout_reaches_every_block_of_both_architectures():
-    for architecture in (RevViT, VisionTransformer):
-        net = build(architecture, "tiny", 2, replace(TINY, dropout=0.2))
+    for reversible in (True, False):
+        net = build("tiny", 2, replace(TINY, dropout=0.2), reversible)
         assert sum(isinstance(m, nn.Dropout) and m.p == 0.2 for m in net.blocks.modules()) == 2 * 3
         assert max(getattr(m, "drop_prob", 0.0) or 0.0 for m in net.modules()) == pytest.approx(0.2)
 
@@ -121,9 +142,11 @@ def test_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--model", "xl"], "tiny, s, b, l"), (["--schedulers", "none"], "naive, reversible"),
+    [(["--model", "xl"], "tiny, s, b, l, tiny-swin"), (["--schedulers", "none"], "naive, reversible"),
      (["--memory", "16GB"], "whole numbers"), (["--depths", "0"], "whole numbers"),
-     (["--img-size", "100"], "multiple of 16"), (["--memory", ""], "one --memory")],
+     (["--img-size", "100"], "multiple of 16"), (["--memory", ""], "one --memory"),
+     (["--model", "mvit-b", "--img-size", "112"], "multiple of 32 for mvit-b"),
+     (["--model", "swin-t", "--depths", "6"], "at least 7 blocks for swin-t")],
 )  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, flags, message):
     result = run(tmp_path, *flags)

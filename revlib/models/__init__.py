@@ -1,5 +1,9 @@
-"""Models: thin compositions of timm's layers and :class:`~revlib.ReversibleSequence`."""
+"""Models: thin compositions of timm's layers and :class:`~revlib.ReversibleSequence`.
 
+Importing this registers their published sizes with timm, see :mod:`revlib.models.presets`.
+"""
+
+from revlib.models import presets
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
 from revlib.models.mvit import RevMViT
 from revlib.models.mvit_published import PublishedRevMViT
@@ -7,4 +11,14 @@ from revlib.models.swin import RevSwin
 from revlib.models.video import RevMViTVideo
 from revlib.models.vit import RevViT
 
-__all__ = ["ConcatLinear", "ConcatMlp", "Mean", "PublishedRevMViT", "RevMViT", "RevMViTVideo", "RevSwin", "RevViT"]
+__all__ = [
+    "ConcatLinear",
+    "ConcatMlp",
+    "Mean",
+    "PublishedRevMViT",
+    "RevMViT",
+    "RevMViTVideo",
+    "RevSwin",
+    "RevViT",
+    "presets",
+]

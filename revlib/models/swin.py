@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from einops import reduce
 from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
+from revlib.models.base import TimmModel
 from revlib.models.fusion import Fusion, Mean
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
@@ -33,7 +32,7 @@ class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes wi
         return self, mlp
 
 
-class RevSwin(nn.Module):
+class RevSwin(TimmModel):
     r"""Reversible Swin Transformer: stages of reversible blocks, each at half the resolution and twice the width.
 
     $$y_1 = x_1 + \mathrm{Attention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
@@ -50,6 +49,7 @@ class RevSwin(nn.Module):
             stage; hidden width of the MLP / width.
         drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
             (rising linearly over the blocks of all stages).
+        global_pool: "avg", or "" for none: the head then sees every patch.
         fusion: how two streams become one between stages: see :mod:`revlib.models.fusion`.
         coupling, scheduler: of all stages, see :class:`~revlib.ReversibleSequence`; also ``model.scheduler = ...``.
 
@@ -75,6 +75,7 @@ class RevSwin(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        global_pool: str = "avg",
         fusion: Fusion = Mean,
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
@@ -87,7 +88,12 @@ class RevSwin(nn.Module):
         widths = [embed_dim * 2**i for i in range(len(depths))]
         if any(width % heads for width, heads in zip(widths, num_heads, strict=True)):
             raise ValueError(f"num_heads must divide the widths {widths} of the stages, got {num_heads}")
-        self.embed_dim, self.num_features, self.head_hidden_size = embed_dim, 2 * widths[-1], 2 * widths[-1]
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.num_features = self.head_hidden_size = 2 * widths[-1]
+        self.feature_info = [
+            {"module": f"stages.{i}", "num_chs": 2 * width, "reduction": patch_size * 2**i}
+            for i, width in enumerate(widths)
+        ]
         embed = {"output_fmt": "NHWC", "strict_img_size": False, "dynamic_img_pad": True}
         self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm_layer, **embed)
         sizes = {"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio}
@@ -103,48 +109,40 @@ class RevSwin(nn.Module):
             self.stages.append(blocks)
         self.fusions = nn.ModuleList(fusion(width, norm_layer) for width in widths[:-1])
         self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm_layer) for width in widths[:-1])
-        self.norm = norm_layer(self.num_features)
-        self.reset_classifier(num_classes)
+        self.norm, self.fc_norm = norm_layer(self.num_features), nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
         self.apply(init_weights_vit_timm)
 
     @property
-    def scheduler(self) -> Scheduler:
-        """That of every stage; stages share the bytes of a ``Budget``."""
-        return self.stages[0].scheduler
+    def sequences(self) -> list[ReversibleSequence]:
+        return list(self.stages)
 
-    @scheduler.setter
-    def scheduler(self, scheduler: Scheduler) -> None:
-        for stage in self.stages:
-            stage.scheduler = scheduler
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, h, w, num_features), normalised."""
+    def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         dtype = self.patch_embed.proj.weight.dtype  # autocast's would be too coarse for sums over blocks to invert
         x = self.patch_embed(images).to(dtype)
-        streams = self.stages[0](x, x)
-        for fuse, downsample, stage in zip(self.fusions, self.downsamples, self.stages[1:], strict=True):
-            x = downsample(fuse(*streams)).to(dtype)
-            streams = stage(x, x)
-        return self.norm(torch.cat(streams, dim=-1))
+        for i in range(stops[-1]):
+            streams = self.stages[i](x, x)
+            if i + 1 in stops:
+                yield streams
+            if i + 1 < stops[-1]:
+                x = self.downsamples[i](self.fusions[i](*streams)).to(dtype)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, h, w, num_features) to (B, num_classes), or to the pooled features before the classifier."""
-        x = reduce(x, "batch height width features -> batch features", "mean")
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh last layer for another number of classes, on the device and in the dtype of the model."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_weights_vit_timm).to(self.patch_embed.proj.weight)
+    def keep(self, levels: int) -> None:
+        self.stages = self.stages[:levels]
+        self.fusions, self.downsamples = self.fusions[: levels - 1], self.downsamples[: levels - 1]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters form a layer, for rates that depend on depth: patches, blocks or stages, norm, head.
+
+        What stands between two stages belongs to the first block of the second.
+        """
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        between = [
+            (rf"^(?:fusions|downsamples)\.{i}\.", (i + 1,) if coarse else (i + 1, 0))
+            for i in range(len(self.downsamples))
+        ]
+        return {"stem": r"^patch_embed", "blocks": [(block, None), *between, (r"^norm", (99999,))]}

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from einops import reduce
 from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
+from revlib.models.base import TimmModel
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 
 __all__ = ["RevViT"]
 
 
-class RevViT(nn.Module):
+class RevViT(TimmModel):
     r"""Reversible Vision Transformer: two copies of the embedded patches run through reversible blocks.
 
     $$y_1 = x_1 + \mathrm{Attention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
@@ -31,8 +33,9 @@ class RevViT(nn.Module):
         drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
             (rising linearly over the blocks).
         fc_norm: average over the patches first, and normalise after; by timm's name.
+        global_pool: "avg", or "" for none: the head then sees every patch.
         coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
-        scheduler: how backward gets activations back; also ``model.blocks.scheduler = ...`` at any time.
+        scheduler: how backward gets activations back; also ``model.scheduler = ...`` at any time.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). With N patches, features are (B, N, 2 embed_dim).
     Cost: activation memory of one block at any depth, about 17.5 B·N·embed_dim elements at the peak of backward.
@@ -56,6 +59,7 @@ class RevViT(nn.Module):
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         fc_norm: bool = False,
+        global_pool: str = "avg",
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
@@ -68,8 +72,10 @@ class RevViT(nn.Module):
             )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
-        self.num_classes, self.embed_dim = num_classes, embed_dim
+        self.in_chans, self.embed_dim = in_chans, embed_dim
         self.num_features = self.head_hidden_size = 2 * embed_dim
+        level = {"num_chs": 2 * embed_dim, "reduction": patch_size}
+        self.feature_info = [{"module": f"blocks.{i}", **level} for i in range(depth)]
 
         self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
@@ -80,35 +86,31 @@ class RevViT(nn.Module):
             self.blocks.append(tuple(nn.Sequential(norm_layer(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
         self.norm = nn.Identity() if fc_norm else norm_layer(2 * embed_dim)
         self.fc_norm = norm_layer(2 * embed_dim) if fc_norm else nn.Identity()
-        self.head = nn.Linear(2 * embed_dim, num_classes) if num_classes else nn.Identity()
+        self.make_head(num_classes, global_pool)
 
         trunc_normal_(self.pos_embed, std=0.02)
         self.blocks.apply(init_weights_vit_timm)
         self.head.apply(init_weights_vit_timm)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N, 2 embed_dim), normalised unless ``fc_norm``."""
+    @property
+    def sequences(self) -> list[ReversibleSequence]:
+        return [self.blocks]
+
+    def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         x = self.patch_embed(images) + self.pos_embed
-        return self.norm(torch.cat(self.blocks(x, x), dim=-1))
+        streams: tuple[Tensor, ...] = (x, x)
+        for start, stop in itertools.pairwise([0, *stops]):
+            whole = (start, stop) == (0, len(self.blocks))  # called as itself, so that its hooks run
+            streams = (self.blocks if whole else self.blocks[start:stop])(*streams)
+            yield streams
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, 2 embed_dim) to (B, num_classes), or to the pooled features before the classifier."""
-        x = self.fc_norm(reduce(x, "batch patches features -> batch features", "mean"))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh last layer for another number of classes, on the device and in the dtype of the model."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(2 * self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.apply(init_weights_vit_timm).to(self.pos_embed)
+    def keep(self, levels: int) -> None:
+        self.blocks = self.blocks[:levels]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""
         return {"pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters form a layer, for rates that depend on depth: patches, blocks, norm, head."""
+        return {"stem": r"^pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
