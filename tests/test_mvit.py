@@ -253,7 +253,8 @@ def test_what_is_held_does_not_grow_with_the_depth_of_a_stage():
         return footprint(lambda x: (model(x),), [torch.randn(64, 1, 16, 8)], model.parameters())
 
     shallow, deep = held(Reversible(), 2, 3, 2), held(Reversible(), 5, 9, 7)
-    assert deep.held <= 1.01 * shallow.held and deep.peak <= 1.03 * shallow.peak
+    samples = 14 * 2 * 128 * 4  # at most so much of the streams of so many more blocks, to compare in backward
+    assert deep.held <= shallow.held + samples and deep.peak <= 1.03 * shallow.peak
     assert held(Naive(), 5, 9, 7).held > 2 * held(Naive(), 2, 3, 2).held
 
 
@@ -331,3 +332,12 @@ def test_under_autocast_streams_stay_in_full_precision():
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 32, 32))
     assert seen == [torch.float32] * 6
+
+
+def test_transitions_and_fusions_are_checkpointed_unless_all_is_kept():
+    """So that a stage holds its two streams and what enters its transition: 64 images of 128 patches, 8 channels."""
+    model = build(depths=(1, 1, 1), fusion=ConcatMlp, scheduler=Reversible())
+    images = torch.randn(64, 1, 16, 8)
+    held = footprint(lambda x: (model(x),), [images], model.parameters()).held
+    model.scheduler = Naive()
+    assert held < 0.2 * footprint(lambda x: (model(x),), [images], model.parameters()).held

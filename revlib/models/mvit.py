@@ -6,49 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
-from torch import Tensor, nn
+from torch import nn
 
 from revlib.couplings import Coupling
 from revlib.models.fusion import Fusion, Mean
+from revlib.models.stage import PooledAttention, RevStage
 from revlib.schedulers import Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["PooledAttention", "RevMViT", "RevStage"]
-
-
-class PooledAttention(nn.Module):
-    """F of a pair: norm, attention with pooled keys and values on a map of one size, drop path; no residual."""
-
-    def __init__(self, norm: nn.Module, attn: nn.Module, drop_path: nn.Module, feat_size: tuple[int, ...]) -> None:
-        super().__init__()
-        self.norm, self.attn, self.drop_path, self.feat_size = norm, attn, drop_path, feat_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.attn(self.norm(x), self.feat_size)[0])
-
-
-class RevStage(nn.Module):
-    """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
-
-    Shapes: (B, N, C), (height, width) to (B, N', C'), (height', width'), as timm's stage.
-    """
-
-    def __init__(
-        self, transition: nn.Module | None, pairs: ReversibleSequence, fuse: nn.Module, feat_size: tuple[int, ...]
-    ) -> None:
-        super().__init__()
-        self.transition, self.pairs, self.fuse, self.feat_size = transition, pairs, fuse, feat_size
-
-    def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        if tuple(feat_size) != self.feat_size:
-            raise ValueError(
-                f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
-                "tables of relative positions fit one size; resize images to img_size, or build the model with theirs"
-            )
-        if self.transition is not None:
-            x, feat_size = self.transition(x, feat_size)
-        x = x.to(next(self.parameters()).dtype)  # autocast's would be too coarse for sums over blocks to invert
-        return self.fuse(*self.pairs(x, x)), feat_size
+__all__ = ["RevMViT"]
 
 
 class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
@@ -76,7 +42,7 @@ class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
     The defaults are minREV's on CIFAR-10; ``(224, 4, 3, 1000, 96, (2, 3, 16, 3), kv_stride=4)`` has MViTv2-B's sizes.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes); features (B, H W / s², embed_dim · s / patch_size).
-    Cost: as MViTv2; held of a stage are its transition's activations and two streams, at any depth. A ValueError meets
+    Cost: as MViTv2; held of a stage are two streams and what enters its transition, at any depth. A ValueError meets
     sizes that do not divide, a stage without blocks, and, in forward, images of another size.
 
     Source: Li et al., *MViTv2*, CVPR 2022; Fan et al., *Multiscale Vision Transformers*, ICCV 2021; Mangalam et al.,

@@ -13,7 +13,7 @@ from timm.models.mvitv2 import MultiScaleAttention, PatchEmbed
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.mvit import PooledAttention, RevStage
+from revlib.models.stage import PooledAttention, RevStage
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 
@@ -73,7 +73,7 @@ class PublishedRevMViT(nn.Module):
     The defaults are Rev-MViT-B's: 39.7 million parameters.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes); features (B, N, 2^stages embed_dim).
-    Cost: held of a stage are its transition's activations and two streams, at any depth. A ValueError meets sizes that
+    Cost: held of a stage are two streams and what enters its transition, at any depth. A ValueError meets sizes that
     do not divide, a stage without blocks, and, in forward, images of another size.
 
     Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.3; Fan et al., *Multiscale Vision

@@ -12,7 +12,7 @@ from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from revlib.couplings import Coupling
 from revlib.models.fusion import Fusion, Mean
-from revlib.models.mvit import PooledAttention, RevStage
+from revlib.models.stage import PooledAttention, RevStage
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 
@@ -38,7 +38,7 @@ class RevMViTVideo(MViT):  # type: ignore[misc] # torchvision is untyped
 
     The defaults are MViTv2-S's on Kinetics-400.
     Shapes: clips (B, 3, frames, height, width) to logits (B, num_classes).
-    Cost: as MViTv2; held of a stage are its transition's activations and two streams, at any depth. A ValueError meets
+    Cost: as MViTv2; held of a stage are two streams and what enters its transition, at any depth. A ValueError meets
     sizes that do not divide, a stage without blocks, and, in forward, clips of another size.
 
     Source: Li et al., *MViTv2*, CVPR 2022; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.3.

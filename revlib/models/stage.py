@@ -1,0 +1,54 @@
+"""Stages of multiscale transformers: a transition, reversible pairs on two copies of its result, and their fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revlib.schedulers import Naive
+from revlib.sequence import ReversibleSequence
+
+__all__ = ["PooledAttention", "RevStage"]
+
+
+class PooledAttention(nn.Module):
+    """F of a pair: norm, attention with pooled keys and values on a map of one size, drop path; no residual."""
+
+    def __init__(self, norm: nn.Module, attn: nn.Module, drop_path: nn.Module, feat_size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.norm, self.attn, self.drop_path, self.feat_size = norm, attn, drop_path, feat_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.attn(self.norm(x), self.feat_size)[0])
+
+
+class RevStage(nn.Module):
+    """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
+
+    Transition and fusion do not invert. They are checkpointed, unless the scheduler of the pairs is ``Naive()``.
+    Shapes: (B, N, C), (height, width) to (B, N', C'), (height', width'), as timm's stage.
+    """
+
+    def __init__(
+        self, transition: nn.Module | None, pairs: ReversibleSequence, fuse: nn.Module, feat_size: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.transition, self.pairs, self.fuse, self.feat_size = transition, pairs, fuse, feat_size
+
+    def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        if tuple(feat_size) != self.feat_size:
+            raise ValueError(
+                f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
+                "tables of relative positions fit one size; resize images to img_size, or build the model with theirs"
+            )
+        if self.transition is not None:
+            x, feat_size = self._ordinary(self.transition, x, feat_size)
+        x = x.to(next(self.parameters()).dtype)  # autocast's would be too coarse for sums over blocks to invert
+        return self._ordinary(self.fuse, *self.pairs(x, x)), feat_size
+
+    def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
+        kept = isinstance(self.pairs.scheduler, Naive)
+        return layer(*args) if kept else checkpoint(layer, *args, use_reentrant=False)
