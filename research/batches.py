@@ -19,8 +19,9 @@ Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64
 class Batches:
     """Training and test batches of `data`. All draws come from the generator given."""
 
-    def __init__(self, data: Dataset, size: int) -> None:
+    def __init__(self, data: Dataset, size: int, quiet: bool = False) -> None:
         self.data, self.size, self.normalize = data, size, normalizer(data.train)
+        self.quiet = quiet or None  # None: only on a terminal
 
     def train(self, draws: torch.Generator, label: str) -> Iterator[Batch]:
         """Every training image once, in random order, moved about as the data set allows."""
@@ -37,7 +38,7 @@ class Batches:
 
     def _cut(self, images: Tensor, labels: Tensor, size: int, label: str) -> Iterator[Batch]:
         pairs = list(zip(images.split(size), labels.split(size), strict=True))
-        for some, theirs in tqdm(pairs, desc=label, leave=False, disable=None):  # None: only on a terminal
+        for some, theirs in tqdm(pairs, desc=label, leave=False, disable=self.quiet):
             yield self.normalize(some), theirs
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that continue a run bit for bit."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def save(path: Path, run: Run, log: Log) -> None:
         torch.save({"run": run.state_dict(), "log": dataclasses.asdict(log)}, temporary)
 
 
-def resume(path: Path, run: Run, config: Config, environment: dict[str, Any]) -> Log:
+def resume(
+    path: Path, run: Run, config: Config, environment: dict[str, Any], say: Callable[[str], None] = typer.echo
+) -> Log:
     """Put `run` back to where `path` left it, after checking that `config` is still the same. -> its log."""
     if not path.is_file():
         raise typer.BadParameter(
@@ -74,8 +77,8 @@ def resume(path: Path, run: Run, config: Config, environment: dict[str, Any]) ->
                 param_hint="--" + name.replace("_", "-"),
             )
     for name, value in environment.items():
-        if log.header["environment"][name] != value:
-            was = log.header["environment"][name]
-            typer.echo(f"note: {name} was {was}, is {value}: not bit for bit from here", err=True)
+        was = log.header["environment"].get(name, value)  # an older log may not tell
+        if was != value:
+            say(f"note: {name} was {was}, is {value}: not bit for bit from here")
     run.load_state_dict(state["run"])
     return log

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from revlib import streams
+from revlib.modules import local
 
 __all__ = ["Extent", "Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
 
@@ -36,6 +37,7 @@ class Sampler:
         self.grids: dict[torch.Size, tuple[slice, ...]] = {}
 
     def __call__(self, t: Tensor) -> Tensor:
+        t = local(t)
         grid = self.grids.get(t.shape)
         if grid is None:
             per_dim = max(1, int(self.samples ** (1 / max(1, t.ndim)) + 1e-9))
@@ -72,6 +74,7 @@ class Extent(NamedTuple):
 
 def extents(name: str, merged: Tensor, limit: float) -> list[Extent]:
     """Of a stream that must stay below a limit; none of any other."""
+    merged = local(merged)
     if limit == math.inf or not merged.numel():
         return []
     return [Extent(name, *torch.aminmax(merged.detach()), limit)]  # many times as fast as a norm, on a CPU

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ModuleState", "modules_of", "version_of"]
+__all__ = ["ModuleState", "local", "modules_of", "version_of"]
 
 
 def version_of(t: Tensor) -> int:
@@ -19,6 +19,11 @@ def version_of(t: Tensor) -> int:
         return t._version
     except RuntimeError:  # asking beforehand would cost more, and this is asked of every tensor that autograd saves
         return -1
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be spread over several."""
+    return t.detach().to_local() if isinstance(t, _DTensor) else t  # type: ignore[attr-defined]
 
 
 def modules_of(fn: Any) -> list[nn.Module]:
@@ -154,4 +159,4 @@ try:
     from torch.distributed.tensor import DTensor as _DTensor
 except ImportError:  # torch built without distributed
 
-    class _DTensor: ...  # type: ignore[no-redef]
+    class _DTensor(Tensor): ...  # type: ignore[no-redef]

@@ -25,9 +25,20 @@ def _branches(items: Iterable[Any], coupling: Coupling) -> list[Branch]:
             branches.append(Branch(item, item.coupling, f"step {i} ({_name(item.fn)})"))
         else:
             F, G = _pair(item)
+            if isinstance(item, Pair) and type(item) is not Pair:
+                _refuse_sharded(item, i)
             branches.append(Branch(F, coupling, f"F of block {i} ({_name(F)})"))
             branches.append(Branch(G, coupling, f"G of block {i} ({_name(G)})"))
     return branches
+
+
+def _refuse_sharded(pair: Pair, i: int) -> None:
+    if any(kind.__name__ == "FSDPModule" for kind in type(pair).__mro__):  # which few have imported
+        raise TypeError(
+            f"block {i} was given to fully_shard, but a pair is never called, only its F and G, so nothing would "
+            "gather its parameters; use fully_shard(pair.F) and fully_shard(pair.G), or both as one: "
+            "fully_shard([pair.F, pair.G])"
+        )
 
 
 def _name(fn: Callable[..., Any]) -> str:

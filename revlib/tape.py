@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import loop, streams
+from revlib.modules import local
 from revlib.record import Record, Weight, intercept
 from revlib.replay import Autocast, Randomness
 from revlib.saved import FOR_GOOD, Holder, Shelf, graph_task
@@ -106,7 +107,7 @@ class Tape:
             self.pace = None
         if self.tolerance != math.inf:
             with torch.no_grad():
-                sums = [s.sum(dtype=loop.wide(s)).isfinite().to(self.device) for s in state]
+                sums = [local(s).sum(dtype=loop.wide(s)).isfinite().to(self.device) for s in state]
                 self.finite = torch.stack(sums).all()
 
     # ------------------------------------------------------------------------------------------ backward

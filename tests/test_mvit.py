@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import revlib.models.mvit
-from research import config, train
+from research import config, networks, train
 from research.log import read_log
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
 from revlib.models import ConcatLinear, ConcatMlp, Mean, RevMViT
@@ -305,7 +305,7 @@ def test_it_trains_from_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(("depth", "pairs"), [(1, [1]), (2, [1, 0]), (3, [1, 1]), (4, [1, 1, 0]), (7, [1, 1, 3])])
 def test_depth_counts_the_blocks_of_all_stages(depth, pairs):
-    model = train.mvit(depth, embed_dim=8, scheduler=Naive())
+    model = networks.mvit(depth, embed_dim=8, scheduler=Naive())
     assert [len(stage.pairs) for stage in model.stages] == pairs
     assert config.MODEL_RECIPES["mvit"]["depth"] == sum(RevMViT.__init__.__defaults__[5])
 

@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 
 from research import checkpoint, compare, config, data, machine, train
 from research.batches import Batches, normalizer, random_crop, random_flip
+from research.distributed import Processes
 from research.files import replacing
 from research.log import Log, Row, read_log
 
@@ -102,7 +105,7 @@ def test_the_log_tells_what_ran_and_one_line_an_epoch(tmp_path):
     log = train_tiny(tmp_path / "run", "--epochs", 2, "--seed", 7)
     assert log.header["config"]["seed"] == 7 and log.header["config"]["embed_dim"] == 16
     assert log.header["config"].keys() == {field.name for field in dataclasses.fields(config.Config)}
-    assert log.header["environment"].keys() == {"torch", "python", "device", "threads"}
+    assert log.header["environment"].keys() == {"torch", "python", "device", "threads", "processes"}
     assert log.header["environment"]["torch"] == torch.__version__
     assert [row["epoch"] for row in log.rows] == [1, 2]
     assert all(row.keys() == get_type_hints(Row).keys() for row in log.rows)
@@ -252,6 +255,70 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with replacing(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+# Several processes
+
+
+def torchrun(out: Path, *args: Any) -> tuple[int, str]:
+    """Exit code and output of the script on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "research.train", *map(str, TINY), "--out", str(out), *map(str, args)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The last batches of an epoch, of 1 training and 7 test images, deal less to one process than to the other."""
+    args = "--epochs", 2, "--batch-size", 8, "--drop-path", 0, "--limit-train", 97, "--limit-test", 23
+    alone = train_tiny(tmp_path / "alone", *args)
+    code, output = torchrun(tmp_path / "both", *args)
+    assert code == 0, output
+    assert output.count("epoch 1/2") == output.count("2 of 2 epochs done") == 1
+    both = read_log(tmp_path / "both" / "log.jsonl")
+    assert both.header["environment"]["processes"] == 2 and len(both.rows) == 2
+    for a, b in zip(alone.rows, both.rows, strict=True):
+        for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    pairs = zip(*(saved(tmp_path / name)["run"]["model"].items() for name in ("alone", "both")), strict=True)
+    for (name, a), (same, b) in pairs:
+        assert name == same
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_resume_and_change_no_bit(tmp_path):
+    """With numbers drawn at random: each process draws its own."""
+    for out, *more in (["straight"], ["halves", "--stop-after", 1], ["halves", "--resume"]):
+        code, output = torchrun(tmp_path / out, "--epochs", 2, "--drop-path", 0.3, *more)
+        assert code == 0, output
+    straight, halves = (read_log(tmp_path / name / "log.jsonl") for name in ("straight", "halves"))
+    assert timeless(straight) == timeless(halves)
+    assert_identical(saved(tmp_path / "halves")["run"], saved(tmp_path / "straight")["run"])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--batch-size 9", ["--batch-size", "expected a multiple of 2"]),
+        ("--graph", ["--graph", "one process, and these are 2"]),
+        ("--device cpu:0", ["--device", "one for each of 2 processes"]),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, args, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, output = run(train.app, *TINY, "--out", tmp_path, *args.split())
+    assert code == 2 and all(squeeze(word) in output for word in words), output
+
+
+def test_parts_make_up_each_batch():
+    labels, logits = torch.randint(3, (7,)), torch.randn(7, 3, dtype=torch.float64)
+    for count in (1, 2, 3, 9):
+        everyone = [Processes(rank, count) for rank in range(count)]
+        assert sorted(torch.cat([p.part(torch.arange(7)) for p in everyone]).tolist()) == list(range(7))
+        losses = [p.loss(p.part(logits), p.part(labels), 7) for p in everyone]
+        torch.testing.assert_close(torch.stack(losses).mean(), torch.nn.functional.cross_entropy(logits, labels))
 
 
 # Flags
