@@ -55,8 +55,8 @@ class ModuleState:
 
     Parameters are bound again by identity (``torch.func.functional_call`` swaps them during forward only) and must not
     have been edited since. Buffers that the run itself changed (BatchNorm's statistics, spectral norm's vectors) are
-    bound again as copies from before it, so that a repetition neither sees nor makes a second update. Attributes that
-    a repetition assigns are taken back.
+    bound again as copies from before it, so that a repetition neither sees nor makes a second update. Forward hooks are
+    those that ran. Attributes that a repetition assigns are taken back.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -67,6 +67,7 @@ class ModuleState:
             for k, p in m._parameters.items()
             if p is not None
         ]
+        self.hooks = [(m, _hooks(m)) for m in modules]
         self.changed: list[tuple[nn.Module, str, Tensor | None]] = []
         self.constant: list[tuple[nn.Module, str, Tensor, int]] = []
         copies: dict[int, Tensor] = {}  # modules may share a buffer
@@ -136,6 +137,10 @@ class ModuleState:
                 bind(m._buffers, k, fresh.setdefault(id(b), b.detach().clone()) if spare else b)
             for m, k, copy in self.changed:
                 bind(m._buffers, k, copy if copy is None else fresh.setdefault(id(copy), copy.clone()))
+            for m, hooks in self.hooks:
+                if _hooks(m) != hooks:
+                    for k in _HOOKS:
+                        bind(m.__dict__, k, hooks[k].copy() if hooks else type(m.__dict__[k])())
             yield
         finally:
             for slots, key, value in reversed(undo):
@@ -148,6 +153,19 @@ class ModuleState:
                 for key, value in before.items():
                     if current.get(key) is not value:
                         current[key] = value
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def _hooks(m: nn.Module) -> dict[str, Any]:
+    """Copies of what holds a module's forward hooks; nothing where there are none."""
+    if m._forward_hooks or m._forward_pre_hooks:
+        return {k: m.__dict__[k].copy() for k in _HOOKS}
+    return {}
 
 
 def _normalises(m: nn.Module) -> bool:

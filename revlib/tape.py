@@ -167,6 +167,8 @@ class Tape:
             self.watched.add(task)
             ending = partial(self.finish, task, key)
             weakref.finalize(ending, streams.settle, self.launches)  # after an exception in backward it is only dropped
+            if key is not FOR_GOOD:
+                weakref.finalize(ending, self.forget, key)
             torch.autograd.Variable._execution_engine.queue_callback(ending)
             if self.pace and key is FOR_GOOD:
                 self.pace.started(self.device)
@@ -226,21 +228,19 @@ class Tape:
 
     # ------------------------------------------------------------------------------------------ endings
     def finish(self, task: int, key: Any) -> None:
-        """At the end of a graph task: compare what it recovered, and release what was recovered for it alone."""
+        """At the end of a graph task: compare what it recovered. What was recovered for it alone goes with the task."""
         self.watched.discard(task)
         streams.settle(self.launches)
         cursor = self.cursors[key]
         witnesses, cursor.witnesses = cursor.witnesses, []
-        if key is not FOR_GOOD:
-            self.forget(key)
-        elif all(k in cursor.done or not r.guarded for k, r in enumerate(self.records)):
+        if key is FOR_GOOD and all(k in cursor.done or not r.guarded for k, r in enumerate(self.records)):
             # All is recovered for good. A module may hold a tensor whose graph holds this tape: let go of the module.
             self.records, cursor.state = [], ()
         loop.close(witnesses, self.extents, self.steps, self.tolerance, self.dtypes, self.finite)
 
     def forget(self, key: Any) -> None:
         cursor = self.cursors.pop(key, None)
-        if cursor is not None:
+        if cursor is not None and self.records:
             self._clear(key, cursor.done)
 
     def _clear(self, key: Any, steps: set[int]) -> None:

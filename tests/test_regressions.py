@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from common import every_recomputing_scheduler, every_scheduler, leaves, loss, mlp, net
 from torch import nn
 
-from revlib import Anchored, Checkpoint, Coupling, Naive, Reversible, ReversibleSequence, Step, reversible
+from revlib import (
+    Additive,
+    Anchored,
+    Checkpoint,
+    Coupling,
+    ExactAdditive,
+    Naive,
+    Reversible,
+    ReversibleSequence,
+    Step,
+    reversible,
+)
 from revlib.testing import LiveBytes
 
 
@@ -280,3 +291,49 @@ def test_what_does_not_come_back_beside_an_infinity_is_an_error():
 
     with pytest.raises(RuntimeError, match="recovered what enters"):
         loss(reversible([(Counting.apply, torch.cos)], *leaves(), scheduler=Checkpoint())).backward()
+
+
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("when", ["added", "removed"])
+@pytest.mark.parametrize("coupling", [Additive(), ExactAdditive()], ids=str)
+@every_recomputing_scheduler
+def test_forward_hooks_that_come_or_go_before_backward(scheduler, coupling, when, kind):
+    """Layer norm hides a scaled stream from its step's result, and so from the loop check."""
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        f, xs = mlp(), leaves(dtype=torch.float32)
+        stack = ReversibleSequence([Step(f, coupling), Step(mlp(), coupling)], scheduler=s)
+        scaled = (lambda m, a: 0.75 * a[0]) if "pre" in kind else (lambda m, a, y: 0.75 * y)
+        if when == "removed":
+            handle = getattr(f, kind)(scaled)
+            total = loss(stack(*xs))
+            handle.remove()
+        else:
+            total = loss(stack(*xs))
+            handle = getattr(f, kind)(scaled)
+        total.backward()
+        assert len(f._forward_pre_hooks) + len(f._forward_hooks) == (when == "added")
+        found.append([*(x.grad for x in xs), *(p.grad for p in stack.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+@every_recomputing_scheduler
+def test_an_exception_in_a_users_hook_leaves_no_activation_in_a_retained_graph(scheduler):
+    def refuse(g):
+        raise ArithmeticError
+
+    stack = net(scheduler)
+    x = torch.randn(64, 4, dtype=torch.float64)
+    with LiveBytes([x, *stack.parameters()]) as live:
+        outputs = stack(x, x)
+        total, held = loss(outputs), live.now
+        handle = stack[1].F[1].weight.register_hook(refuse)
+        for _ in range(3):
+            with pytest.raises(ArithmeticError):
+                total.backward(retain_graph=True)
+            stack.zero_grad()
+            torch.ones((), requires_grad=True).square().backward()  # autograd lets go of what it had queued
+        handle.remove()
+        assert live.now <= held + 1024
+        total.backward()
