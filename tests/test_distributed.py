@@ -379,7 +379,13 @@ class Pipeline:
         rank = dist.get_rank()
         model = self.fresh(scheduler)
         stage = Stage(model, rank)
-        pipe = PipelineStage(stage, rank, RANKS, torch.device("cpu"))
+        # Told the shapes, it makes no trial run on uninitialised memory, which need not invert accurately.
+        with torch.random.fork_rng():
+            example = next(iter(batches(torch.float64))).chunk(self.parts)[0]
+            streams = tuple(y.detach().requires_grad_() for y in Stage(model, 0)(example))
+            result = Stage(model, 1)(*streams)
+        args = ((example,), streams) if rank == 0 else (streams, (result.detach().requires_grad_(),))
+        pipe = PipelineStage(stage, rank, RANKS, torch.device("cpu"), *args)
         schedule = self.schedule(pipe, self.parts, loss_fn=lambda y, target: (y - target).square().mean())
         optimizer = torch.optim.SGD(stage.parameters(), lr=0.1, momentum=0.9)
         for batch in batches(torch.float64):
