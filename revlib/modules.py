@@ -15,10 +15,7 @@ __all__ = ["ModuleState", "local", "modules_of", "version_of"]
 
 def version_of(t: Tensor) -> int:
     """How often a tensor has been edited in place; -1 for an inference tensor, which does not count."""
-    try:
-        return t._version
-    except RuntimeError:  # asking beforehand would cost more, and this is asked of every tensor that autograd saves
-        return -1
+    return -1 if t.is_inference() else t._version  # where compiled code made it, torch 2.11 has a version nonetheless
 
 
 def local(t: Tensor) -> Tensor:
