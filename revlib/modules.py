@@ -53,10 +53,11 @@ class ModuleState:
     Parameters are bound again by identity (``torch.func.functional_call`` swaps them during forward only) and must not
     have been edited since. Buffers that the run itself changed (BatchNorm's statistics, spectral norm's vectors) are
     bound again as copies from before it, so that a repetition neither sees nor makes a second update. Forward hooks are
-    those that ran. Attributes that a repetition assigns are taken back.
+    those that ran, also those of a ``wrapper`` around the function, and torch's for all modules. Attributes that a
+    repetition assigns are taken back.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], wrapper: Any = None) -> None:
         self.mode = [(m, m.training) for m in modules]
         self.parameters = [
             (m, k, p, p.requires_grad, version_of(p))
@@ -64,7 +65,8 @@ class ModuleState:
             for k, p in m._parameters.items()
             if p is not None
         ]
-        self.hooks = [(m, _hooks(m)) for m in modules]
+        hooked = [m.__dict__ for m in (*modules, wrapper) if isinstance(m, nn.Module)]
+        self.hooks = [(slots, keys, _hooks(slots, keys)) for slots, keys in _places(hooked)]
         self.changed: list[tuple[nn.Module, str, Tensor | None]] = []
         self.constant: list[tuple[nn.Module, str, Tensor, int]] = []
         copies: dict[int, Tensor] = {}  # modules may share a buffer
@@ -134,10 +136,10 @@ class ModuleState:
                 bind(m._buffers, k, fresh.setdefault(id(b), b.detach().clone()) if spare else b)
             for m, k, copy in self.changed:
                 bind(m._buffers, k, copy if copy is None else fresh.setdefault(id(copy), copy.clone()))
-            for m, hooks in self.hooks:
-                if _hooks(m) != hooks:
-                    for k in _HOOKS:
-                        bind(m.__dict__, k, hooks[k].copy() if hooks else type(m.__dict__[k])())
+            for slots, keys, hooks in self.hooks:
+                if _hooks(slots, keys) != hooks:
+                    for k in keys:
+                        bind(slots, k, hooks[k].copy() if hooks else type(slots[k])())
             yield
         finally:
             for slots, key, value in reversed(undo):
@@ -153,16 +155,25 @@ class ModuleState:
 
 
 _HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+_GLOBAL_HOOKS = (
+    *("_global_forward_pre_hooks", "_global_forward_hooks"),
+    *("_global_forward_hooks_with_kwargs", "_global_forward_hooks_always_called"),
 )
 
 
-def _hooks(m: nn.Module) -> dict[str, Any]:
-    """Copies of what holds a module's forward hooks; nothing where there are none."""
-    if m._forward_hooks or m._forward_pre_hooks:
-        return {k: m.__dict__[k].copy() for k in _HOOKS}
-    return {}
+def _places(hooked: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Where forward hooks are kept: torch's for all modules, and each module's."""
+    yield vars(nn.modules.module), _GLOBAL_HOOKS
+    for slots in hooked:
+        yield slots, _HOOKS
+
+
+def _hooks(slots: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Copies of what holds forward hooks; nothing where there are none."""
+    return {k: slots[k].copy() for k in keys} if slots[keys[0]] or slots[keys[1]] else {}
 
 
 def _normalises(m: nn.Module) -> bool:

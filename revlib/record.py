@@ -73,7 +73,7 @@ class Record:
 
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
-        self.module = ModuleState(self.modules)
+        self.module = ModuleState(self.modules, self.branch.fn)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
         span = sum((n - 1) * d for n, d in zip(state[0].shape, self.stride, strict=True))

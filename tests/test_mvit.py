@@ -341,3 +341,12 @@ def test_transitions_and_fusions_are_checkpointed_unless_all_is_kept():
     held = footprint(lambda x: (model(x),), [images], model.parameters()).held
     model.scheduler = Naive()
     assert held < 0.2 * footprint(lambda x: (model(x),), [images], model.parameters()).held
+
+
+def test_under_function_transforms():
+    """They refuse checkpointing, so transitions are kept there."""
+    model, images = build(scheduler=Reversible()).double(), torch.randn(2, 1, 16, 8, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (images,)).square().sum())(parameters)
+    model(images).square().sum().backward()
+    assert all(torch.allclose(found[name], p.grad, rtol=1e-9) for name, p in parameters.items())

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from common import every_recomputing_scheduler, every_scheduler, leaves, loss, mlp, net
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from revlib import (
     Additive,
@@ -337,3 +338,23 @@ def test_an_exception_in_a_users_hook_leaves_no_activation_in_a_retained_graph(s
         handle.remove()
         assert live.now <= held + 1024
         total.backward()
+
+
+@pytest.mark.parametrize("place", ["step", "everywhere"])
+@every_recomputing_scheduler
+def test_forward_hooks_of_a_step_and_of_all_modules_that_go_before_backward(scheduler, place):
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        f, xs = mlp(), leaves(dtype=torch.float32)
+        stack = ReversibleSequence([Step(f), Step(mlp())], scheduler=s)
+        if place == "step":
+            handle = stack[0].register_forward_pre_hook(lambda m, a: 0.75 * a[0])
+        else:
+            handle = register_module_forward_pre_hook(lambda m, a, f=f: 0.75 * a[0] if m is f else None)
+        total = loss(stack(*xs))
+        handle.remove()
+        total.backward()
+        assert not nn.modules.module._global_forward_pre_hooks and not stack[0]._forward_pre_hooks
+        found.append([*(x.grad for x in xs), *(p.grad for p in stack.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))

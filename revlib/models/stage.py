@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,8 @@ class PooledAttention(nn.Module):
 class RevStage(nn.Module):
     """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
 
-    Transition and fusion do not invert. They are checkpointed, unless the scheduler of the pairs is ``Naive()``.
+    Transition and fusion do not invert. They are checkpointed, unless the scheduler of the pairs is ``Naive()``, and
+    but for transforms of ``torch.func``, which refuse that.
     Shapes: (B, N, C), (height, width) to (B, N', C'), (height', width'), as timm's stage.
     """
 
@@ -50,5 +52,5 @@ class RevStage(nn.Module):
         return self._ordinary(self.fuse, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
-        kept = isinstance(self.pairs.scheduler, Naive)
+        kept = isinstance(self.pairs.scheduler, Naive) or torch._C._are_functorch_transforms_active()
         return layer(*args) if kept else checkpoint(layer, *args, use_reentrant=False)
