@@ -163,3 +163,18 @@ def vit_block(width: int = 192, heads: int = 3) -> tuple[nn.Module, nn.Module]:
         nn.Sequential(nn.LayerNorm(width), SelfAttention(width, heads)),
         nn.Sequential(nn.LayerNorm(width), mlp),
     )
+
+
+def model_gradients(model: nn.Module, images: Tensor, times: int = 1) -> dict[str, Any]:
+    """By name, of a model from one seed; of the last of so many passes."""
+    for _ in range(times):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(images).sin().square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def gap(got: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
+    """The largest difference of any tensor, relative to the largest of them."""
+    largest = max(g.norm() for g in want.values())
+    return max((got[name] - want[name]).norm() / largest for name in want)

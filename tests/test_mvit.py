@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import typer
+from common import gap, model_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models import group_parameters
@@ -45,27 +46,14 @@ def with_dropout_inside(model):
     return model
 
 
-def gradients(model, images, times=1):
-    for _ in range(times):
-        torch.manual_seed(0)
-        model.zero_grad()
-        model(images).sin().square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def gap(got, want):
-    largest = max(g.norm() for g in want.values())
-    return max((got[name] - want[name]).norm() / largest for name in want)
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=str)
 def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler):
     model = with_dropout_inside(build(drop_rate=0.1, drop_path_rate=0.3).double())
     images = torch.randn(3, 1, 16, 8, dtype=torch.float64)
     model.scheduler = Naive()
-    want = gradients(model, images)
+    want = model_gradients(model, images)
     model.scheduler = scheduler
-    assert gap(gradients(model, images, times=2), want) <= 1e-10  # a Budget measures first
+    assert gap(model_gradients(model, images, times=2), want) <= 1e-10  # a Budget measures first
     assert all(g.count_nonzero() for name, g in want.items() if not name.startswith("head"))
 
 
@@ -74,9 +62,9 @@ def test_exact_streams_give_the_bits_of_naive(scheduler):
     model = with_dropout_inside(build(drop_path_rate=0.3, coupling=ExactAdditive()))
     images = torch.randn(3, 1, 16, 8)
     model.scheduler = Naive()
-    want = gradients(model, images)
+    want = model_gradients(model, images)
     model.scheduler = scheduler
-    got = gradients(model, images, times=2)
+    got = model_gradients(model, images, times=2)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -92,9 +80,9 @@ def test_the_gradients_of_any_sizes(data):
     images = torch.randn(2, 1, *size, dtype=torch.float64)
     width, patches = 8 * 2 ** (len(depths) - 1), rows * columns + model.num_prefix_tokens
     assert model.forward_features(images).shape == (2, patches, width) and model(images).shape == (2, 10)
-    want = gradients(model, images)
+    want = model_gradients(model, images)
     model.scheduler = Reversible()
-    assert gap(gradients(model, images), want) <= 1e-10
+    assert gap(model_gradients(model, images), want) <= 1e-10
 
 
 def to_timm(name):
@@ -265,10 +253,10 @@ def test_mixed_precision_and_copies():
         twin = copy.deepcopy(model)
         twin.scheduler = scheduler
         with torch.autocast("cpu", torch.bfloat16):
-            return gradients(twin, images)
+            return model_gradients(twin, images)
 
     want = mixed(Naive())
-    assert gap(mixed(Reversible()), want) <= 0.02 and 0 < gap(gradients(model, images), want) <= 0.2
+    assert gap(mixed(Reversible()), want) <= 0.02 and 0 < gap(model_gradients(model, images), want) <= 0.2
 
 
 @pytest.mark.parametrize(("name", "depths"), [("mvitv2_tiny", (1, 2, 5, 2)), ("mvitv2_base", (2, 3, 16, 3))])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import gap, model_gradients
 from torch import nn
 from torchvision.models.video import mvit_v2_s
 
@@ -28,19 +29,6 @@ def clips(dtype=torch.float32, batch=2):
     return torch.randn(batch, 3, *SIZE, dtype=dtype)
 
 
-def gradients(model, images, times=1):
-    for _ in range(times):
-        torch.manual_seed(0)
-        model.zero_grad()
-        model(images).sin().square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def gap(got, want):
-    largest = max(g.norm() for g in want.values())
-    return max((got[name] - want[name]).norm() / largest for name in want)
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler, exact):
@@ -48,9 +36,9 @@ def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler, exac
     dtype = torch.float32 if exact else torch.float64
     model, images = model.to(dtype), clips(dtype)
     model.scheduler = Naive()
-    want = gradients(model, images)
+    want = model_gradients(model, images)
     model.scheduler = scheduler
-    got = gradients(model, images, times=2)  # a Budget measures first
+    got = model_gradients(model, images, times=2)  # a Budget measures first
     assert all(torch.equal(got[n], want[n]) for n in want) if exact else gap(got, want) <= 1e-10
     assert {stage.pairs.scheduler for stage in model.blocks} == {scheduler}
 
@@ -133,9 +121,9 @@ def test_what_is_held_does_not_grow_with_the_depth_of_a_stage():
 def test_mixed_precision():
     model, images = build(), clips()
     with torch.autocast("cpu", torch.bfloat16):
-        got = gradients(model, images)
+        got = model_gradients(model, images)
         model.scheduler = Naive()
-        assert gap(got, gradients(model, images)) <= 0.05
+        assert gap(got, model_gradients(model, images)) <= 0.05
 
 
 def test_it_fits_on_two_pages():

@@ -14,19 +14,42 @@ from torch import Tensor, nn
 from revlib.schedulers import Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["TimmModel"]
+__all__ = ["Scheduled", "TimmModel"]
 
 FORMATS = {"NCHW": "b h w c -> b c h w", "NHWC": "b h w c -> b h w c", "NLC": "b h w c -> b (h w) c"}
 
 
-class TimmModel(nn.Module):
+class Scheduled(nn.Module):
+    """A model with one scheduler for all of its reversible sequences."""
+
+    @property
+    def sequences(self) -> list[ReversibleSequence]:
+        """All that the scheduler is of."""
+        return [module for module in self.modules() if isinstance(module, ReversibleSequence)]
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """That of every sequence; they share the bytes of a ``Budget``."""
+        return self.sequences[0].scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler) -> None:
+        for sequence in self.sequences:
+            sequence.scheduler = scheduler
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """``Reversible()`` everywhere, or ``Naive()``, which keeps every activation."""
+        self.scheduler = Reversible() if enable else Naive()
+
+
+class TimmModel(Scheduled):
     """An image classifier with timm's methods: patches, levels of reversible blocks, norm, pooling, linear.
 
     A level is what ``features_only=True`` can tap, an entry of ``feature_info``: a block of RevViT, a stage of RevSwin.
     Its feature map is the concatenation of both streams, which is also what the head sees of the last one.
 
     A model sets ``patch_embed``, ``norm``, ``fc_norm``, ``head``, ``feature_info`` and the numbers below, and defines
-    ``sequences``, ``streams`` and ``keep``.
+    ``streams`` and ``keep``.
 
     Source of the conventions: Wightman, *PyTorch Image Models*; ``timm.models.VisionTransformer`` has each of them.
     """
@@ -42,11 +65,6 @@ class TimmModel(nn.Module):
     head_hidden_size: int
     global_pool: str
 
-    @property
-    def sequences(self) -> list[ReversibleSequence]:
-        """All that a scheduler is of."""
-        raise NotImplementedError
-
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         """Both streams after as many levels as each stop says, in rising order."""
         raise NotImplementedError
@@ -54,20 +72,6 @@ class TimmModel(nn.Module):
     def keep(self, levels: int) -> None:
         """Drop all blocks after the first ``levels`` levels."""
         raise NotImplementedError
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """That of every sequence; they share the bytes of a ``Budget``."""
-        return self.sequences[0].scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Scheduler) -> None:
-        for sequence in self.sequences:
-            sequence.scheduler = scheduler
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """``Reversible()`` everywhere, or ``Naive()``, which keeps every activation."""
-        self.scheduler = Reversible() if enable else Naive()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, patches, num_features), normalised; patches are one dimension, or rows and columns."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 from revlib.couplings import Coupling
+from revlib.models.base import Scheduled
 from revlib.models.fusion import Fusion, Mean
-from revlib.models.stage import PooledAttention, RevStage
-from revlib.schedulers import Naive, Reversible, Scheduler
+from revlib.models.stage import PooledAttention, RevStage, patch_grid
+from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 
 __all__ = ["RevMViT"]
 
 
-class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
+class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
     r"""Reversible Multiscale Vision Transformer, version 2: each stage halves the resolution and doubles the channels.
 
     $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
@@ -49,6 +51,9 @@ class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
     *Reversible Vision Transformers*, CVPR 2022, section 3.3 (stage-transition and stage-preserving blocks).
     """
 
+    stages: Any  # timm's
+    _init_weights: Any
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 32,
@@ -67,17 +72,7 @@ class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        unit = patch_size * 2 ** (len(depths) - 1)
-        if min(depths, default=0) < 1:
-            raise ValueError(f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages")
-        if height % unit or width % unit:
-            raise ValueError(
-                f"img_size must be divisible by {unit} (patch_size={patch_size}, doubled by each stage but the "
-                f"first), got {height}x{width}; resize to {-(-height // unit) * unit}x{-(-width // unit) * unit}"
-            )
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+        feat_size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         cfg = MultiScaleVitCfg(
             *(tuple(depths), embed_dim, num_heads, mlp_ratio),
             use_cls_token=class_token,
@@ -87,9 +82,10 @@ class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
             patch_stride=(patch_size,) * 2,
             patch_padding=(patch_size - 1,) * 2,
         )
-        side = max(height, width)  # timm makes square tables only; what a shorter side leaves over stays unused
+        side = (
+            max(feat_size) * patch_size
+        )  # timm makes square tables only; what a shorter side leaves over stays unused
         super().__init__(cfg, (side, side), in_chans, None, num_classes, drop_path_rate, drop_rate)
-        feat_size = height // patch_size, width // patch_size
         for i, stage in enumerate(self.stages):
             transition, blocks = (stage.blocks[0], stage.blocks[1:]) if i else (None, stage.blocks)
             inner = (feat_size[0] // 2, feat_size[1] // 2) if i else feat_size
@@ -100,16 +96,3 @@ class RevMViT(MultiScaleVit):  # type: ignore[misc] # timm is untyped
             fuse = fusion(cfg.embed_dim[i], partial(nn.LayerNorm, eps=cfg.norm_eps)).apply(self._init_weights)
             self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
             feat_size = inner
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self.stages[0].pairs.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Scheduler) -> None:
-        for stage in self.stages:
-            stage.pairs.scheduler = scheduler
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """``Reversible()`` in all stages, or ``Naive()``, which keeps every activation."""
-        self.scheduler = Reversible() if enable else Naive()

@@ -13,7 +13,8 @@ from timm.models.mvitv2 import MultiScaleAttention, PatchEmbed
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.stage import PooledAttention, RevStage
+from revlib.models.base import Scheduled
+from revlib.models.stage import PooledAttention, RevStage, patch_grid
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 
@@ -51,7 +52,7 @@ class StageTransition(nn.Module):
         return self.drop_path(x + self.G(x)), pooled.shape[-2:]
 
 
-class PublishedRevMViT(nn.Module):
+class PublishedRevMViT(Scheduled):
     r"""Reversible Multiscale Vision Transformer as published, on the first MViT: :class:`RevMViT` is on the second.
 
     $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
@@ -97,19 +98,10 @@ class PublishedRevMViT(nn.Module):
         scheduler: Scheduler | None = None,
     ) -> None:
         super().__init__()
-        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-        unit = patch_size * 2 ** (len(depths) - 1)
-        if min(depths, default=0) < 1:
-            raise ValueError(f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages")
-        if any(side % unit for side in sides):
-            resized = "x".join(str(-(-side // unit) * unit) for side in sides)
-            raise ValueError(f"img_size must be divisible by {unit}, got {sides[0]}x{sides[1]}; resize to {resized}")
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+        self.feat_size = size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         self.num_features = self.head_hidden_size = embed_dim * 2 ** len(depths)
         kernel, padding = (2 * patch_size - 1,) * 2, (patch_size - 1,) * 2
         self.patch_embed = PatchEmbed(in_chans, embed_dim, kernel, (patch_size,) * 2, padding)
-        self.feat_size = size = (sides[0] // patch_size, sides[1] // patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, size[0] * size[1], embed_dim))
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages: Any = nn.ModuleList()
@@ -131,16 +123,6 @@ class PublishedRevMViT(nn.Module):
         self.reset_classifier(num_classes)
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_weights)
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """That of every stage; stages share the bytes of a ``Budget``."""
-        return self.stages[0].pairs.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Scheduler) -> None:
-        for stage in self.stages:
-            stage.pairs.scheduler = scheduler
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, N, num_features), normalised."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["PooledAttention", "RevStage"]
+__all__ = ["PooledAttention", "RevStage", "patch_grid"]
 
 
 class PooledAttention(nn.Module):
@@ -54,3 +54,22 @@ class RevStage(nn.Module):
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
         kept = isinstance(self.pairs.scheduler, Naive) or torch._C._are_functorch_transforms_active()
         return layer(*args) if kept else checkpoint(layer, *args, use_reentrant=False)
+
+
+def patch_grid(
+    img_size: int | tuple[int, int], patch_size: int, embed_dim: int, depths: Sequence[int], num_heads: int
+) -> tuple[int, int]:
+    """Rows and columns of patches, for stages that each halve them. Raises: ValueError for sizes that do not fit."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if min(depths, default=0) < 1:
+        raise ValueError(f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages")
+    unit = patch_size * 2 ** (len(depths) - 1)
+    if any(side % unit for side in sides):
+        resized = "x".join(str(-(-side // unit) * unit) for side in sides)
+        raise ValueError(
+            f"img_size must be divisible by {unit} (patch_size={patch_size}, doubled by each stage but the first), "
+            f"got {sides[0]}x{sides[1]}; resize to {resized}"
+        )
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+    return sides[0] // patch_size, sides[1] // patch_size

@@ -113,10 +113,6 @@ class RevSwin(TimmModel):
         self.reset_classifier(num_classes, global_pool)
         self.apply(init_weights_vit_timm)
 
-    @property
-    def sequences(self) -> list[ReversibleSequence]:
-        return list(self.stages)
-
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         dtype = self.patch_embed.proj.weight.dtype  # autocast's would be too coarse for sums over blocks to invert
         x = self.patch_embed(images).to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from revlib.couplings import Coupling
+from revlib.models.base import Scheduled
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.stage import PooledAttention, RevStage
 from revlib.schedulers import Scheduler
@@ -19,7 +20,7 @@ from revlib.sequence import ReversibleSequence
 __all__ = ["RevMViTVideo"]
 
 
-class RevMViTVideo(MViT):  # type: ignore[misc] # torchvision is untyped
+class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is untyped
     r"""Reversible Multiscale Vision Transformer of clips: pooling in space and time, otherwise :class:`RevMViT`.
 
     $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
@@ -109,12 +110,3 @@ class RevMViTVideo(MViT):  # type: ignore[misc] # torchvision is untyped
         if clips.shape[2:] != self.clip_size:
             raise ValueError(f"clips must be (B, 3, *{self.clip_size}), got {tuple(clips.shape)}; resize them")
         return super().forward(clips)
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self.blocks[0].pairs.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Scheduler) -> None:
-        for stage in self.blocks:
-            stage.pairs.scheduler = scheduler

@@ -92,10 +92,6 @@ class RevViT(TimmModel):
         self.blocks.apply(init_weights_vit_timm)
         self.head.apply(init_weights_vit_timm)
 
-    @property
-    def sequences(self) -> list[ReversibleSequence]:
-        return [self.blocks]
-
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         x = self.patch_embed(images) + self.pos_embed
         streams: tuple[Tensor, ...] = (x, x)
