@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib.loop import Sampler
 from revlib.modules import ModuleState
 from revlib.replay import Randomness
-from revlib.saved import Holder, Versioned, counts, is_parameter, storage
+from revlib.saved import Holder, Versioned, counts, is_parameter, laid_out, storage
 from revlib.step import Branch, State, evaluate, merge
 
 __all__ = ["Record", "Weight", "intercept"]
@@ -49,7 +49,6 @@ class Record:
     needs: tuple[bool, ...] = ()  # requires_grad of its m streams
     dtype: torch.dtype = torch.float32  # of the stream it merges away, with its stride
     stride: tuple[int, ...] = ()
-    dense: bool = True  # in memory
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # of context tensors
     drawn: dict[torch.device, Tensor] = field(default_factory=dict)
     holders: list[weakref.ref[Holder]] = field(default_factory=list)
@@ -76,8 +75,6 @@ class Record:
         self.module = ModuleState(self.modules, self.branch.fn)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
-        span = sum((n - 1) * d for n, d in zip(state[0].shape, self.stride, strict=True))
-        self.dense = 0 not in self.stride and span < 2 * state[0].numel()
         self.versions = [
             (key, t, t._version)
             for key, value in self.context.items()
@@ -156,9 +153,7 @@ class Record:
             assert merged is not None
             with torch.no_grad():
                 result = f.detach() if isinstance(f, Tensor) else tree_map(Tensor.detach, f)
-                s = self.branch.coupling.unmerge(merged, result).to(self.dtype)
-                if s.stride() != self.stride and self.dense:  # kernels may depend on the layout
-                    s = torch.empty_strided(s.shape, self.stride, dtype=s.dtype, device=s.device).copy_(s)
+                s = laid_out(self.branch.coupling.unmerge(merged, result).to(self.dtype), self.stride)
             found = {-1: s}
         if remerges and fill:
             remerge = partial(merge, self.branch, s.detach().requires_grad_(self.needs[0]), f)

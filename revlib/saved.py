@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from revlib.modules import version_of
 from revlib.step import State
 
-__all__ = ["FOR_GOOD", "Holder", "Saved", "Shelf", "Versioned", "counts", "graph_task", "is_parameter", "storage"]
+__all__ = [
+    "FOR_GOOD",
+    "Holder",
+    "Saved",
+    "Shelf",
+    "Versioned",
+    "counts",
+    "graph_task",
+    "is_parameter",
+    "laid_out",
+    "storage",
+]
 
 FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
 
@@ -161,3 +172,21 @@ def storage(t: Tensor) -> int:
         return t.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return -id(t)
+
+
+def laid_out(t: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """With these strides, as far as a fresh tensor can have them: kernels, and what they save, depend on the layout.
+
+    Expanded dimensions are expanded again. Not where elements overlap otherwise, nor where they lie far apart.
+    """
+    if t.stride() == stride:
+        return t
+    reach = count = 1
+    for d, n in sorted((d, n) for d, n in zip(stride, t.shape, strict=True) if d and n > 1):
+        if d < reach:
+            return t
+        reach, count = reach + d * (n - 1), count * n
+    if reach > 8 * count:
+        return t
+    once = t[tuple(slice(None) if d else slice(1) for d in stride)]
+    return torch.empty_strided(once.shape, stride, dtype=t.dtype, device=t.device).copy_(once).expand(t.shape)

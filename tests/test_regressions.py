@@ -358,3 +358,42 @@ def test_forward_hooks_of_a_step_and_of_all_modules_that_go_before_backward(sche
         assert not nn.modules.module._global_forward_pre_hooks and not stack[0]._forward_pre_hooks
         found.append([*(x.grad for x in xs), *(p.grad for p in stack.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+VIEWS = {
+    "expanded": lambda x: (x[:1].expand(4, -1, -1),) * 2,
+    "every other": lambda x: (x[:, ::2, ::2],) * 2,
+    "a third": lambda x: x.repeat(1, 1, 3).chunk(3, dim=-1)[:2],
+    "transposed": lambda x: (x.transpose(1, 2), x.transpose(1, 2)),
+    "expanded and sliced": lambda x: (x[:, :1, ::2].expand(-1, 6, -1), x[:, :, ::2]),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("coupling", [Additive(), ExactAdditive()], ids=str)
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Checkpoint(2), Anchored(2)], ids=str)
+def test_streams_that_are_views_of_any_layout(scheduler, coupling, view):
+    """Linear layers save other tensors for an expanded or a sliced input than for one in a piece."""
+    found = []
+    for s in (Naive(), scheduler):
+        torch.manual_seed(0)
+        x = torch.randn(4, 6, 6, dtype=torch.float64, requires_grad=True)
+        streams = VIEWS[view](x)
+        width = streams[0].shape[-1]
+        pairs = [(nn.Linear(width, width), nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width)))] * 2
+        stack = ReversibleSequence(pairs, coupling, s).double()
+        loss(stack(*streams)).backward()
+        found.append([x.grad, *(p.grad for p in stack.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(*found, strict=True))
+
+
+def test_streams_that_overlap_or_lie_far_apart():
+    """They come back in a piece; functions here do not mind."""
+    found = []
+    for s in (Naive(), Reversible()):
+        torch.manual_seed(0)
+        x = torch.randn(4, 300, dtype=torch.float64, requires_grad=True)
+        streams = x[:, :12].unfold(1, 6, 2), x[:, ::60].unsqueeze(1).transpose(1, 2)[:, :4].expand(-1, -1, 6)
+        loss(reversible([(torch.sin, torch.cos)] * 2, *streams, scheduler=s)).backward()
+        found.append(x.grad)
+    assert torch.allclose(*found, rtol=1e-9)
