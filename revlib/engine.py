@@ -22,7 +22,7 @@ from revlib import loop
 from revlib.modules import modules_of
 from revlib.record import Record, Weight
 from revlib.replay import Autocast, Randomness
-from revlib.step import Branch, State, evaluate, merge, route
+from revlib.step import Branch, State, advance, route
 from revlib.streams import Pace
 from revlib.tape import Tape
 
@@ -73,7 +73,7 @@ def run(
         if extras.backward is not None:
             _notify(extras.backward, state)
         return state
-    return _plain(branches, state, contexts)
+    return advance(branches, state, contexts)
 
 
 @torch.compiler.disable
@@ -81,13 +81,6 @@ def _notify(backward: Callable[[], None], state: State) -> None:
     for s in state:
         if s.requires_grad and not s.is_leaf:
             s.register_hook(lambda _: backward())
-
-
-def _plain(branches: Sequence[Branch], state: State, contexts: Sequence[dict[str, Any]]) -> State:
-    for branch, context in zip(branches, contexts, strict=True):
-        s, *inputs = state
-        state = (*inputs, merge(branch, s, evaluate(branch, tuple(inputs), context)))
-    return state
 
 
 def _hooks_impossible() -> bool:
@@ -101,7 +94,7 @@ def _hooks_impossible() -> bool:
 
 def _run(branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, extras: Extras) -> State:
     if all(k in plan.activations for k in range(len(branches))):
-        return _plain(branches, state, contexts)
+        return advance(branches, state, contexts)
     return _taped(branches, state, contexts, plan, extras)
 
 
@@ -112,7 +105,7 @@ def _taped(
     modules = [modules_of(b.owner) for b in branches]
     parameters = [p for ms in modules for m in ms for p in m._parameters.values() if p is not None]
     if _hooks_impossible() or any(is_lazy(p) for p in parameters):  # a lazy module's first call is unlike its second
-        return _plain(branches, state, contexts)
+        return advance(branches, state, contexts)
     loop.raise_pending(wait=False)
     plan.check(len(branches))
     tensors = [*state, *parameters, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]

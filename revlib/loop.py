@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from revlib import streams
 from revlib.modules import local
 
-__all__ = ["Extent", "Sampler", "Witness", "close", "default_tolerance", "raise_pending"]
+__all__ = ["Extent", "Sampler", "Witness", "close", "default_tolerance", "deliver", "raise_pending"]
 
 _SAMPLES, _FEWEST, _ALL = 128, 8, 2**13  # elements of a stream: at most, at least, and of a whole stack
 _serial = itertools.count()
@@ -171,7 +171,7 @@ def close(
     that finds it ready, or by :func:`raise_pending`. Inside a CUDA-graph capture nothing can be raised or compared.
     """
     found = [w.original for w in witnesses] + [e.largest for e in extents]
-    if not found or found[0].is_meta or isinstance(found[0], FakeTensor) or streams.driver.capturing():
+    if not found or _unreadable(found[0]):
         return
     device = found[0].device
     if tolerance is None:  # with an exact coupling in every step, equality, wherever kernels repeat their bits
@@ -182,8 +182,18 @@ def close(
         ends = _flat([e.least for e in extents] + [e.largest for e in extents], device)
         sizes = ends.abs().view(2, -1).amax(0)
         values = torch.cat([values, sizes if finite is None else torch.where(finite, sizes, 0.0)])
-    names = [w.name for w in witnesses]
-    if device.type == "cuda":
+    deliver(values, [w.name for w in witnesses], extents, tolerance)
+
+
+def _unreadable(values: Tensor) -> bool:
+    return values.is_meta or isinstance(values, FakeTensor) or streams.driver.capturing()
+
+
+def deliver(values: Tensor, names: list[str], extents: Sequence[Extent], tolerance: float) -> None:
+    """Raise where one of the errors, then sizes, is too large: at once, or on CUDA once they have arrived."""
+    if _unreadable(values):
+        return
+    if values.is_cuda:
         _pending.append((streams.Arriving(values), names, extents, tolerance))
     else:
         _judge(values, names, extents, tolerance, "backward")

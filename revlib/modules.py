@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ModuleState", "local", "modules_of", "version_of"]
+__all__ = ["ModuleState", "local", "modules_of", "normalises", "version_of"]
 
 
 def version_of(t: Tensor) -> int:
@@ -82,7 +82,7 @@ class ModuleState:
     def seal(self) -> None:
         """After the first run: keep copies of the buffers it changed, and the versions of those it did not."""
         for m, k, b, version, copy in self._before:
-            if m._buffers.get(k) is not b or (b is not None and b._version != version) or _normalises(m):
+            if m._buffers.get(k) is not b or (b is not None and b._version != version) or normalises(m):
                 self.changed.append((m, k, copy))
             elif b is not None:
                 self.constant.append((m, k, b, version))
@@ -176,7 +176,7 @@ def _hooks(slots: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {k: slots[k].copy() for k in keys} if slots[keys[0]] or slots[keys[1]] else {}
 
 
-def _normalises(m: nn.Module) -> bool:
+def normalises(m: nn.Module) -> bool:
     """Native batch norm writes its running statistics without moving their version counters."""
     return m.training and isinstance(m, nn.modules.batchnorm._NormBase)
 

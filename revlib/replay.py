@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Autocast", "Randomness"]
+__all__ = ["Autocast", "Randomness", "Turn"]
 
 
-class _Turn(contextlib.AbstractContextManager[None]):
+class Turn(contextlib.AbstractContextManager[None]):
     """Threads draw from the CPU generator one function at a time, since it belongs to the whole process.
 
     After some seconds a thread goes ahead unasked: the function whose turn it is may itself be waiting for this thread.
@@ -76,7 +76,7 @@ class Randomness:
         self.devices = sorted(devices | {torch.device("cpu")}, key=str)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return _Turn() if self.on_cpu else contextlib.nullcontext()
+        return Turn() if self.on_cpu else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def recording(self, drawn: dict[torch.device, Tensor]) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from revlib.couplings import Additive, Coupling
 from revlib.modules import version_of
 
-__all__ = ["Branch", "Pair", "State", "Step", "checked", "evaluate", "merge", "retreat", "route"]
+__all__ = ["Branch", "Pair", "State", "Step", "advance", "checked", "evaluate", "merge", "retreat", "route"]
 
 State = tuple[Tensor, ...]
 
@@ -115,7 +115,7 @@ def route(branches: Sequence[Branch], streams: int, context: Mapping[str, Any]) 
     return [{k: v for k, v in context.items() if every or k in names} for names, every in taken]
 
 
-# ---------------------------------------------------------------------------------------------- one step
+# ---------------------------------------------------------------------------------------------- the steps
 def _versions(tensors: Sequence[Any]) -> list[int]:
     return [version_of(t) if isinstance(t, Tensor) else -1 for t in tensors]
 
@@ -165,6 +165,14 @@ def merge(branch: Branch, s: Tensor, f: Any) -> Tensor:
     if merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype):
         raise TypeError(f"{branch.name} would turn its {s.dtype} stream into {merged.dtype}; cast its result.")
     return merged
+
+
+def advance(branches: Sequence[Branch], state: State, contexts: Sequence[dict[str, Any]]) -> State:
+    """All steps in order, as an ordinary differentiable function."""
+    for branch, context in zip(branches, contexts, strict=True):
+        s, *inputs = state
+        state = (*inputs, merge(branch, s, evaluate(branch, tuple(inputs), context)))
+    return state
 
 
 def retreat(branch: Branch, state: State, context: Mapping[str, Any]) -> State:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from timm.layers import DropPath
 from torch import nn
 
-from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, reversible
+from revlib import Checkpoint, Functional, Naive, Reversible, ReversibleSequence, reversible
 from revlib.testing import assert_same_gradients, strategies
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -113,12 +113,13 @@ def no_further_from_the_truth(scheduler, scene, factor):
 
 
 # In units of the error of naive autograd. Repeating from a kept state is the same arithmetic; inverting rounds again.
-FACTOR = {Naive(): 1.0, Checkpoint(): 1.0, Reversible(): 1.5}
+FACTOR = {Naive(): 1.0, Checkpoint(): 1.0, Reversible(): 1.5, Functional(): 1.5}
+with_factor = pytest.mark.parametrize(("scheduler", "factor"), FACTOR.items(), ids=[type(s).__name__ for s in FACTOR])
 
 
 @every_device
-@every_scheduler
-def test_autocast_around_the_forward_alone_is_replayed(scheduler, device):
+@with_factor
+def test_autocast_around_the_forward_alone_is_replayed(scheduler, factor, device):
     seen = []
 
     def scene(scheduler, exact):
@@ -134,7 +135,7 @@ def test_autocast_around_the_forward_alone_is_replayed(scheduler, device):
         loss(outputs).backward()
         return grads(*xs, stack)
 
-    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+    no_further_from_the_truth(scheduler, scene, factor)
     assert set(seen) == {torch.bfloat16} and len(seen) == 2 + (scheduler != Naive())
 
 
@@ -156,8 +157,8 @@ def test_autocast_around_backward_alone_is_not_replayed(scheduler):
     assert error(scene(scheduler), want) < 1e-4 and set(seen) == {torch.float32}
 
 
-@every_scheduler
-def test_a_second_forward_in_the_same_autocast_region_still_trains_the_weights(scheduler):
+@with_factor
+def test_a_second_forward_in_the_same_autocast_region_still_trains_the_weights(scheduler, factor):
     """Autocast caches weights that it cast; one cast while backward repeats a function must not be found there."""
 
     def scene(scheduler, exact):
@@ -172,11 +173,11 @@ def test_a_second_forward_in_the_same_autocast_region_still_trains_the_weights(s
                 stack.zero_grad()
         return found
 
-    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+    no_further_from_the_truth(scheduler, scene, factor)
 
 
-@every_scheduler
-def test_weights_first_cast_in_backward_are_trained_by_a_later_forward_in_the_same_region(scheduler):
+@with_factor
+def test_weights_first_cast_in_backward_are_trained_by_a_later_forward_in_the_same_region(scheduler, factor):
     def scene(scheduler, exact):
         stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
         if exact:
@@ -188,13 +189,13 @@ def test_weights_first_cast_in_backward_are_trained_by_a_later_forward_in_the_sa
             loss(stack(*xs)).backward()
         return grads(*xs, stack)
 
-    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+    no_further_from_the_truth(scheduler, scene, factor)
 
 
 @pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_scheduler
-def test_a_whole_model_in_half_precision_is_about_as_accurate_as_naive(scheduler, dtype, depth):
+@with_factor
+def test_a_whole_model_in_half_precision_is_about_as_accurate_as_naive(scheduler, factor, dtype, depth):
     def scene(scheduler, exact):
         stack, xs = net(scheduler, depth=depth, dtype=dtype), leaves(32, 4, dtype=dtype)
         if exact:
@@ -204,7 +205,7 @@ def test_a_whole_model_in_half_precision_is_about_as_accurate_as_naive(scheduler
         loss([y.double() for y in outputs]).backward()
         return grads(*xs, stack)
 
-    no_further_from_the_truth(scheduler, scene, FACTOR[scheduler])
+    no_further_from_the_truth(scheduler, scene, factor)
 
 
 # ---------------------------------------------------------------------------------------------- buffers and modes

@@ -129,6 +129,10 @@ class ExactAdditive(Coupling):
             )
         grid = self.limit * 2.0 ** -_DIGITS[s.dtype]
         f = f.expand_as(s)
+        if torch.compiler.is_compiling():  # the compiler traces no Function with a jvp; it fuses these by itself
+            f = f.to(s.dtype)
+            rounded = (f.detach() * (1 / grid)).round() * grid
+            return s + sign * (rounded + (f - f.detach()))
         if not torch.is_grad_enabled() and kernel.serves(s, f):  # backward unmerges; save it the way through autograd
             return kernel.add_on_grid(s, f, grid, sign)
         return _AddOnGrid.apply(s, f, grid, sign)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ They compose: ``KeepLast(4, below=Checkpoint(every=2))``, ``PaReprop(Budget(frac
 from revlib.engine import Extras, Plan
 from revlib.schedulers.base import Scheduler
 from revlib.schedulers.budget import Budget
+from revlib.schedulers.functional import Functional
 from revlib.schedulers.pareprop import PaReprop
 from revlib.schedulers.plans import Anchored, Checkpoint, KeepLast, Naive, Reversible
 
@@ -26,6 +27,7 @@ __all__ = [
     "Budget",
     "Checkpoint",
     "Extras",
+    "Functional",
     "KeepLast",
     "Naive",
     "PaReprop",

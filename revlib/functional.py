@@ -1,0 +1,181 @@
+"""A second engine, without hooks: a whole stack as one autograd.Function, for what hooks cannot go through.
+
+``torch.func`` transforms refuse saved-tensor hooks, and the compiler does not trace them. Both go through an
+``autograd.Function`` whose forward and backward are pure functions of tensors. So all that the steps read is an
+argument here: streams, parameters, buffers, tensors of the context. Backward undoes the steps one by one, and
+differentiates each on the way. What cannot be an argument is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import vjp
+from torch.nn.parameter import is_lazy
+
+from revlib import loop
+from revlib.modules import modules_of, normalises
+from revlib.program import Program, Surroundings, Watch, program_of
+from revlib.replay import Turn
+from revlib.step import Branch, State, advance, route
+from revlib.sweep import sweep
+
+__all__ = ["run"]
+
+_functorch = torch._C._functorch
+
+
+def run(branches: Sequence[Branch], state: State, context: Mapping[str, Any], tolerance: float | None) -> State:
+    """Run the steps in order on ``state`` and return the last state, differentiable in all that the steps read."""
+    contexts = route(branches, len(state), context)
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return advance(branches, state, contexts)
+    if not torch.compiler.is_compiling():
+        return _eager(branches, state, contexts, tolerance)
+    if torch._C._are_functorch_transforms_active():  # the compiler does not trace a Function within a transform
+        return advance(branches, state, contexts)
+    if _untraceable(branches):
+        return _broken(branches, state, contexts, tolerance)
+    return _apply(state, *program_of(branches, state, contexts, tolerance, None, buffers=True))
+
+
+def _eager(branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], tolerance: float | None) -> State:
+    loop.raise_pending(wait=False)
+    modules = [modules_of(b.owner) for b in branches]
+    interpreters = _functorch.get_interpreter_stack() or ()
+    forward_mode = any(i.key() == _functorch.TransformType.Jvp for i in interpreters)
+    lazy = any(is_lazy(p) for ms in modules for m in ms for p in m._parameters.values() if p is not None)
+    if forward_mode or forward_ad._current_level >= 0 or lazy:
+        return advance(branches, state, contexts)  # forward mode keeps nothing; lazy modules first take their shape
+    for b, ms in zip(branches, modules, strict=True):
+        for m in ms:
+            if interpreters and normalises(m):
+                raise RuntimeError(
+                    f"{type(m).__name__} in {b.name} updates its statistics when it runs, which torch.func transforms "
+                    "of it cannot; put it into eval mode, or use GroupNorm."
+                )
+    # Within a transform buffers may be mapped over. Without one, functions may update them.
+    with Turn():  # another thread may repeat a function of these modules, bound to tensors of its own
+        parameters = [p for ms in modules for m in ms for p in m._parameters.values() if p is not None]
+        surroundings = Surroundings(branches, modules, [*state, *parameters])
+        program = program_of(branches, state, contexts, tolerance, surroundings, buffers=bool(interpreters))
+    return _apply(state, *program)
+
+
+_broken = torch.compiler.disable(  # a graph break, with the reason in its message
+    _eager,
+    reason="Functional() goes into a whole graph with functions that are modules, draw no random numbers (dropout, "
+    "drop path: compiled code would draw others in the repetition), update no statistics, and hold tensors that need "
+    "gradients as parameters only; compile without fullgraph, or compile the functions alone",
+)
+
+
+def _untraceable(branches: Sequence[Branch]) -> bool:
+    """Written for the compiler, which guards all that is read here."""
+    for b in branches:
+        if not isinstance(b.fn, nn.Module):
+            return True
+        for m in b.fn.modules():
+            rate = max(getattr(m, "p", 0.0), getattr(m, "drop_prob", 0.0) or 0.0)
+            if (m.training and rate > 0) or normalises(m):
+                return True
+            if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):
+                return True
+    return False
+
+
+def _apply(state: State, program: Program, tensors: Sequence[Tensor]) -> State:
+    # Views: the compiler wants no argument twice.
+    return _Stack.apply(program, *(s.view_as(s) for s in state), *tensors)  # type: ignore[no-any-return]
+
+
+class _Stack(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(program: Program, *flat: Tensor) -> State:  # type: ignore[override]
+        if program.surroundings is None:
+            return _views(program(flat, again=False), flat)
+        watch = program.surroundings.watch = Watch(flat)
+        state = _views(program(flat, again=False), flat)
+        program.surroundings.watch = None
+        watch.close()
+        return state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: State) -> None:
+        program, *flat = inputs
+        ctx.program = program
+        ctx.save_for_backward(*flat, *output)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Any:
+        program, wanted, saved = ctx.program, ctx.needs_input_grad[1:], ctx.saved_tensors
+        flat, y = saved[: -program.m], saved[-program.m :]
+        if torch.compiler.is_compiling():
+            found = sweep(program, wanted, flat, y, g)
+        else:
+            higher = torch.is_grad_enabled()  # someone may differentiate this, or map it over many
+            found = _Sweep.apply(program, wanted, *flat, *y, *(_zeros(g, y) if higher else g))
+        return None, *_filled([None] * len(wanted), wanted, found)
+
+
+class _Sweep(torch.autograd.Function):
+    """Backward as a function of its own: ``torch.func`` records what backward does, and would keep all of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(program: Program, wanted: Sequence[bool], *tensors: Tensor) -> Any:  # type: ignore[override]
+        m = program.m
+        found = sweep(program, wanted, tensors[: -2 * m], tensors[-2 * m : -m], tensors[-m:])
+        return _views(found, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: State) -> None:
+        ctx.program, ctx.wanted, *tensors = inputs
+        m = ctx.program.m
+        ctx.save_for_backward(*tensors[: -2 * m], *tensors[-m:])
+
+    @staticmethod
+    def backward(ctx: Any, *gg: Tensor) -> Any:
+        """Of the gradient as a function of the inputs and of the gradient above; nothing is dropped here."""
+        program, wanted, m, saved = ctx.program, ctx.wanted, ctx.program.m, ctx.saved_tensors
+        flat, g = saved[:-m], saved[-m:]
+        needed = ctx.needs_input_grad[2 : 2 + len(flat)]
+
+        def gradient(some: Sequence[Tensor], g: State) -> Any:
+            whole = _filled(flat, needed, some)
+            run = partial(program, again=True)
+            pull = vjp(lambda chosen: run(_filled(whole, wanted, chosen)), _picked(whole, wanted))[1]
+            return tuple(pull(g)[0])
+
+        pull = vjp(gradient, _picked(flat, needed), g)[1]
+        found, g_g = pull(tuple(_zeros(gg, _picked(flat, wanted))))
+        return None, None, *_filled([None] * len(flat), needed, found), *([None] * m), *g_g
+
+
+def _zeros(gradients: Sequence[Tensor | None], of: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, of, strict=True)]
+
+
+def _views(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Of what is returned as it came in; autograd saves no tensor that is both input and output."""
+    return tuple(t.view_as(t) if t is not None and any(t is i for i in inputs) else t for t in outputs)
+
+
+def _picked(all: Sequence[Any], which: Sequence[bool]) -> list[Any]:
+    return [t for t, w in zip(all, which, strict=True) if w]
+
+
+def _filled(all: Sequence[Any], which: Sequence[bool], some: Sequence[Any]) -> list[Any]:
+    """The inverse of :func:`_picked`."""
+    rest = iter(some)
+    return [next(rest) if w else t for t, w in zip(all, which, strict=True)]

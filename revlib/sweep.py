@@ -1,0 +1,145 @@
+"""Backward as a pure function: undo the steps of a program, last first, and differentiate each on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from revlib import loop
+from revlib.program import Program
+from revlib.step import State, merge
+
+__all__ = ["Gradients", "sweep"]
+
+_functorch = torch._C._functorch
+Gradients = Sequence[Tensor | None]
+
+
+def _vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """:func:`torch.func.vjp`, which keeps all for higher derivatives; plain autograd, which does not, where it can."""
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+        return vjp(f, *primals)  # type: ignore[return-value]
+    leaves, spec = tree_flatten(primals)
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    with torch.enable_grad():
+        result = f(*tree_unflatten(leaves, spec))
+
+    def pull(gradient: Any) -> Any:
+        both = zip(tree_leaves(result), tree_leaves(gradient), strict=True)
+        pairs = [(y, g) for y, g in both if y.requires_grad and g is not None]
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if pairs:
+            found = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        return tree_unflatten(list(found), spec)
+
+    return result, pull
+
+
+def _undo(
+    program: Program, k: int, state: State, gradients: Gradients, mine: list[Tensor], places: Sequence[int]
+) -> tuple[State, Gradients, Gradients, set[torch.dtype]]:
+    """One step. -> the state before it, gradients of that, and of the tensors at some places of those that it reads."""
+    branch = program.functions[k].branch
+    *inputs, merged = state
+    *after, g_merged = gradients
+
+    def f(inputs: State, chosen: Sequence[Tensor]) -> Any:
+        filled = list(mine)
+        for i, t in zip(places, chosen, strict=True):
+            filled[i] = t
+        return program.evaluate(k, inputs, filled, again=True)
+
+    result, pull = _vjp(f, tuple(inputs), [mine[i] for i in places])
+    leaves, spec = tree_flatten(result)
+    detached = tree_unflatten([t.detach() for t in leaves], spec)
+    s = branch.coupling.unmerge(merged, detached).to(merged.dtype)
+    _, pull_merge = _vjp(partial(merge, branch), s, detached)
+    g_s, g_result = pull_merge(g_merged)
+    g_inputs, g_mine = pull(g_result)
+    before = (g_s, *map(_plus, after, g_inputs))
+    return (s, *inputs), before, g_mine, {s.dtype, *(t.dtype for t in leaves)}
+
+
+def sweep(
+    program: Program, wanted: Sequence[bool], flat: Sequence[Tensor], y: State, g: Gradients
+) -> list[Tensor | None]:
+    """Undo the steps, last first, and differentiate each. -> the gradients that are wanted."""
+    m = program.m
+    tensors, needs = flat[m:], wanted[m:]
+    totals: list[Tensor | None] = [None] * len(tensors)
+    state, gradients = y, g
+    dtypes: set[torch.dtype] = set()
+    sizes: list[tuple[str, Tensor, float]] = []
+    for k in reversed(range(len(program.functions))):
+        reads, branch = program.functions[k].reads, program.functions[k].branch
+        limit = branch.coupling.limit_of(state[-1].dtype)
+        if limit < math.inf:
+            sizes.append((branch.name, state[-1].abs().amax(), limit))
+        places = [i for i, place in enumerate(reads) if needs[place]]
+        state, gradients, found, kinds = _undo(program, k, state, gradients, program.mine(k, tensors), places)
+        for i, gradient in zip(places, found, strict=True):
+            totals[reads[i]] = _plus(totals[reads[i]], gradient)
+        dtypes = dtypes | kinds
+    _close(program, dtypes, sizes, tuple(flat[:m]), state, [*y, *(t for t in g if t is not None)])
+    return [t for t, w in zip([*gradients, *totals], wanted, strict=True) if w]
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients; None, as autograd has it, is that of what has not been used."""
+    return a if b is None else b if a is None else a + b
+
+
+def _close(
+    program: Program,
+    dtypes: set[torch.dtype],
+    sizes: list[tuple[str, Tensor, float]],
+    x: State,
+    back: State,
+    given: Sequence[Tensor],
+) -> None:
+    """Compare the streams that came back with those that went in, and the sizes of streams with their limits.
+
+    Unless what backward was ``given`` has overflowed: naive autograd has no gradients then either. That this includes
+    gradients also tells the compiler that there is nothing to compare before backward.
+    """
+    tolerance = program.tolerance
+    if tolerance is None:
+        tolerance = loop.default_tolerance(dtypes, x[0].device.type != "cpu")
+    if tolerance == math.inf or not program.functions:
+        return
+    finite = _norm(given).isfinite()
+    gap, whole = _norm([b - a for a, b in zip(x, back, strict=True)]), _norm(x)
+    errors = [torch.where(whole > 0, gap / whole, gap).nan_to_num(nan=math.inf)]
+    found = [torch.where(finite, v, 0.0) for v in (*errors, *(size for _, size, _ in sizes))]
+    if torch.compiler.is_compiling():
+        for v, limit in zip(found, [tolerance, *(limit for _, _, limit in sizes)], strict=True):
+            torch._assert_async(v <= limit, _WRONG)
+        return
+    extents = [loop.Extent(name, size, size, limit) for name, size, limit in sizes]
+    values = torch.stack([_raw(v).amax().double() for v in found])
+    loop.deliver(values, [program.functions[0].branch.name], extents, tolerance)
+
+
+_WRONG = (
+    "a compiled backward recovered the inputs of a stack wrongly, or a stream left the range of its coupling; "
+    "run it without torch.compile to see which"
+)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(t.detach().to(loop.wide(t))).double() for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _raw(t: Tensor) -> Tensor:
+    """The values of a tensor that a transform has wrapped."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
