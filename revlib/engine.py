@@ -80,7 +80,7 @@ def run(
 def _notify(backward: Callable[[], None], state: State) -> None:
     for s in state:
         if s.requires_grad and not s.is_leaf:
-            s.register_hook(lambda _: backward())
+            s.register_hook(torch.compiler.disable(lambda _: backward()))
 
 
 def _plain(branches: Sequence[Branch], state: State, contexts: Sequence[dict[str, Any]]) -> State:
