@@ -26,7 +26,7 @@ from revlib.step import Branch, State, evaluate, merge, route
 from revlib.streams import Pace
 from revlib.tape import Tape
 
-__all__ = ["Extras", "Plan", "run"]
+__all__ = ["Extras", "Plan", "exporting", "run"]
 
 
 @dataclass(frozen=True)
