@@ -274,6 +274,13 @@ def test_functions_of_one_class_share_a_graph(depth):
     assert (counter.frame_count, breaks(), sum(counters["recompile_limit"].values())) == (2, 0, 0)
 
 
+def test_the_tape_is_not_compiled():
+    """Torch 2.11 runs a bare ``nn.Sequential`` uncompiled, with dynamo watching: it compiled what packs its tensors."""
+    stack = ReversibleSequence([(mlp(), mlp()) for _ in range(2)]).double()
+    trained(compiled(stack), batches(3, 3))
+    assert counters["frames"]["total"] <= 1 and breaks() == 0
+
+
 @pytest.mark.parametrize("depth", [2, 8, 32])
 @pytest.mark.parametrize("functions", [False, True], ids=["alone", "with functions"])
 def test_a_compiled_sequence_breaks_once(depth, functions):
@@ -530,3 +537,12 @@ def test_exported_models(name, strict):
         program = exported(plain, (few,), strict)
         assert error(program.module()(more), plain(more)) < 1e-12
     assert all(target.startswith(("aten", "<built-in function")) for target in operations(program)), operations(program)
+
+
+def test_a_traced_stack():
+    """``torch.jit.trace`` knows nothing of hooks: it is right without gradients, and its own check refuses the rest."""
+    stack, (few, more) = make(Reversible()).eval(), batches(5, 9)
+    with torch.no_grad():
+        assert error(torch.jit.trace(stack, tuple(few))(*more), stack(*more)) < 1e-12
+    with pytest.raises(torch.jit.TracingCheckError):
+        torch.jit.trace(stack, tuple(x.detach() for x in few))
