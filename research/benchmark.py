@@ -14,6 +14,7 @@ asks for more depths and batch sizes, goes on where the folder's points.json end
 
 import importlib
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from research.pareto import draw_limits, draw_memory, draw_pareto, limits_table
 from research.points import Point, Record, table
 
 Tick = Callable[[], object]
+Clock = Callable[[], float]
 app = typer.Typer(add_completion=False)
 
 
@@ -48,7 +50,15 @@ def autocast(run: Run) -> Run:
 
 
 def measure(
-    points: Sequence[Point], x: Tensor, heads: int, compiled: bool, amp: bool, graphs: bool, repeats: int, tick: Tick
+    points: Sequence[Point],
+    x: Tensor,
+    heads: int,
+    compiled: bool,
+    amp: bool,
+    graphs: bool,
+    repeats: int,
+    tick: Tick,
+    clock: Clock = time.perf_counter,
 ) -> None:
     """Fill in the points of one cell."""
     if any(p.compiled for p in points):
@@ -90,7 +100,7 @@ def measure(
                 point.gradient_error = max(difference(f, e, least) for f, e in zip(found, expected, strict=True))
         tick()
     if repeats:
-        time_rounds(points, steps, x, repeats, tick)
+        time_rounds(points, steps, x, repeats, tick, clock)
 
 
 @contextmanager
@@ -113,7 +123,14 @@ def difference(found: Tensor | None, expected: Tensor, least: float) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(max(least, 1e-30))).item()
 
 
-def time_rounds(points: Sequence[Point], steps: dict[str, Step], x: Tensor, repeats: int, tick: Tick) -> None:
+def time_rounds(
+    points: Sequence[Point],
+    steps: dict[str, Step],
+    x: Tensor,
+    repeats: int,
+    tick: Tick,
+    clock: Clock = time.perf_counter,
+) -> None:
     rounds: list[dict[str, float]] = []
     for number in range(repeats + 1):
         order = [p for p in points if p.error is None]
@@ -122,7 +139,7 @@ def time_rounds(points: Sequence[Point], steps: dict[str, Step], x: Tensor, repe
         for point in [*order[start:], *order[:start]]:
             # Rotated, since a contender pays for the heap that the one before it leaves behind.
             with excused(point):
-                rounds[-1][point.contender] = step_seconds(steps[point.contender], x)
+                rounds[-1][point.contender] = step_seconds(steps[point.contender], x, clock)
         tick()
     for point in points:
         timed = [r for r in rounds[1:] if point.contender in r]  # the first round warms up
@@ -192,6 +209,9 @@ def main(
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile F and G of every contender.")] = False,
     amp: Annotated[bool, typer.Option("--amp", help="Run forward under bfloat16 autocast.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Time replays of steps captured as CUDA graphs.")] = False,
+    processor_time: Annotated[
+        bool, typer.Option("--processor-time", help="Seconds of this process alone: where others share the CPU.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "cpu",
     parameters: Annotated[
         bool, typer.Option(help="Count weights, gradients and Adam's moments in what fits into a memory.")
@@ -221,6 +241,9 @@ def main(
     names = choose(contenders, place)
     setting = {"width": width, "heads": heads, "tokens": tokens, "dtype": "torch.float32", "amp": amp,
                "compiled": compiled, "graphs": graphs, "repeats": repeats, "contenders": names}  # fmt: skip
+    if processor_time:
+        setting["clock"] = "processor"
+    clock = time.process_time if processor_time else time.perf_counter
     record = Record(setting, environment(place), [])
     if path.exists() and not overwrite:
         before = Record.read(path)
@@ -240,7 +263,7 @@ def main(
             points = [
                 Point(name, model, depth, batch, compiled or CONTENDERS[name].compiles, 0, unit) for name in names
             ]
-            measure(points, x, heads, compiled, amp, graphs, repeats, bar.update)
+            measure(points, x, heads, compiled, amp, graphs, repeats, bar.update, clock)
             record.points += points
             record.write(path)
     report(record, out, parameters)

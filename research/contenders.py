@@ -111,12 +111,18 @@ def one_stream(F: nn.Module, G: nn.Module, x: Tensor) -> tuple[Tensor]:
     return (x + G(x),)
 
 
-def scheduled(scheduler: Scheduler, coupling: Coupling | None = None) -> Contender:
+def scheduled(scheduler: Scheduler, coupling: Coupling | None = None, compiles: bool = False) -> Contender:
+    """A stack under a scheduler. If it ``compiles``, F and G are in wrappers of their own: other contenders run the
+    same modules uncompiled, in the same rounds."""
+
     def build(blocks: Sequence[Block], compiled: bool) -> Run:
+        if compiles:
+            blocks = [(torch.compile(F, dynamic=False), torch.compile(G, dynamic=False)) for F, G in blocks]
         stack = ReversibleSequence(blocks, coupling, copy.deepcopy(scheduler))  # some measure
         return lambda x: stack(x, x)
 
-    return Contender(build, warm_up=20 if isinstance(scheduler, PaReprop) and scheduler.trials else 1)
+    warm_up = 20 if isinstance(scheduler, PaReprop) and scheduler.trials else 1
+    return Contender(build, warm_up=warm_up, compiles=compiles)
 
 
 def in_parts(chunks: int) -> Contender:
@@ -196,8 +202,11 @@ def offloaded(law: Law, compiled: bool) -> Law:
     return call
 
 
+WITH_COMPILED = ["naive", "reversible", "checkpoint-2", "checkpoint"]
+
 CONTENDERS: dict[str, Contender] = {
     **{name: scheduled(scheduler) for name, scheduler in SCHEDULERS.items()},
+    **{f"{name}-compiled": scheduled(SCHEDULERS[name], compiles=True) for name in WITH_COMPILED},
     "reversible-exact": scheduled(Reversible(), ExactAdditive()),
     "reversible-in-2-parts": in_parts(2),
     "torch-checkpoint": blockwise(two_streams, checkpointed),

@@ -26,7 +26,7 @@ from revlib.step import Branch, State, advance, route
 from revlib.streams import Pace
 from revlib.tape import Tape
 
-__all__ = ["Extras", "Plan", "run"]
+__all__ = ["Extras", "Plan", "exporting", "run"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,18 @@ class Extras:
     backward: Callable[[], None] | None = None  # called when backward reaches the stack
 
 
+def exporting() -> bool:
+    """Whether a program is being exported. Under ``torch.compile``, torch 2.11 takes its own function for this as true
+    throughout, and would then run every stack with its activations stored."""
+    return torch.compiler._is_exporting_flag
+
+
 def run(
     branches: Sequence[Branch], state: State, context: Mapping[str, Any], plan: Plan, extras: Extras | None = None
 ) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in everything they use."""
     contexts = route(branches, len(state), context)
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if torch.is_grad_enabled() and not exporting():
         extras = extras or Extras()
         state = _run(branches, state, contexts, plan, extras)
         if extras.backward is not None:
@@ -80,7 +86,7 @@ def run(
 def _notify(backward: Callable[[], None], state: State) -> None:
     for s in state:
         if s.requires_grad and not s.is_leaf:
-            s.register_hook(lambda _: backward())
+            s.register_hook(torch.compiler.disable(lambda _: backward()))
 
 
 def _hooks_impossible() -> bool:

@@ -86,6 +86,7 @@ class Record:
         """What puts a holder in place of each tensor that autograd saves. The graph keeps it, so it knows no module."""
         holders, kinds = self.holders, self.kinds
 
+        @torch.compiler.disable
         def pack(t: Tensor) -> Holder:
             holder = Holder(step, t)
             holders.append(weakref.ref(holder))
@@ -172,6 +173,7 @@ class Record:
         name, dropped, result = self.branch.name, self.dropped, None
         whole = whole or not dropped
 
+        @torch.compiler.disable
         def pack(t: Tensor) -> int:
             i = len(saved)
             if dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
@@ -224,6 +226,7 @@ def intercept(before_gradient: Callable[[], Callable[[int], None] | None], k: in
         return t
     view = t.view_as(t)  # its own node: the function may have returned a stream, a parameter or a captured tensor
 
+    @torch.compiler.disable
     def hook(_: Tensor) -> None:
         alive = before_gradient()
         if alive is not None:

@@ -111,6 +111,7 @@ class Tape:
                 self.finite = torch.stack(sums).all()
 
     # ------------------------------------------------------------------------------------------ backward
+    @torch.compiler.disable
     def unpack(self, holder: Holder) -> Tensor:
         if holder.fresh is not None:
             return holder.fresh.get()
@@ -126,6 +127,7 @@ class Tape:
             self.look_ahead(holder.step - 1, task)
         return value
 
+    @torch.compiler.disable
     def before_gradient(self, k: int) -> None:
         """Recover step k before any gradient enters its function: an optimizer may step inside backward."""
         self.need(k, *graph_task())
@@ -227,6 +229,7 @@ class Tape:
                 self.shelf.drop(k)
 
     # ------------------------------------------------------------------------------------------ endings
+    @torch.compiler.disable
     def finish(self, task: int, key: Any) -> None:
         """At the end of a graph task: compare what it recovered. What was recovered for it alone goes with the task."""
         self.watched.discard(task)
@@ -238,6 +241,7 @@ class Tape:
             self.records, cursor.state = [], ()
         loop.close(witnesses, self.extents, self.steps, self.tolerance, self.dtypes, self.finite)
 
+    @torch.compiler.disable
     def forget(self, key: Any) -> None:
         cursor = self.cursors.pop(key, None)
         if cursor is not None and self.records:

@@ -93,7 +93,7 @@ def test_times_are_ratios_within_rounds(finished):
 def test_ratios_are_medians_of_those_of_rounds_after_the_first(monkeypatch):
     points = [Point(name, "vit", 1, 6, False, 1, 1) for name in ("naive", "reversible")]
     seconds = {"naive": [50.0, 1.0, 2.0, 4.0], "reversible": [1.0, 2.0, 6.0, 16.0]}
-    monkeypatch.setattr(benchmark, "step_seconds", lambda name, x: seconds[name].pop(0))
+    monkeypatch.setattr(benchmark, "step_seconds", lambda name, x, clock: seconds[name].pop(0))
     benchmark.time_rounds(points, {"naive": "naive", "reversible": "reversible"}, None, 3, lambda: None)
     naive, reversible = points
     assert (naive.seconds, naive.to_naive, naive.images_per_second) == (2.0, 1.0, 3.0)

@@ -1,7 +1,6 @@
-"""Outside of ordinary training: evaluation, compilation, function transforms, threads, export, fake tensors."""
+"""Outside of ordinary training: evaluation, function transforms, threads, fake tensors."""
 
 import threading
-import warnings
 
 import pytest
 import torch
@@ -87,73 +86,6 @@ def test_a_scheduler_swapped_between_steps_and_after_forward(scheduler):
     stack.scheduler = Naive()
     total.backward()
     return [*grads(*xs, stack), *train(stack, *leaves())]
-
-
-# ---------------------------------------------------------------------------------------------- torch.compile
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch._dynamo.reset()
-
-
-backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-
-
-@backends
-@pytest.mark.usefixtures("fresh_compiler")
-@law
-def test_compiled_functions(scheduler, backend):
-    stack = net(scheduler, depth=2)
-    if scheduler != ByHand():
-        for pair in stack:
-            for f in pair:
-                f.compile(backend=backend)
-    return [train(stack, *leaves()), train(stack, *leaves())]
-
-
-@backends
-@pytest.mark.usefixtures("fresh_compiler")
-@law
-def test_a_compiled_model_around_a_stack(scheduler, backend):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.blocks, self.head = nn.Linear(3, 8), net(scheduler, depth=2), nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.head(torch.cat(self.blocks(*self.stem(x).tanh().chunk(2, -1)), -1)).sin()
-
-    model = Model().double()
-    run = model if scheduler == ByHand() else torch.compile(model, backend=backend)
-    found = []
-    for _ in range(2):
-        y = run(torch.randn(5, 3, dtype=torch.float64))
-        y.square().sum().backward()
-        found += [y, *grads(model)]
-    return found
-
-
-@every_recomputing_scheduler
-@backends
-@pytest.mark.usefixtures("fresh_compiler")
-def test_dropout_in_compiled_functions_is_replayed(scheduler, backend):
-    """Compiled dropout draws other masks than eager dropout does, so its own outputs tell which ones it drew.
-
-    With F and G linear in their weights apart from the mask, gradients show the masks that backward used.
-    """
-    torch.manual_seed(0)
-    drop = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    drop.compile(backend=backend)
-    x1, x2 = leaves(64, 4, dtype=torch.float32)
-    stack = ReversibleSequence([(drop, nn.Linear(4, 4))], scheduler=scheduler)
-    y1, _ = stack(x1, x2)
-    kept = (y1 - x1).detach().abs() > 1e-5
-    assert 0.3 < kept.float().mean() < 0.7
-    y1.sum().backward()
-    assert torch.allclose(drop[0].bias.grad, 2.0 * kept.sum(0), atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- function transforms
@@ -377,24 +309,6 @@ def test_two_threads_differentiate_one_graph(scheduler):
 
 
 # ---------------------------------------------------------------------------------------------- programs and shapes
-@law
-def test_an_exported_inference_program(scheduler):
-    stack, xs = net(scheduler, depth=2).eval(), tuple(x.detach() for x in leaves())
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(stack, xs)
-    return program.module()(*(x.sin() for x in xs))
-
-
-@law
-def test_an_export_with_gradients_enabled(scheduler):
-    stack, xs = net(scheduler, depth=2).eval(), tuple(x.detach() for x in leaves())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(stack, xs)
-    return program.module()(*(x.sin() for x in xs))
-
-
 @every_scheduler
 def test_a_step_of_training_on_the_meta_device(scheduler):
     stack = net(scheduler, lambda: mlp(dropout=0.1)).to("meta")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib.engine import exporting
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
 
@@ -53,7 +54,7 @@ class RevStage(nn.Module):
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
         kept = isinstance(self.pairs.scheduler, Naive) or torch._C._are_functorch_transforms_active()
-        return layer(*args) if kept else checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args) if kept or exporting() else checkpoint(layer, *args, use_reentrant=False)
 
 
 def patch_grid(

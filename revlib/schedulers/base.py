@@ -36,6 +36,8 @@ class Scheduler(ABC):
 
     def run(self, branches: Sequence[Branch], state: State, context: Mapping[str, Any]) -> State:
         """Run the steps on ``state``."""
+        if engine.exporting():  # nothing is kept for a backward, and what prepares for one cannot be traced
+            return engine.run(branches, state, context, Plan())
         return engine.run(branches, state, context, *self.prepare(branches, state))
 
 
