@@ -22,11 +22,11 @@ from revlib import loop
 from revlib.modules import modules_of
 from revlib.record import Record, Weight
 from revlib.replay import Autocast, Randomness
-from revlib.step import Branch, State, advance, route
+from revlib.step import Branch, State, advance, exporting, route
 from revlib.streams import Pace
 from revlib.tape import Tape
 
-__all__ = ["Extras", "Plan", "exporting", "run"]
+__all__ = ["Extras", "Plan", "run"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,6 @@ class Extras:
     pace: Pace | None = None
     weights: list[Weight] | None = None  # forward adds what each step would take to keep
     backward: Callable[[], None] | None = None  # called when backward reaches the stack
-
-
-def exporting() -> bool:
-    """Whether a program is being exported. Under ``torch.compile``, torch 2.11 takes its own function for this as true
-    throughout, and would then run every stack with its activations stored."""
-    return torch.compiler._is_exporting_flag
 
 
 def run(

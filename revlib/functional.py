@@ -22,7 +22,7 @@ from revlib import loop
 from revlib.modules import modules_of, normalises
 from revlib.program import Program, Surroundings, Watch, program_of
 from revlib.replay import Turn
-from revlib.step import Branch, State, advance, route
+from revlib.step import Branch, State, advance, exporting, route
 from revlib.sweep import sweep
 
 __all__ = ["run"]
@@ -33,7 +33,7 @@ _functorch = torch._C._functorch
 def run(branches: Sequence[Branch], state: State, context: Mapping[str, Any], tolerance: float | None) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in all that the steps read."""
     contexts = route(branches, len(state), context)
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or exporting():
         return advance(branches, state, contexts)
     if not torch.compiler.is_compiling():
         return _eager(branches, state, contexts, tolerance)
@@ -84,7 +84,7 @@ def _untraceable(branches: Sequence[Branch]) -> bool:
             rate = max(getattr(m, "p", 0.0), getattr(m, "drop_prob", 0.0) or 0.0)
             if (m.training and rate > 0) or normalises(m):
                 return True
-            if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):
+            if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):  # torch 2.11 breaks here
                 return True
     return False
 

@@ -13,7 +13,19 @@ from torch.utils._pytree import tree_leaves
 from revlib.couplings import Additive, Coupling
 from revlib.modules import version_of
 
-__all__ = ["Branch", "Pair", "State", "Step", "advance", "checked", "evaluate", "merge", "retreat", "route"]
+__all__ = [
+    "Branch",
+    "Pair",
+    "State",
+    "Step",
+    "advance",
+    "checked",
+    "evaluate",
+    "exporting",
+    "merge",
+    "retreat",
+    "route",
+]
 
 State = tuple[Tensor, ...]
 
@@ -113,6 +125,12 @@ def route(branches: Sequence[Branch], streams: int, context: Mapping[str, Any]) 
             f"the names they take are {known or 'none'}. Name it in the signature of a function that uses it."
         )
     return [{k: v for k, v in context.items() if every or k in names} for names, every in taken]
+
+
+def exporting() -> bool:
+    """Whether a program is being exported. Under ``torch.compile``, torch 2.11 takes its own function for this as true
+    throughout, and would then run every stack with its activations stored."""
+    return torch.compiler._is_exporting_flag
 
 
 # ---------------------------------------------------------------------------------------------- the steps

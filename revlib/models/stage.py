@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revlib.engine import exporting
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
+from revlib.step import exporting
 
 __all__ = ["PooledAttention", "RevStage", "patch_grid"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from revlib import engine
 from revlib.engine import Extras, Plan
-from revlib.step import Branch, State
+from revlib.step import Branch, State, exporting
 
 __all__ = ["Scheduler", "checked", "signature"]
 
@@ -36,7 +36,7 @@ class Scheduler(ABC):
 
     def run(self, branches: Sequence[Branch], state: State, context: Mapping[str, Any]) -> State:
         """Run the steps on ``state``."""
-        if engine.exporting():  # nothing is kept for a backward, and what prepares for one cannot be traced
+        if exporting():  # nothing is kept for a backward, and what prepares for one cannot be traced
             return engine.run(branches, state, context, Plan())
         return engine.run(branches, state, context, *self.prepare(branches, state))
 

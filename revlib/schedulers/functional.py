@@ -30,9 +30,11 @@ class Functional(Scheduler):
     in the context. Refused with an error: a function that uses another tensor which needs a gradient (by closure, or as
     a plain attribute); that leaves a result behind (in a list, or by a forward hook) without ``detach()``; that turns a
     stream's dtype into another; batch norm in train mode under a transform. ``jacrev`` maps over backward, where
-    ``vmap`` allows no dropout. Threads must not share modules. In a whole compiled graph moreover: functions must be
-    modules; no dropout, no drop path, and no tensor by a global variable, which nobody could notice; the comparison of
-    what came back with what went in runs inside the graph, and on CUDA a difference ends the process there.
+    ``vmap`` allows no dropout. Threads must not share modules.
+
+    In a whole compiled graph, which takes torch 2.14, functions must also be modules, without dropout, drop path, or a
+    tensor by a global variable (the one thing here that nobody could notice). What came back is compared with what went
+    in inside the graph, and on CUDA a difference ends the process there.
 
     Args:
         tolerance: the relative error of the recovered inputs of the whole stack up to which backward goes on.
