@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib import loop, streams
 from revlib.modules import local
 from revlib.record import Record, Weight, intercept
-from revlib.replay import Autocast, Randomness
+from revlib.replay import Autocast, Randomness, Settings
 from revlib.saved import FOR_GOOD, Holder, Shelf, graph_task
 from revlib.step import State, evaluate, merge
 
@@ -58,6 +58,7 @@ class Tape:
         weights: list[Weight] | None,
     ) -> None:
         self.randomness, self.autocast, self.tolerance = randomness, autocast, tolerance
+        self.settings = Settings()
         self.pace, self.weights = pace, weights
         self.steps, self.sampler = steps, loop.Sampler(steps)
         self.records: list[Record] = []
@@ -215,7 +216,7 @@ class Tape:
         before = cursor.index == k
         inputs = cursor.state[1:] if before else cursor.state[:-1]
         known, merged = (cursor.state[0], None) if before else (self.shelf.stream(k), cursor.state[-1])
-        with self.autocast.replaying():
+        with self.settings.replaying(), self.autocast.replaying():
             s, found = record.again(inputs, known, merged, key, self.randomness, fill=fill)
         for i in record.samples.keys() & found.keys():
             samples = record.samples[i], self.sampler(found[i]), record.reference
