@@ -149,11 +149,11 @@ def out_of_memory_in_forward(setting: Setting):
     return train(stack)
 
 
-@situation("a forward without a backward, thousands of times", only="Additive()")
+@situation("a forward without a backward, a hundred times", only="Additive()")
 def forwards_only(setting: Setting):
     stack = setting.stack(depth=1)
     with nothing_left():
-        for _ in range(300):
+        for _ in range(100):
             outputs = stack(*leaves())
         del outputs
     return train(stack)

@@ -213,7 +213,7 @@ def selective_checkpoint_around(setting: Setting):
 
 
 # ---------------------------------------------------------------------------------------------- switches
-@situation("anomaly mode")
+@situation("anomaly mode", only="Additive()")
 def anomaly(setting: Setting):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -262,7 +262,7 @@ class Making(nn.Module):
         return (self.linear(x) * torch.linspace(0.1, 1, 4).cos()).tanh() + torch.ones(4)
 
 
-@situation("torch.set_default_device, and a device as a context")
+@situation("torch.set_default_device, and a device as a context", only="Additive()")
 def default_device(setting: Setting):
     """Every CPU has a second device: meta."""
 
@@ -358,7 +358,7 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@situation("a TorchDispatchMode, a FLOP counter, a profiler around")
+@situation("a TorchDispatchMode, a FLOP counter, a profiler around", only="Additive()")
 def watched(setting: Setting):
     found = []
     for around in (Watching(), FlopCounterMode(display=False), torch.profiler.profile()):
@@ -388,7 +388,7 @@ def exported(setting: Setting):
     return program.module()(*(x.sin() for x in xs))
 
 
-@situation("torch.compile of a model around a stack", only="Additive()")
+@situation("torch.compile of a model around a stack", only="Additive()", slow=True)
 def compiled_model(setting: Setting):
     class Model(nn.Module):
         def __init__(self):
