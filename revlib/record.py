@@ -14,9 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib.loop import Sampler
-from revlib.modules import ModuleState, version_of
+from revlib.modules import ModuleState
 from revlib.replay import Randomness
-from revlib.saved import Holder, Versioned, counts, is_parameter, laid_out, storage
+from revlib.saved import Holder, Read, Versioned, counts, laid_out, learned, row, storage
 from revlib.step import Branch, State, evaluate, merge
 
 __all__ = ["Record", "Weight", "intercept"]
@@ -49,8 +49,7 @@ class Record:
     dtype: torch.dtype = torch.float32  # of the stream it merges away, with its stride
     stride: tuple[int, ...] = ()
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # of context tensors
-    streams: set[int] = field(default_factory=set)  # their ids, during the first run
-    read: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)  # what saved tensors are views of
+    read: Read = field(init=False)  # what the function read of the user's
     drawn: dict[torch.device, Tensor] = field(default_factory=dict)
     holders: list[weakref.ref[Holder]] = field(default_factory=list)
     kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
@@ -72,19 +71,11 @@ class Record:
                     "forward and backward; edit a clone of it instead."
                 )
 
-        for ref, version in self.read:  # most are gone: what remains is the user's
-            origin = ref()
-            if origin is not None:
-                origin._fix_weakref()  # type: ignore[attr-defined]
-                if version_of(origin) != version:
-                    raise RuntimeError(
-                        f"a tensor of shape {tuple(origin.shape)} that {self.branch.name} reads was modified by an "
-                        "inplace operation between forward and backward; edit a clone of it instead."
-                    )
+        self.read.check(self.branch.name)
 
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
-        self.streams.update(id(s if s._base is None else s._base) for s in state)
+        self.read = Read(state)
         if any(isinstance(m, torch.jit.ScriptModule) for m in self.modules):
             raise TypeError(
                 f"{self.branch.name} contains a module compiled by torch.jit, whose parameters and buffers cannot be "
@@ -102,15 +93,13 @@ class Record:
 
     def packer(self, step: int) -> Callable[[Tensor], Holder]:
         """What puts a holder in place of each tensor that autograd saves. The graph keeps it, so it knows no module."""
-        holders, kinds, read, streams = self.holders, self.kinds, self.read, self.streams
+        holders, kinds, read = self.holders, self.kinds, self.read
 
         def pack(t: Tensor) -> Holder:
             holder = Holder(step, t)
             holders.append(weakref.ref(holder))
             kinds.append((t.shape, t.dtype))
-            origin = t if t._base is None else t._base
-            if id(origin) not in streams:  # those come back as they were, whatever is edited
-                read.append((weakref.ref(origin), version_of(origin)))
+            read.add(t)
             return holder
 
         return pack
@@ -124,7 +113,7 @@ class Record:
 
     def activations(self) -> Iterator[tuple[int, Tensor]]:
         """During the first run: those of them that are not parameters."""
-        return ((i, t) for i, t in self.saved() if not _learned(t))
+        return ((i, t) for i, t in self.saved() if not learned(t))
 
     def sample(self, sampler: Sampler, s: Tensor, merged: Tensor, *, unseen: bool) -> None:
         """During the first run: of what backward will recover, the stream or, if that is known, the last activations.
@@ -134,10 +123,10 @@ class Record:
         if self.known:
             # Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing.
             telling = [(i, t) for i, t in self.saved() if i < self.split and t.layout is torch.strided]
-            activations = [(i, t) for i, t in telling if not counts(t) and not _learned(t)][:2]
+            activations = [(i, t) for i, t in telling if not counts(t) and not learned(t)][:2]
             # No activation depends on the last weight, whose data somebody may replace unseen.
-            self.weight, row = next(((i, _row(t)) for i, t in telling if _learned(t)), (-1, None))
-            self.samples = {i: sampler(t) for i, t in [*activations, (self.weight, row)] if t is not None}
+            self.weight, part = next(((i, row(t)) for i, t in telling if learned(t)), (-1, None))
+            self.samples = {i: sampler(t) for i, t in [*activations, (self.weight, part)] if t is not None}
         else:
             self.samples, self.reference = {-1: sampler(s)}, sampler(merged) if unseen else None
 
@@ -176,7 +165,7 @@ class Record:
                 part = slice(0, self.split)
                 f, saved = self._refill(key, part, run, fill=fill, whole=s is None or remerges)
                 found = {i: saved[i].tensor for i in self.samples if 0 <= i < len(saved)}
-                found.update({i: _row(t) for i, t in found.items() if i == self.weight})
+                found.update({i: row(t) for i, t in found.items() if i == self.weight})
         if s is None:
             assert merged is not None
             with torch.no_grad():
@@ -235,14 +224,6 @@ class Record:
             if holder is not None and fill:
                 holder.values[key] = value
         return result, values
-
-
-def _learned(t: Tensor) -> bool:
-    return is_parameter(t) or is_parameter(t._base)
-
-
-def _row(t: Tensor) -> Tensor:
-    return t[:1] if t.ndim else t
 
 
 def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], came: str) -> NoReturn:

@@ -58,9 +58,8 @@ class Tape:
         weights: list[Weight] | None,
     ) -> None:
         self.randomness, self.autocast, self.tolerance = randomness, autocast, tolerance
-        self.settings = Settings()
         self.pace, self.weights = pace, weights
-        self.steps, self.sampler = steps, loop.Sampler(steps)
+        self.settings, self.steps, self.sampler = Settings(), steps, loop.Sampler(steps)
         self.records: list[Record] = []
         self.shelf = Shelf(m)
         self.cursors: dict[Any, Cursor] = {}

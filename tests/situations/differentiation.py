@@ -1,6 +1,6 @@
 """Ways to differentiate."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from common import grads, leaves, loss, mlp
@@ -380,9 +380,9 @@ def auxiliary(setting: Setting):
 @situation("backward in another thread than forward")
 def other_thread(setting: Setting):
     stack, xs = setting.stack(lambda: mlp(dropout=0.4)), leaves()
-    thread = threading.Thread(target=loss(stack(*xs)).backward)
-    thread.start()
-    thread.join()
+    total = loss(stack(*xs))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(total.backward).result()
     return grads(*xs, stack)
 
 
