@@ -367,12 +367,11 @@ def auxiliary(setting: Setting):
     for together in (True, False):
         stack, xs = setting.stack(Routed), leaves()
         main = loss(stack(*xs))
-        aux = sum(f.aux for pair in stack for f in pair)
         if together:
-            (main + 0.3 * aux).backward()
+            (main + 0.3 * sum(f.aux for pair in stack for f in pair)).backward()
         else:
             main.backward(retain_graph=True)
-            aux.backward()
+            sum(f.aux for pair in stack for f in pair).backward()
         found += grads(*xs, stack)
     return found
 

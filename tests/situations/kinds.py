@@ -34,6 +34,17 @@ def views(setting: Setting):
     return grads(base, row, wide, stack)
 
 
+@situation("functions that do one thing to transposed streams, and another to others")
+def layouts(setting: Setting):
+    def look(m, x):
+        return m(x).tanh() if x.is_contiguous() else m(x.sin())
+
+    stack, (a, b) = setting.stack(lambda: Lambda(look, nn.Linear(4, 4))), leaves(4, 3)
+    outputs = stack(a.t(), b.t())
+    loss(outputs).backward()
+    return [*outputs, *grads(a, b, stack)]
+
+
 @situation("the same tensor in both streams")
 def same(setting: Setting):
     stack, (x, _) = setting.stack(), leaves()
