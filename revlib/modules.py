@@ -184,7 +184,8 @@ class ModuleState:
                     children.update(held)
             for slots, calls in zip(self.slots, self.calls, strict=True):
                 for k, call in zip(_CALLS, calls, strict=True):
-                    bind(slots, k, call)
+                    if slots.get(k, _ABSENT) is not call:
+                        bind(slots, k, call)
             yield
         finally:
             for children, before in exchanged:
