@@ -54,7 +54,7 @@ def same(setting: Setting):
 
 @situation("streams without gradient")
 def constant(setting: Setting):
-    stack, xs, found = setting.stack(), leaves(), []
+    stack, xs, found = setting.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())), leaves(), []
     for needing in ((), (0,), (1,)):
         for i, x in enumerate(xs):
             x.requires_grad_(i in needing)
