@@ -7,11 +7,10 @@ from situations.render import README, rendered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = expected()
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(s.name, marks=pytest.mark.slow if s.slow else ()) for s in SITUATIONS.values()]
-)
+@pytest.mark.parametrize("name", [pytest.param(s.name, marks=SLOW if s.slow else ()) for s in SITUATIONS.values()])
 def test_situation(name):
     s, wrong = SITUATIONS[name], []
     for coupling in s.couplings:
