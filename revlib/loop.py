@@ -177,11 +177,14 @@ def close(
     if tolerance is None:  # with an exact coupling in every step, equality, wherever kernels repeat their bits
         exact = device.type == "cpu" and len(extents) == steps
         tolerance = 0.0 if exact else default_tolerance(dtypes, device.type != "cpu")
-    values = _errors(witnesses, tolerance, finite) if witnesses else torch.empty(0, dtype=torch.float64, device=device)
-    if extents:
-        ends = _flat([e.least for e in extents] + [e.largest for e in extents], device)
-        sizes = ends.abs().view(2, -1).amax(0)
-        values = torch.cat([values, sizes if finite is None else torch.where(finite, sizes, 0.0)])
+    with torch.autocast(device.type, enabled=False):  # which would have a say in how samples are put together
+        values = torch.empty(0, dtype=torch.float64, device=device)
+        if witnesses:
+            values = _errors(witnesses, tolerance, finite)
+        if extents:
+            ends = _flat([e.least for e in extents] + [e.largest for e in extents], device)
+            sizes = ends.abs().view(2, -1).amax(0)
+            values = torch.cat([values, sizes if finite is None else torch.where(finite, sizes, 0.0)])
     deliver(values, [w.name for w in witnesses], extents, tolerance)
 
 

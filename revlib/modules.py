@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["ModuleState", "local", "modules_of", "normalises", "version_of"]
 
@@ -19,42 +21,75 @@ def version_of(t: Tensor) -> int:
 
 
 def local(t: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be spread over several."""
-    return t.detach().to_local() if isinstance(t, _DTensor) else t  # type: ignore[attr-defined]
+    """A plain tensor to measure: what this process holds of one that is spread, the first part of one that wraps."""
+    if type(t) is Tensor or type(t) is nn.Parameter:
+        return t
+    if isinstance(t, _DTensor):
+        return t.detach().to_local()  # type: ignore[attr-defined]
+    if is_traceable_wrapper_subclass(t):  # jagged tensors, for one
+        return local(getattr(t, t.__tensor_flatten__()[0][0])).detach()
+    return t
 
 
 def modules_of(fn: Any) -> list[nn.Module]:
-    """The modules whose state a function reads: its own, those of a bound method, those that a closure captures."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    owners = [fn, getattr(fn, "__self__", None)]
-    for cell in getattr(fn, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # a variable that is not assigned yet
-            owners.append(cell.cell_contents)
+    """The modules whose state a function reads.
+
+    Its own, that of a bound method, those that a closure captures or that its code names in its file, also behind
+    other functions; and what such a module holds, as its child, in a plain list or dict, or behind a function.
+    """
     found: dict[int, nn.Module] = {}
-    for owner in owners:
-        if isinstance(owner, nn.Module):
-            _collect(owner, found)
+    _collect(fn, found, set())
     return list(found.values())
 
 
-def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
-    """Like ``module.modules()``, which makes a name for each that nobody wants here, at several times the cost."""
-    if id(module) not in found:
-        found[id(module)] = module
-        for child in module._modules.values():
-            if child is not None:
-                _collect(child, found)
+def _collect(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
+    if isinstance(value, nn.Module):
+        if id(value) not in found:
+            found[id(value)] = value
+            for child in value._modules.values():
+                if child is not None:
+                    _collect(child, found, seen)
+            for held in value.__dict__.values():
+                if type(held) in _HOLDERS and held:
+                    _collect(held, found, seen)
+        return
+    if type(value) in _HOLDERS and id(value) not in seen:
+        seen.add(id(value))
+        for part in _parts(value):
+            _collect(part, found, seen)
+
+
+_HOLDERS = {list, tuple, dict, functools.partial, types.MethodType, types.FunctionType}
+_MANY = 32  # entries of a list or dict that is data, and no list of modules
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What a function, or a list or dict, may hold modules in."""
+    if isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a variable that is not assigned yet
+                yield cell.cell_contents
+        for name in value.__code__.co_names:
+            part = value.__globals__.get(name)
+            if isinstance(part, nn.Module) or getattr(part, "__module__", None) == value.__module__:
+                yield part
+    elif len(value) <= _MANY:
+        yield from value.values() if isinstance(value, dict) else value
 
 
 class ModuleState:
     """Parameters, buffers and mode of a function's modules as they were when it ran.
 
     Parameters are bound again by identity (``torch.func.functional_call`` swaps them during forward only) and must not
-    have been edited since. Buffers that the run itself changed (BatchNorm's statistics, spectral norm's vectors) are
-    bound again as copies from before it, so that a repetition neither sees nor makes a second update. Forward hooks are
-    those that ran, also those of a ``wrapper`` around the function, and torch's for all modules. Attributes that a
-    repetition assigns are taken back.
+    have been edited since. So are children, and plain attributes (rates, flags, schedulers, ``forward`` where somebody
+    put a function in its place), as they were before the run. Buffers that the run itself changed (BatchNorm's
+    statistics, spectral norm's vectors) are bound again as copies from before it, so that a repetition neither sees nor
+    makes a second update. Forward hooks are those that ran, also those of a ``wrapper`` around the function, and
+    torch's for all modules. Attributes that a repetition assigns are taken back.
     """
 
     def __init__(self, modules: Sequence[nn.Module], wrapper: Any = None) -> None:
@@ -65,8 +100,10 @@ class ModuleState:
             for k, p in m._parameters.items()
             if p is not None
         ]
-        hooked = [m.__dict__ for m in (*modules, wrapper) if isinstance(m, nn.Module)]
-        self.hooks = [(slots, keys, _hooks(slots, keys)) for slots, keys in _places(hooked)]
+        self.slots = [m.__dict__ for m in (*modules, wrapper) if isinstance(m, nn.Module)]
+        # Not tensors: they may hold the graph of an earlier pass, and that this.
+        self.attributes = [(v, set(v), {k: a for k, a in v.items() if not isinstance(a, _STATE)}) for v in self.slots]
+        self.hooks = [(slots, keys, _hooks(slots, keys)) for slots, keys in _places(self.slots)]
         self.changed: list[tuple[nn.Module, str, Tensor | None]] = []
         self.constant: list[tuple[nn.Module, str, Tensor, int]] = []
         copies: dict[int, Tensor] = {}  # modules may share a buffer
@@ -87,6 +124,7 @@ class ModuleState:
             elif b is not None:
                 self.constant.append((m, k, b, version))
         del self._before
+        self.children = [(slots["_modules"], tuple(slots["_modules"].items())) for slots in self.slots]
 
     def check(self, name: str) -> None:
         """Raise where a repetition would not repeat: naive autograd raises there, or would have used stored values."""
@@ -114,15 +152,20 @@ class ModuleState:
     def bound(self) -> Iterator[None]:
         """Around a repetition: the modules hold what they held in forward."""
         undo: list[tuple[dict[str, Any], str, Any]] = []
+        exchanged: list[tuple[dict[str, Any], dict[str, Any]]] = []
         fresh: dict[int, Tensor] = {}
 
         def bind(slots: dict[str, Any], key: str, value: Any) -> None:
-            if slots.get(key) is not value:
-                undo.append((slots, key, slots.get(key)))
-                slots[key] = value
+            if slots.get(key, _ABSENT) is not value:
+                undo.append((slots, key, slots.get(key, _ABSENT)))
+                _set(slots, key, value)
 
-        attributes = [(m.__dict__, m.__dict__.copy()) for m, _ in self.mode]
+        attributes = [(slots, slots.copy()) for slots in self.slots]
         try:
+            for slots, names, plain in self.attributes:
+                for name in slots.keys() - names:
+                    del slots[name]
+                slots.update(plain)
             for m, k, p, required_grad, _ in self.parameters:
                 same = p.requires_grad == required_grad
                 if same and m._parameters.get(k) is p:
@@ -140,10 +183,18 @@ class ModuleState:
                 if _hooks(slots, keys) != hooks:
                     for k in keys:
                         bind(slots, k, hooks[k].copy() if hooks else type(slots[k])())
+            for children, held in self.children:
+                if tuple(children.items()) != held:
+                    exchanged.append((children, children.copy()))
+                    children.clear()
+                    children.update(held)
             yield
         finally:
+            for children, before in exchanged:
+                children.clear()
+                children.update(before)
             for slots, key, value in reversed(undo):
-                slots[key] = value
+                _set(slots, key, value)
             for current, before in attributes:  # what the repetition assigned is of a graph that nobody differentiates
                 if current.keys() == before.keys() and all(map(operator.is_, current.values(), before.values())):
                     continue
@@ -152,6 +203,17 @@ class ModuleState:
                 for key, value in before.items():
                     if current.get(key) is not value:
                         current[key] = value
+
+
+_ABSENT: Any = object()
+_STATE = (Tensor, dict, list, set)  # attributes that may change within
+
+
+def _set(slots: dict[str, Any], key: str, value: Any) -> None:
+    if value is _ABSENT:
+        slots.pop(key, None)
+    else:
+        slots[key] = value
 
 
 _HOOKS = (

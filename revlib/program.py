@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from revlib.modules import ModuleState
-from revlib.replay import Autocast, Randomness, Turn
+from revlib.replay import Autocast, Randomness, Settings, Turn
 from revlib.step import Branch, State, evaluate, merge
 
 __all__ = ["Program", "Surroundings", "Watch", "program_of"]
@@ -115,7 +115,7 @@ class Surroundings:
 
     def __init__(self, branches: Sequence[Branch], modules: Sequence[list[nn.Module]], tensors: list[Tensor]) -> None:
         self.branches, self.modules = branches, modules
-        self.randomness, self.autocast = Randomness(tensors), Autocast(tensors)
+        self.randomness, self.autocast, self.settings = Randomness(tensors), Autocast(tensors), Settings()
         self.drawn: list[dict[torch.device, Tensor]] = [{} for _ in branches]
         self.states: dict[int, ModuleState] = {}
         self.watch: Watch | None = None
@@ -132,7 +132,8 @@ class Surroundings:
     def again(self, k: int) -> Iterator[None]:
         """Around a repetition."""
         self.states[k].check(self.branches[k].name)
-        with Turn(), self.randomness.replaying(self.drawn[k]), self.states[k].bound(), self.autocast.replaying():
+        random, held = self.randomness.replaying(self.drawn[k]), self.states[k].bound()
+        with Turn(), self.settings.replaying(), random, held, self.autocast.replaying():
             yield
 
 

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib.loop import Sampler
 from revlib.modules import ModuleState
 from revlib.replay import Randomness
-from revlib.saved import Holder, Versioned, counts, is_parameter, laid_out, storage
+from revlib.saved import Holder, Read, Versioned, counts, laid_out, learned, row, storage
 from revlib.step import Branch, State, evaluate, merge
 
 __all__ = ["Record", "Weight", "intercept"]
@@ -50,11 +49,13 @@ class Record:
     dtype: torch.dtype = torch.float32  # of the stream it merges away, with its stride
     stride: tuple[int, ...] = ()
     versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # of context tensors
+    read: Read = field(init=False)  # what the function read of the user's
     drawn: dict[torch.device, Tensor] = field(default_factory=dict)
     holders: list[weakref.ref[Holder]] = field(default_factory=list)
     kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     split: int = 0  # the function made so many holders, the coupling the rest
     samples: dict[int, Tensor] = field(default_factory=dict)  # of saved tensors, by position; -1: of the stream
+    weight: int = -1  # which of them is a weight: of one that is not edited by halves, a row is enough
     reference: Tensor | None = None  # what the stream's error is measured against, where that is not itself
 
     def living(self) -> Iterator[tuple[int, Holder]]:
@@ -69,9 +70,16 @@ class Record:
                     f"context tensor {key!r} of {self.branch.name} was modified by an inplace operation between "
                     "forward and backward; edit a clone of it instead."
                 )
+        self.read.check(self.branch.name)
 
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
+        self.read = Read(state)
+        if any(isinstance(m, torch.jit.ScriptModule) for m in self.modules):
+            raise TypeError(
+                f"{self.branch.name} contains a module compiled by torch.jit, whose parameters and buffers cannot be "
+                "watched or put back; use the module it was made from, or torch.compile, or scheduler=Naive()."
+            )
         self.module = ModuleState(self.modules, self.branch.fn)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
@@ -84,24 +92,27 @@ class Record:
 
     def packer(self, step: int) -> Callable[[Tensor], Holder]:
         """What puts a holder in place of each tensor that autograd saves. The graph keeps it, so it knows no module."""
-        holders, kinds = self.holders, self.kinds
+        holders, kinds, read = self.holders, self.kinds, self.read
 
-        @torch.compiler.disable
         def pack(t: Tensor) -> Holder:
             holder = Holder(step, t)
             holders.append(weakref.ref(holder))
             kinds.append((t.shape, t.dtype))
+            read.add(t)
             return holder
 
-        return pack
+        return torch.compiler.disable(pack)
 
-    def activations(self) -> Iterator[tuple[int, Tensor]]:
-        """During the first run: the saved tensors of the function that are not its parameters, last first."""
+    def saved(self) -> Iterator[tuple[int, Tensor]]:
+        """During the first run: the saved tensors, last first."""
         for i in reversed(range(len(self.holders))):
             holder = self.holders[i]()
-            t = None if holder is None or holder.fresh is None else holder.fresh.tensor
-            if t is not None and not is_parameter(t) and not is_parameter(t._base):
-                yield i, t
+            if holder is not None and holder.fresh is not None:
+                yield i, holder.fresh.tensor
+
+    def activations(self) -> Iterator[tuple[int, Tensor]]:
+        """During the first run: those of them that are not parameters."""
+        return ((i, t) for i, t in self.saved() if not learned(t))
 
     def sample(self, sampler: Sampler, s: Tensor, merged: Tensor, *, unseen: bool) -> None:
         """During the first run: of what backward will recover, the stream or, if that is known, the last activations.
@@ -110,8 +121,11 @@ class Record:
         """
         if self.known:
             # Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing.
-            telling = ((i, t) for i, t in self.activations() if i < self.split and not counts(t))
-            self.samples = {i: sampler(t) for i, t in islice(telling, 2)}
+            telling = [(i, t) for i, t in self.saved() if i < self.split and t.layout is torch.strided]
+            activations = [(i, t) for i, t in telling if not counts(t) and not learned(t)][:2]
+            # No activation depends on the last weight, whose data somebody may replace unseen.
+            self.weight, part = next(((i, row(t)) for i, t in telling if learned(t)), (-1, None))
+            self.samples = {i: sampler(t) for i, t in [*activations, (self.weight, part)] if t is not None}
         else:
             self.samples, self.reference = {-1: sampler(s)}, sampler(merged) if unseen else None
 
@@ -150,6 +164,7 @@ class Record:
                 part = slice(0, self.split)
                 f, saved = self._refill(key, part, run, fill=fill, whole=s is None or remerges)
                 found = {i: saved[i].tensor for i in self.samples if 0 <= i < len(saved)}
+                found.update({i: row(t) for i, t in found.items() if i == self.weight})
         if s is None:
             assert merged is not None
             with torch.no_grad():
@@ -226,11 +241,10 @@ def intercept(before_gradient: Callable[[], Callable[[int], None] | None], k: in
         return t
     view = t.view_as(t)  # its own node: the function may have returned a stream, a parameter or a captured tensor
 
-    @torch.compiler.disable
     def hook(_: Tensor) -> None:
         alive = before_gradient()
         if alive is not None:
             alive(k)
 
-    view.register_hook(hook)
+    view.register_hook(torch.compiler.disable(hook))
     return view

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Autocast", "Randomness", "Turn"]
+__all__ = ["Autocast", "Randomness", "Settings", "Turn"]
 
 
 class Turn(contextlib.AbstractContextManager[None]):
@@ -103,6 +104,54 @@ class Randomness:
             finally:
                 for device, state in now.items():
                     _set_generator_state(device, state)
+
+
+# ---------------------------------------------------------------------------------------------- settings
+class Settings:
+    """What else torch lets a program set, and functions read unasked, as it was in forward.
+
+    The default dtype, the default device and other function modes (autograd runs backward without any), and which
+    kernels attention may use. Inference mode is off, whoever calls backward.
+    """
+
+    def __init__(self) -> None:
+        self.values = [get() for get, _ in _SETTINGS]
+        self.modes = _modes()
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        now, modes = [get() for get, _ in _SETTINGS], _modes()
+        if now == self.values and modes == self.modes and not torch.is_inference_mode_enabled():
+            yield
+            return
+        try:
+            self._set(self.values, self.modes)
+            with torch.inference_mode(False):
+                yield
+        finally:
+            self._set(now, modes)
+
+    @staticmethod
+    def _set(values: list[Any], modes: list[Any]) -> None:
+        for (_, put), value in zip(_SETTINGS, values, strict=True):
+            put(value)
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+        for mode in modes:  # entering them again would have them forget how to leave
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+_SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
+    (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
+    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
+    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
+]
 
 
 # ---------------------------------------------------------------------------------------------- autocast

@@ -5,24 +5,29 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from revlib.loop import Witness
 from revlib.modules import version_of
 from revlib.step import State
 
 __all__ = [
     "FOR_GOOD",
+    "Cursor",
     "Holder",
+    "Read",
     "Saved",
     "Shelf",
     "Versioned",
     "counts",
     "graph_task",
-    "is_parameter",
     "laid_out",
+    "learned",
+    "row",
     "storage",
 ]
 
@@ -74,6 +79,16 @@ class Saved:
                 "an output of a reversible sequence, or a stream it checkpoints, was modified by an inplace operation "
                 "between forward and backward; backward starts from it, so edit a clone of it instead."
             ) from error
+
+
+@dataclass
+class Cursor:
+    """How far a graph task has come: the lowest state it knows, and the steps it has recovered."""
+
+    index: int = -1
+    state: State = ()
+    done: set[int] = field(default_factory=set)
+    witnesses: list[Witness] = field(default_factory=list)
 
 
 class Shelf:
@@ -157,8 +172,46 @@ class Holder:
         return None if value is None else value.get()
 
 
-def is_parameter(t: Tensor | None) -> bool:
+class Read:
+    """What saved tensors are, or are views of, each with its version: most are gone soon, what remains is the user's.
+
+    Not the streams, which come back as they were, whatever is edited.
+    """
+
+    def __init__(self, streams: State) -> None:
+        self.streams = {id(s if s._base is None else s._base) for s in streams}
+        self.origins: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def add(self, t: Tensor) -> None:
+        origin = t if t._base is None else t._base
+        if id(origin) not in self.streams:
+            self.origins.append((weakref.ref(origin), version_of(origin)))
+
+    def check(self, name: str) -> None:
+        """Raise where one was edited in place, as autograd would."""
+        for ref, version in self.origins:
+            origin = ref()
+            if origin is not None:
+                origin._fix_weakref()  # type: ignore[attr-defined]
+                if version_of(origin) != version:
+                    raise RuntimeError(
+                        f"a tensor of shape {tuple(origin.shape)} that {name} reads was modified by an inplace "
+                        "operation between forward and backward; edit a clone of it instead."
+                    )
+
+
+def learned(t: Tensor) -> bool:
+    """Whether it is a parameter, or a view of one."""
+    return _is_parameter(t) or _is_parameter(t._base)
+
+
+def _is_parameter(t: Tensor | None) -> bool:
     return type(t) is not Tensor and isinstance(t, nn.Parameter)  # asking that of a tensor is slow
+
+
+def row(t: Tensor) -> Tensor:
+    """The first."""
+    return t[:1] if t.ndim else t
 
 
 def counts(t: Tensor) -> bool:

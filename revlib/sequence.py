@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
 from revlib.couplings import Additive, Coupling
@@ -51,12 +52,24 @@ def checked_streams(streams: tuple[Any, ...]) -> State:
             raise TypeError(f"stream {i} must be a tensor, got {type(stream).__name__}; pass context by keyword")
         if not (stream.is_floating_point() or stream.is_complex()):
             raise TypeError(f"stream {i} must be floating-point, got {stream.dtype}; cast or embed it first")
+        _check_kind(i, stream)
     if len(streams) < 2:
         raise TypeError(
             f"a reversible sequence runs on at least two streams, got {len(streams)}; "
             "duplicate the input, seq(x, x), or split it, seq(*x.chunk(2, dim=-1))"
         )
     return streams
+
+
+def _check_kind(i: int, stream: Tensor) -> None:
+    if stream.layout is torch.strided and type(stream) is Tensor and not stream.is_nested:
+        return  # as nearly always
+    if stream.layout not in (torch.strided, torch.jagged):
+        raise TypeError(f"stream {i} must be dense, got {stream.layout}; call its to_dense() first")
+    if stream.is_nested and stream.layout is torch.strided:
+        raise TypeError(f"stream {i} is a nested tensor that has no views; make it with layout=torch.jagged")
+    if isinstance(stream, torch.masked.MaskedTensor):
+        raise TypeError(f"stream {i} is a masked tensor, which has no views; pass its data, and the mask as context")
 
 
 def entered(branches: list[Branch], state: State) -> State:

@@ -15,7 +15,6 @@ import math
 import threading
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,21 +26,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib import loop, streams
 from revlib.modules import local
 from revlib.record import Record, Weight, intercept
-from revlib.replay import Autocast, Randomness
-from revlib.saved import FOR_GOOD, Holder, Shelf, graph_task
+from revlib.replay import Autocast, Randomness, Settings
+from revlib.saved import FOR_GOOD, Cursor, Holder, Shelf, graph_task
 from revlib.step import State, evaluate, merge
 
 __all__ = ["Tape"]
-
-
-@dataclass
-class Cursor:
-    """How far a graph task has come: the lowest state it knows, and the steps it has recovered."""
-
-    index: int = -1
-    state: State = ()
-    done: set[int] = field(default_factory=set)
-    witnesses: list[loop.Witness] = field(default_factory=list)
 
 
 class Tape:
@@ -59,7 +48,7 @@ class Tape:
     ) -> None:
         self.randomness, self.autocast, self.tolerance = randomness, autocast, tolerance
         self.pace, self.weights = pace, weights
-        self.steps, self.sampler = steps, loop.Sampler(steps)
+        self.settings, self.steps, self.sampler = Settings(), steps, loop.Sampler(steps)
         self.records: list[Record] = []
         self.shelf = Shelf(m)
         self.cursors: dict[Any, Cursor] = {}
@@ -217,7 +206,7 @@ class Tape:
         before = cursor.index == k
         inputs = cursor.state[1:] if before else cursor.state[:-1]
         known, merged = (cursor.state[0], None) if before else (self.shelf.stream(k), cursor.state[-1])
-        with self.autocast.replaying():
+        with self.settings.replaying(), self.autocast.replaying():
             s, found = record.again(inputs, known, merged, key, self.randomness, fill=fill)
         for i in record.samples.keys() & found.keys():
             samples = record.samples[i], self.sampler(found[i]), record.reference

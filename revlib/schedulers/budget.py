@@ -71,7 +71,7 @@ class Budget(Scheduler):
 
     @torch.compiler.disable
     def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
-        if not branches or not torch.is_grad_enabled():
+        if not branches or not torch.is_grad_enabled() or _packed():
             return self.below.prepare(branches, state)
         key, ledger = signature(branches, state), self._ledger
         with ledger.lock:
@@ -124,6 +124,12 @@ def _singles(length: int) -> list[int]:
     """Streams to keep where less than a step's activations fits, the best first: a step whose stream is kept need not
     be inverted. Of pairs (F, G), that saves most in G, whose last linear layer is the largest."""
     return [*range(length - 1, -1, -2), *range(length - 2, -1, -2)]
+
+
+def _packed() -> bool:
+    """Whether somebody else decides what becomes of saved tensors, as an outer stack or a checkpoint does: they run the
+    stack again in backward, and it must then do as it did in forward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
 
 
 class _Ledger:

@@ -1,0 +1,45 @@
+"""The situation matrix: what is supported, what is refused and with which error; nothing is silently wrong."""
+
+import pytest
+from situations import SITUATIONS, THEMES
+from situations.base import COUPLINGS, NOT_RUN, REFUSED, SCHEDULERS, by_hand, expected, fits, verdict
+from situations.render import README, rendered
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TABLE = expected()
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(s.name, marks=SLOW if s.slow else ()) for s in SITUATIONS.values()])
+def test_situation(name):
+    s, wrong = SITUATIONS[name], []
+    for coupling in s.couplings:
+        row = TABLE[name, coupling]
+        want = by_hand(s, COUPLINGS[coupling])
+        for scheduler in SCHEDULERS:
+            found, told = verdict(s, scheduler, coupling, want)
+            if found != row.verdicts[scheduler] or (found == REFUSED and not fits(told, row.error)):
+                wrong.append(f"{scheduler}, {coupling}: {row.verdicts[scheduler]} expected, was {found} {told}")
+    assert not wrong, "\n".join([f"{name}:", *wrong])
+
+
+def test_the_table_has_every_cell_and_no_other():
+    assert list(TABLE) == [(s, c) for s in SITUATIONS for c in COUPLINGS]
+    for (name, coupling), row in TABLE.items():
+        run = coupling in SITUATIONS[name].couplings
+        assert list(row.verdicts) == list(SCHEDULERS)
+        assert all(
+            v in ("supported", "refused", "not applicable") if run else v == NOT_RUN for v in row.verdicts.values()
+        )
+        assert bool(row.error) == (REFUSED in row.verdicts.values()), (
+            f"{name}, {coupling}: an error for what is refused"
+        )
+
+
+def test_every_theme_is_rendered():
+    assert {s.theme for s in SITUATIONS.values()} == {m.__name__.rpartition(".")[2] for m in THEMES}
+
+
+def test_the_readme_shows_the_table():
+    readme = README.read_text()
+    assert rendered(readme) == readme, "write the section with: PYTHONPATH=.:tests python -m situations"
