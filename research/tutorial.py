@@ -595,11 +595,11 @@ def simulate(records):
 
 
 STEPS = 8
-wide = [torch.randn(2048, 64, requires_grad=True) for _ in range(2)]
+wide = [torch.randn(512, 64, requires_grad=True) for _ in range(2)]
 stack = ReversibleSequence([(mlp(64).float(), mlp(64).float()) for _ in range(STEPS // 2)])
 unchecked = Reversible(tolerance=math.inf)  # the check of what came back is left out of the picture
-alone = simulate([record(stack, unchecked) for _ in range(10)])
-side_by_side = simulate([record(stack, PaReprop(unchecked, trials=0)) for _ in range(10)])
+alone = simulate([record(stack, unchecked) for _ in range(20)])
+side_by_side = simulate([record(stack, PaReprop(unchecked, trials=0)) for _ in range(20)])
 
 
 # %%
@@ -672,7 +672,7 @@ for k in range(1, STEPS + 1):
     assert k == STEPS or starts[f"R{k}"] >= ends[f"R{k + 1}"]
     assert k == STEPS or starts[f"R{k}"] < ends[f"D{k + 1}"]  # side by side
 assert {stream for stream, doing, *_ in side_by_side if doing[0] == "D"} == {"main"}
-assert max(ends.values()) < max(end for *_, end in alone)
+assert max(ends.values()) < sum(end - start for *_, start, end in side_by_side)  # than all of it in a row
 
 peaks = []
 for scheduler in (unchecked, PaReprop(unchecked, trials=0)):
@@ -738,16 +738,16 @@ print(f"{len(found[0])} gradients of 100 blocks under bfloat16 autocast, recover
 # %% [markdown]
 # ## 7. The architectures
 #
-# All three are the same idea around the blocks of a known network. A block's $F$ is attention and its $G$ an MLP, each
-# behind a norm. What differs is what stands between the stages, where sides halve and widths double. Streams of another
-# size cannot be added to, so a transition is no reversible step: the streams become one, an ordinary layer resizes it,
-# and it is copied into two again.
+# All three, as revlib builds them, are the same idea around the blocks of a known network. A block's $F$ is attention
+# and its $G$ an MLP, each behind a norm. What differs is what stands between the stages, where sides halve and widths
+# double. A sum needs streams of one size, so a transition is no reversible step: the streams become one, an ordinary
+# layer resizes it, and it is copied into two again.
 #
-# - **RevViT** has no transitions: patches, copied; blocks; both streams side by side to the head. (Mangalam et al.,
-#   *Reversible Vision Transformers*, CVPR 2022)
-# - **RevSwin** takes the mean of the streams and merges patches two by two, as Swin does. (Zhu and Mangalam, 2023)
-# - **RevMViT** takes the mean, and an ordinary block of MViTv2, which pools its queries, resizes it. The last stage
-#   ends in a mean too. The ordinary block is checkpointed. (Mangalam et al., section 3.3)
+# - **RevViT** (Mangalam et al., *Reversible Vision Transformers*, CVPR 2022) has no transitions. Two copies of the
+#   patches enter the blocks, and the head sees both streams side by side.
+# - **RevSwin** (Zhu and Mangalam, 2023) merges the patches of the streams' mean two by two, as Swin does.
+# - **RevMViT** (Mangalam et al., section 3.3) resizes the mean by an ordinary block of MViTv2, which pools its queries,
+#   and which is checkpointed. Its last stage ends in a mean too.
 #
 # ![Data flow of RevViT, RevSwin and RevMViT](results/tutorial/architectures.png)
 #
@@ -904,7 +904,7 @@ def draw_model(axes, name, F, stages, last, transition=None, dashed=False):
             x = draw_layer(axes, x, transition, 1.95, dashed)
     draw_layer(axes, draw_join(axes, x, last), "head", 0.9)
     axes.text(-0.3, 1.55, name, fontsize=13, fontweight="bold")
-    blank(axes, -0.4, 19.2, -1.7, 2)
+    blank(axes, -0.4, 20.2, -1.7, 2)
 
 
 def draw_legend(axes, left):
@@ -929,5 +929,5 @@ draw_model(panels[0], "RevViT", "attention", 1, "concat")
 draw_model(panels[1], "RevSwin", "window\nattention", 2, "concat", "merge 2 × 2\npatches")
 transition = "MViTv2 block\nwith pooled\nqueries"
 draw_model(panels[2], "RevMViT", "pooled\nattention", 2, "mean", transition, dashed=True)
-draw_legend(panels[0], 11)
+draw_legend(panels[0], 11.2)
 save(figure, "architectures.png")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
+plt = pytest.importorskip("matplotlib.pyplot")
 ROOT = Path(__file__).parent.parent
 LESSON = ROOT / "research/tutorial.py"
 SOURCE = LESSON.read_text()
@@ -36,6 +36,7 @@ def argv(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["tutorial.py", "--out", str(tmp_path / "pictures")])
     with torch.random.fork_rng(devices=[]):
         yield
+    plt.close("all")
 
 
 def test_the_lesson_runs_as_it_stands(argv, tmp_path, capsys):
