@@ -54,7 +54,7 @@ def make(device: Rerun | None = None, seed: int = 0) -> tuple[Run, train.Step]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
     run = Run(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), torch.Generator())
     step = train.train_step(run, OFF)
-    return run, step if device is None else Captured(step, model, optimizer, device.watching(run))
+    return run, step if device is None else Captured(step, [model], optimizer, device.watching(run))
 
 
 def epoch() -> list[tuple[Tensor, Tensor]]:
@@ -135,7 +135,7 @@ def test_on_a_gpu(tmp_path: Path, scheduler, amp):
         torch.manual_seed(0)
         run = train.build(config, images, device)
         step = train.train_step(run, autocast)
-        step = step if way == "eager" else Captured(step, run.model, run.optimizer)
+        step = step if way == "eager" else Captured(step, [run.model], run.optimizer)
         if way == "resumed":
             torch.manual_seed(1)
             checkpoint.resume(last, run, config, {})
@@ -153,7 +153,7 @@ def test_the_host_never_waits_within_an_epoch():
     config, device = Config(graph=True, drop_path=0.3), torch.device("cuda", 0)
     images = data.digits(None, config.cache_dir).prepare(100, 40, device)
     run = train.build(config, images, device)
-    step = Captured(train.train_step(run, torch.autocast("cuda", enabled=False)), run.model, run.optimizer)
+    step = Captured(train.train_step(run, torch.autocast("cuda", enabled=False)), [run.model], run.optimizer)
     train.train_epoch(run, Batches(images, 32).train(run.draws, ""), step)
     batches = Batches(images, 32).train(run.draws, "")
     step(*next(batches))
