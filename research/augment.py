@@ -3,7 +3,7 @@
 torchvision draws once per call. Moving each image its own way takes one gather for a whole epoch (`random_crop`,
 `random_flip`). RandAugment has no such form, and a call per image, or per few images of a batch, would launch more
 kernels than the training step does. So an epoch draws `POLICIES` pairs of operations, and images POLICIES places apart
-share one: within a batch every image has its own, at some ten launches per pair and epoch. mixup and cutmix draw once
+share one: within a batch every image has its own, for ten kernels or so per pair and epoch. mixup and cutmix draw once
 per batch, as they do everywhere.
 
 All numbers are drawn on the CPU, the same for every device.

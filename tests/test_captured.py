@@ -1,5 +1,6 @@
 """Captured training steps, as far as a CPU shows: buffers, sizes, resuming, and that warming up leaves no trace."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from research import checkpoint, data, train
+from research.augment import mixer
 from research.batches import Batches
 from research.captured import CUDA, WARM_UPS, Captured
 from research.checkpoint import Run
@@ -161,13 +163,18 @@ def test_on_a_gpu(tmp_path: Path, scheduler, amp):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_host_never_waits_within_an_epoch():
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_host_never_waits_within_an_epoch(tuned):
     config, device = Config(graph=True, drop_path=0.3), torch.device("cuda", 0)
+    if tuned:
+        config = replace(config, optimizer="adamw", weight_decay=0.05, ema=0.9, mixup=0.8, cutmix=1.0, rand_augment=9)
     images = data.digits(None, config.cache_dir).prepare(100, 40, device)
     run = train.build(config, images, device)
-    step = Captured(train.train_step(run, torch.autocast("cuda", enabled=False)), [run.model], run.optimizer)
-    train.train_epoch(run, Batches(images, 32).train(run.draws, ""), step)
-    batches = Batches(images, 32).train(run.draws, "")
+    step = train.train_step(run, torch.autocast("cuda", enabled=False), longest=float(tuned))
+    step = Captured(step, [run.model, *([run.ema.module] if run.ema else [])], run.optimizer)
+    loader = Batches(images, 32, magnitude=config.rand_augment, mix=mixer(config, 10))
+    train.train_epoch(run, loader.train(run.draws, ""), step)
+    batches = loader.train(run.draws, "")
     step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
