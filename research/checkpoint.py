@@ -56,7 +56,7 @@ class Run:
 
 
 def save(path: Path, run: Run, log: Log) -> None:
-    """Write the run and its log, atomically. Cost: three copies of the parameters (Adam) on disk."""
+    """Write the run and its log, atomically. Cost: three copies of the parameters (Adam) on disk, four with --ema."""
     with replacing(path) as temporary:
         torch.save({"run": run.state_dict(), "log": dataclasses.asdict(log)}, temporary)
 

@@ -74,11 +74,12 @@ def test_a_study_of_a_plain_model_is_refused(tmp_path):
 def test_the_table_has_means_deviations_and_largest_differences():
     study = {name: {0: rows([0.5, 0.25]), 1: rows([0.5, 0.75])} for name in parity.VARIANTS}
     study["pareprop"][1] = rows([0.625, 0.75])
-    study["exact"][0] = rows([9.0, 9.0])  # another network: not among the schedulers
+    study["exact"][0] = rows([8.5, 0.25])  # other sums: not among the schedulers
     table = parity.table(study)
     assert "| naive | 0.5000 ± 0.3536 | 1.0000 ± 0.7071 | 50.00% ± 35.36% | 50.00% ± 0.00% |" in table
     assert "| 0 | 0 | 0 | 0 | 0 |" in table
     assert "| 1 | 0.12 | 0.25 | 0.12 | 0 |" in table and "| any | 0.12 | 0.25 | 0.12 | 0 |" in table
+    assert "| any, naive and exact | 8 | 16 | 8 | 0 |" in table
 
 
 # Report

@@ -345,6 +345,14 @@ def test_what_is_compiled(tmp_path, monkeypatch, model, functions):
     assert saved(tmp_path / "compiled")["run"]["model"].keys() == saved(tmp_path / "eager")["run"]["model"].keys()
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor_it_trains_as_eagerly(tmp_path):
+    args = ["--epochs", 2, "--drop-path", 0]
+    eager, compiled = (train_tiny(tmp_path / str(i), *args, *more) for i, more in enumerate(([], ["--compile"])))
+    for a, b in zip(eager.rows, compiled.rows, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+
+
 # Flags
 
 
