@@ -1,1 +1,1 @@
-"""Scripts on top of revlib's public API: `python -m research.train`, `python -m research.compare`."""
+"""Scripts on top of revlib's public API, each `python -m research.NAME`: train, compare, parity, report, and others."""

@@ -1,26 +1,28 @@
-"""Batches of a data set in memory: shuffled, augmented a whole epoch at once, normalised.
+"""Batches of a data set in memory: shuffled, augmented a whole epoch at once, normalised, mixed.
 
-torchvision's RandomCrop and RandomHorizontalFlip draw once per call, so they would move an epoch as one image. Numbers
-are drawn on the CPU, the same for every device; drawn batch by batch, each copy of them would make the host wait.
+Drawn batch by batch, each copy of the numbers to the device would make the host wait.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from research.augment import Mix, drawing_from, rand_augment, random_crop, random_flip
 from research.data import Dataset, Split
 
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64 or parts of classes (B, classes) float32
 
 
 class Batches:
     """Training and test batches of `data`. All draws come from the generator given."""
 
-    def __init__(self, data: Dataset, size: int, quiet: bool = False) -> None:
+    def __init__(
+        self, data: Dataset, size: int, quiet: bool = False, magnitude: int = 0, mix: Mix | None = None
+    ) -> None:
         self.data, self.size, self.normalize = data, size, normalizer(data.train)
+        self.magnitude, self.mix = magnitude, mix
         self.quiet = quiet or None  # None: only on a terminal
 
     def train(self, draws: torch.Generator, label: str) -> Iterator[Batch]:
@@ -30,7 +32,15 @@ class Batches:
         images = random_crop(split.images[order], self.data.crop_padding, draws)
         if self.data.flip:
             images = random_flip(images, draws)
-        yield from self._cut(images, split.labels[order], self.size, label)
+        if self.magnitude:
+            images = rand_augment(images, self.magnitude, draws)
+        for some, theirs in self._cut(images, split.labels[order], self.size, label):
+            if self.mix is None:
+                yield some, theirs
+            else:
+                with drawing_from(draws):
+                    mixed = self.mix(some, theirs)
+                yield mixed
 
     def test(self, label: str) -> Iterator[Batch]:
         """Every test image once, as it is."""
@@ -40,20 +50,6 @@ class Batches:
         pairs = list(zip(images.split(size), labels.split(size), strict=True))
         for some, theirs in tqdm(pairs, desc=label, leave=False, disable=self.quiet):
             yield self.normalize(some), theirs
-
-
-def random_crop(images: Tensor, padding: int, draws: torch.Generator) -> Tensor:
-    """Shift each image by up to `padding` pixels each way; black comes in. (N, C, H, W) -> (N, C, H, W)."""
-    n, _, height, width = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, n), generator=draws).to(images.device)
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, top, left, H, W)
-    return windows[torch.arange(n, device=images.device), :, top, left]
-
-
-def random_flip(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2. (N, C, H, W) -> (N, C, H, W)."""
-    mirrored = torch.randint(2, (len(images), 1, 1, 1), generator=draws).bool().to(images.device)
-    return torch.where(mirrored, images.flip(-1), images)
 
 
 def normalizer(train: Split) -> Callable[[Tensor], Tensor]:

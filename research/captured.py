@@ -3,8 +3,9 @@
 Inside a capture revlib compares nothing, so its checks are made by the steps that warm up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -48,11 +49,13 @@ class Graph(NamedTuple):
 
 
 class Captured:
-    """``step``, captured when the first batch of a size comes; an epoch's last may be smaller. It trains ``model`` with
-    ``optimizer``; neither they nor the random numbers notice the warm-up."""
+    """``step``, captured when the first batch of a size comes; an epoch's last may be smaller. It changes ``modules``
+    (the model, and a running average of it) and ``optimizer``; neither they nor random numbers notice the warm-up."""
 
-    def __init__(self, step: Step, model: nn.Module, optimizer: torch.optim.Optimizer, device: CUDA | None = None):
-        self.step, self.model, self.optimizer, self.device = step, model, optimizer, device or CUDA()
+    def __init__(
+        self, step: Step, modules: Collection[nn.Module], optimizer: torch.optim.Optimizer, device: CUDA | None = None
+    ):
+        self.step, self.modules, self.optimizer, self.device = step, modules, optimizer, device or CUDA()
         self.graphs: dict[torch.Size, Graph] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -69,19 +72,19 @@ class Captured:
             return self.step(images, labels)
 
         with torch.cuda.device_of(images):
-            with torch.random.fork_rng([images.device] if images.is_cuda else []), undone(self.model, self.optimizer):
+            with torch.random.fork_rng([images.device] if images.is_cuda else []), undone(self.modules, self.optimizer):
                 self.device.warm_up(work)
             return Graph(images, labels, *self.device.capture(work))
 
 
 @contextmanager
-def undone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def undone(modules: Collection[nn.Module], optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Put back what the block changes, in place. What Adam makes in its first step stays, at zero, where it begins:
     made within the capture, it would begin anew with each replay."""
 
     def tensors() -> list[Tensor]:
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return [*model.parameters(), *model.buffers(), *states]
+        return [*(t for module in modules for t in chain(module.parameters(), module.buffers())), *states]
 
     before = {t: t.detach().clone() for t in tensors()}
     yield

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import typer
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from research.config import Config
@@ -14,7 +15,7 @@ from research.files import replacing
 from research.log import Log
 
 # Flags that may differ when a run is resumed: where things lie and when to stop, not what is computed.
-FREE = {"data_dir", "cache_dir", "device", "out", "resume", "overwrite", "stop_after"}
+FREE = {"recipe", "data_dir", "cache_dir", "device", "out", "resume", "overwrite", "stop_after", "tensorboard", "wandb"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     draws: torch.Generator  # order of the images and augmentation, on the CPU
+    ema: ModelEmaV3 | None = None  # average of the weights
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -33,6 +35,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "ema": self.ema and self.ema.module.state_dict(),
             "draws": self.draws.get_state(),
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -41,6 +44,8 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("model", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
         for group in self.optimizer.param_groups:  # torch moves an optimizer's state to the device, but not this
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"] = group["lr"].to(group["params"][0].device)
@@ -51,7 +56,7 @@ class Run:
 
 
 def save(path: Path, run: Run, log: Log) -> None:
-    """Write the run and its log, atomically. Cost: three copies of the parameters (Adam) on disk."""
+    """Write the run and its log, atomically. Cost: three copies of the parameters (Adam) on disk, four with --ema."""
     with replacing(path) as temporary:
         torch.save({"run": run.state_dict(), "log": dataclasses.asdict(log)}, temporary)
 
@@ -68,11 +73,11 @@ def resume(
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
     log = Log(**state["log"])
-    then, now = log.header["config"], config.as_json()
+    then, now = Config().as_json() | log.header["config"], config.as_json()  # an older log lacks flags made since
     for name in now.keys() - FREE:
-        if then.get(name) != now[name]:
+        if then[name] != now[name]:
             raise typer.BadParameter(
-                f"the run in {path.parent} has {then.get(name)}, this call {now[name]}; "
+                f"the run in {path.parent} has {then[name]}, this call {now[name]}; "
                 "repeat the run's flags, or start another with --out.",
                 param_hint="--" + name.replace("_", "-"),
             )

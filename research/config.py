@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 
-DatasetName = Literal["digits", "cifar10", "fashion-mnist"]
-ModelName = Literal["vit", "swin", "mvit", "plain-vit"]
-CouplingName = Literal["additive", "exact"]
-SchedulerName = Literal["naive", "reversible", "pareprop", "checkpoint"]
-AmpDtypeName = Literal["bfloat16", "float16"]
+from research.flags import flag, keywords, real, whole
 
-Result = TypeVar("Result")
+DatasetName = Literal["digits", "cifar10", "fashion-mnist"]
+ModelName = Literal["vit", "swin", "mvit", "plain-vit", "plain-swin", "plain-mvit"]
+CouplingName = Literal["additive", "exact"]
+FusionName = Literal["mean", "concat-linear", "concat-mlp", "concat"]
+SchedulerName = Literal["naive", "reversible", "pareprop", "checkpoint"]
+OptimizerName = Literal["adam", "adamw"]
+AmpDtypeName = Literal["bfloat16", "float16"]
+RecipeName = Literal["minrev-vit", "minrev-swin", "minrev-mvit", "tuned-vit", "tuned-swin", "tuned-mvit"]
 
 # Defaults that a data set changes. Config's own are those of digits, the others' are minREV's.
 _MINREV: dict[str, Any] = {
@@ -29,75 +31,63 @@ _MINREV: dict[str, Any] = {
     "batch_size": 128,
     "lr": 1e-3,
 }
-RECIPES: dict[DatasetName, dict[str, Any]] = {
+DATASET_DEFAULTS: dict[DatasetName, dict[str, Any]] = {
     "digits": {},
     "cifar10": _MINREV,
     "fashion-mnist": _MINREV | {"epochs": 30},
 }
 # And those that a model changes, on every data set.
-MODEL_RECIPES: dict[ModelName, dict[str, Any]] = {
-    "mvit": {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 1},
-}
+_MVIT: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 1}
+MODEL_DEFAULTS: dict[ModelName, dict[str, Any]] = {"mvit": _MVIT, "plain-mvit": _MVIT}
 
 
-def _use_recipe(context: typer.Context, dataset: DatasetName) -> DatasetName:
-    context.default_map = dict(RECIPES[dataset])
+# These run before other flags are read. A recipe sets all of them, so data set and model then set none.
+def _defaults_of_recipe(context: typer.Context, recipe: RecipeName | None) -> RecipeName | None:
+    if recipe is not None:
+        from research.recipes import RECIPES  # which are made of what this module defines
+
+        context.meta["recipe"] = recipe
+        context.default_map = {k: v for k, v in dataclasses.asdict(RECIPES[recipe]).items() if v is not None}
+    return recipe
+
+
+def _defaults_of_dataset(context: typer.Context, dataset: DatasetName) -> DatasetName:
+    if "recipe" not in context.meta:
+        context.default_map = dict(DATASET_DEFAULTS[dataset])
     return dataset
 
 
-def _use_model_recipe(context: typer.Context, model: ModelName) -> ModelName:
-    context.default_map = {**(context.default_map or {}), **MODEL_RECIPES.get(model, {})}
+def _defaults_of_model(context: typer.Context, model: ModelName) -> ModelName:
+    if "recipe" not in context.meta:
+        context.default_map = {**(context.default_map or {}), **MODEL_DEFAULTS.get(model, {})}
     return model
 
 
-def _flag(panel: str, text: str, *names: str, **rules: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **rules)
-
-
-def _whole(low: int) -> dict[str, Any]:
-    """Rules of a flag that takes a whole number: typer's own message would not tell what came."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if number < low:
-            raise typer.BadParameter(f"expected a whole number of at least {low}, got {text}.")
-        return number
-
-    return {"parser": parse, "metavar": "INT"}
-
-
-def _real(low: float, below: float) -> dict[str, Any]:
-    """Rules of a flag that takes a number x with low <= x < below."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not low <= number < below:
-            raise typer.BadParameter(f"expected a number x with {low:g} <= x < {below:g}, got {text}.")
-        return number
-
-    return {"parser": parse, "metavar": "FLOAT"}
-
-
-_data = functools.partial(_flag, "Data")
-_model = functools.partial(_flag, "Model")
-_training = functools.partial(_flag, "Training")
-_machine = functools.partial(_flag, "Machine and reproducibility")
-_output = functools.partial(_flag, "Output and resuming")
+_start = functools.partial(flag, "Where to start from")
+_data = functools.partial(flag, "Data")
+_augment = functools.partial(flag, "Augmentation")
+_model = functools.partial(flag, "Model")
+_training = functools.partial(flag, "Training")
+_machine = functools.partial(flag, "Machine and reproducibility")
+_output = functools.partial(flag, "Output and resuming")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of one run. An equal Config on an equal machine gives an equal log (but for `seconds`)."""
 
+    recipe: Annotated[
+        RecipeName | None,
+        _start(
+            "A whole set of flags, which others given here override: see research/recipes.",
+            is_eager=True,
+            callback=_defaults_of_recipe,
+        ),
+    ] = None
+
     dataset: Annotated[
         DatasetName,
-        _data("What to train on; it also sets the defaults shown here.", is_eager=True, callback=_use_recipe),
+        _data("What to train on; it also sets the defaults shown here.", is_eager=True, callback=_defaults_of_dataset),
     ] = "digits"
     data_dir: Annotated[
         Path | None,
@@ -109,50 +99,84 @@ class Config:
         ),
     ] = None
     cache_dir: Annotated[Path, _data("Keeps downloads and decoded images.")] = Path("~/.cache/revlib")
-    limit_train: Annotated[int | None, _data("Train on this many images only.", **_whole(1))] = None
-    limit_test: Annotated[int | None, _data("Test on this many images only.", **_whole(1))] = None
+    limit_train: Annotated[int | None, _data("Train on this many images only.", **whole(1))] = None
+    limit_test: Annotated[int | None, _data("Test on this many images only.", **whole(1))] = None
+
+    rand_augment: Annotated[
+        int, _augment("Magnitude of RandAugment's two operations, 0 for none; 9 is usual.", **whole(0, 30))
+    ] = 0
+    mixup: Annotated[
+        float, _augment("Alpha of mixup, 0 for none. With --cutmix too, each batch draws which.", **real(0, math.inf))
+    ] = 0.0
+    cutmix: Annotated[float, _augment("Alpha of cutmix, 0 for none.", **real(0, math.inf))] = 0.0
+    label_smoothing: Annotated[float, _augment("Part of a label that all classes share.", **real(0, 1))] = 0.0
 
     model: Annotated[
         ModelName,
         _model(
             "Architecture. swin: two stages with half of the blocks each, the second of twice the features and heads, "
             "and windows of 4x4 patches. mvit: stages of 1, 2 and depth - 3 blocks, as minREV's; it sets "
-            "--patch-size 2, --embed-dim 64, --depth 4 and --num-heads 1 unless given. plain-vit: timm's, with one "
+            "--patch-size 2, --embed-dim 64, --depth 4 and --num-heads 1 unless given. plain-...: timm's, of one "
             "stream, not reversible.",
-            callback=_use_model_recipe,
+            callback=_defaults_of_model,
         ),
     ] = "vit"
     coupling: Annotated[CouplingName, _model("How blocks merge; exact keeps streams on a grid.")] = "additive"
+    fusion: Annotated[
+        FusionName,
+        _model(
+            "How the two streams become one between stages of swin and mvit. concat-linear and concat-mlp put a layer "
+            "on both, concat gives both to the next stage (mvit only)."
+        ),
+    ] = "mean"
     scheduler: Annotated[SchedulerName, _model("How backward gets activations back: the gradients are the same.")] = (
         "reversible"
     )
-    patch_size: Annotated[int, _model("Side of a patch, in pixels.", **_whole(1))] = 4
-    embed_dim: Annotated[int, _model("Features per token.", **_whole(1))] = 64
-    depth: Annotated[int, _model("Number of blocks.", **_whole(1))] = 6
-    num_heads: Annotated[int, _model("Attention heads per block.", **_whole(1))] = 4
-    mlp_ratio: Annotated[float, _model("Hidden features of the MLP, per feature of a token.", **_real(0, math.inf))] = (
+    patch_size: Annotated[int, _model("Side of a patch, in pixels.", **whole(1))] = 4
+    embed_dim: Annotated[int, _model("Features per token.", **whole(1))] = 64
+    depth: Annotated[int, _model("Number of blocks.", **whole(1))] = 6
+    num_heads: Annotated[int, _model("Attention heads per block.", **whole(1))] = 4
+    mlp_ratio: Annotated[float, _model("Hidden features of the MLP, per feature of a token.", **real(0, math.inf))] = (
         4.0
     )
-    drop_path: Annotated[float, _model("Rate of stochastic depth.", **_real(0, 1))] = 0.1
+    drop_path: Annotated[float, _model("Rate of stochastic depth.", **real(0, 1))] = 0.1
 
-    epochs: Annotated[int, _training("Passes over the training images: the cosine's length.", **_whole(1))] = 30
-    batch_size: Annotated[int, _training("Images per step.", **_whole(1))] = 32
-    lr: Annotated[float, _training("Adam's first learning rate; falls to 0 on a cosine.", **_real(0, math.inf))] = 2e-3
-    amp: Annotated[bool, _training("Run the forward pass in mixed precision.", "--amp")] = False
+    epochs: Annotated[int, _training("Passes over the training images: the cosine's length.", **whole(1))] = 30
+    batch_size: Annotated[int, _training("Images per step.", **whole(1))] = 32
+    optimizer: Annotated[OptimizerName, _training("adamw decays weights apart from the gradients.")] = "adam"
+    lr: Annotated[float, _training("Highest learning rate; falls to 0 on a cosine.", **real(0, math.inf))] = 2e-3
+    warmup_epochs: Annotated[int, _training("Epochs in which --lr is approached, of --epochs.", **whole(0))] = 0
+    weight_decay: Annotated[
+        float, _training("Of all but biases, norms and tables of positions.", **real(0, math.inf))
+    ] = 0.0
+    clip_grad: Annotated[
+        float, _training("Longest gradient, over all parameters; 0 for any length.", **real(0, math.inf))
+    ] = 0.0
+    ema: Annotated[
+        float,
+        _training("Test a running average of the weights, with this decay a step; 0 for none.", **real(0, 1)),
+    ] = 0.0
+    amp: Annotated[bool, _training("Run the forward pass in mixed precision.")] = False
     amp_dtype: Annotated[AmpDtypeName, _training("Number format of --amp; float16 adds loss scaling.")] = "bfloat16"
 
     device: Annotated[str, _machine("auto, cpu, cuda, cuda:1, mps, ...; auto prefers a GPU.")] = "auto"
-    seed: Annotated[int, _machine("Seeds weights, order of images, augmentation and dropout.", **_whole(0))] = 0
+    seed: Annotated[int, _machine("Seeds weights, order of images, augmentation and dropout.", **whole(0))] = 0
     graph: Annotated[
-        bool, _machine("Capture the training step as a CUDA graph: faster where the host is the bottleneck.", "--graph")
+        bool, _machine("Capture the training step as a CUDA graph: faster where the host is the bottleneck.")
     ] = False
+    compile: Annotated[bool, _machine("Compile F and G of every step, or all of a model that is not reversible.")] = (
+        False
+    )
     deterministic: Annotated[
         bool, _machine("Refuse kernels whose result varies from run to run (slower on a GPU).")
     ] = True
 
     out: Annotated[
         Path | None,
-        _output("Folder of log.jsonl, curve.png and last.pt.", show_default="runs/DATASET-MODEL-SCHEDULER"),
+        _output(
+            "Folder of log.jsonl, curve.png and last.pt.",
+            show_default="runs/RECIPE-SCHEDULER, or runs/DATASET-MODEL-SCHEDULER",
+        ),
     ] = None
     resume: Annotated[
         bool,
@@ -161,8 +185,10 @@ class Config:
     overwrite: Annotated[bool, _output("Start anew in --out, even if it holds a run.", "--overwrite")] = False
     stop_after: Annotated[
         int | None,
-        _output("Stop once this epoch is done; --resume goes on. The cosine is unchanged.", **_whole(1)),
+        _output("Stop once this epoch is done; --resume goes on. The cosine is unchanged.", **whole(1)),
     ] = None
+    tensorboard: Annotated[bool, _output("Write events for TensorBoard, too, into the folder.")] = False
+    wandb: Annotated[str | None, _output("Report to this project of Weights & Biases, too.")] = None
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -170,6 +196,11 @@ class Config:
                 f"{self.embed_dim} features do not divide among {self.num_heads} heads; "
                 f"choose a multiple of {self.num_heads}, or other --num-heads.",
                 param_hint="--embed-dim",
+            )
+        if self.fusion != "mean" and self.model not in ("mvit", "swin" if self.fusion != "concat" else "mvit"):
+            raise typer.BadParameter(
+                f"{self.model} has no use for {self.fusion}; drop it, or choose another --model.",
+                param_hint="--fusion",
             )
         if self.amp_dtype == "float16" and not self.amp:
             raise typer.BadParameter("float16 has no effect without --amp; add it.", param_hint="--amp-dtype")
@@ -179,26 +210,29 @@ class Config:
                 "or drop --graph.",
                 param_hint="--graph",
             )
+        if self.graph and self.compile:
+            raise typer.BadParameter(
+                "captures what runs eagerly; compiled functions in a capture are not tried. Drop it, or --compile.",
+                param_hint="--graph",
+            )
+        if self.warmup_epochs >= self.epochs:
+            raise typer.BadParameter(
+                f"expected less than --epochs {self.epochs}, got {self.warmup_epochs}; nothing is left for the cosine.",
+                param_hint="--warmup-epochs",
+            )
         if self.resume and self.overwrite:
             raise typer.BadParameter("continues a run, --overwrite drops it; give one.", param_hint="--resume")
 
     @property
     def folder(self) -> Path:
         """Where this run's files go."""
-        return self.out or Path("runs") / f"{self.dataset}-{self.model}-{self.scheduler}"
+        return self.out or Path("runs") / f"{self.recipe or f'{self.dataset}-{self.model}'}-{self.scheduler}"
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
 
-def flags(function: Callable[[Config], Result]) -> Callable[..., Result]:
-    """Give `function(config)` one keyword per field of Config: the signature that typer turns into flags."""
-
-    @functools.wraps(function)
-    def command(**values: Any) -> Result:
-        return function(Config(**values))
-
-    command.__signature__ = inspect.signature(Config)  # type: ignore[attr-defined]
-    command.__annotations__ = get_type_hints(Config, include_extras=True)
-    return command
+def flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give `function(config, ...)` one keyword per field of Config, for typer to turn into flags."""
+    return keywords(function, Config)

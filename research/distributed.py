@@ -29,11 +29,12 @@ class Processes:
         """As DistributedSampler deals them, but none twice: of a last batch some may get less than others, or none."""
         return batch[self.rank :: self.count]
 
-    def loss(self, logits: Tensor, labels: Tensor, images: int) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, images: int, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of a part, which averages over processes to that of the batch of so many images."""
         if self.count == 1:
-            return F.cross_entropy(logits, labels)
-        return F.cross_entropy(logits, labels, reduction="sum") * (self.count / images)
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        total = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        return total * (self.count / images)
 
     def sum(self, scores: Tensor, device: torch.device) -> Tensor:
         if self.count > 1:

@@ -74,11 +74,11 @@ def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
     ways = "reversible,reversible-exact,pareprop-always,torch-checkpoint"
     for width in ("tiny", "small", "base"):
         found += pareprop(f"pareprop-graphs-{width}", width, ways, 10, *([] if device == "cpu" else ["--graphs"]))
+    if data or tiny:
+        found += trainings(device, data, out, tiny)
     small = [*WIDTHS["small"], *"--depths 4,12,24,48,64 --batch-sizes 16,64".split()]
     base = [*WIDTHS["base"], *"--depths 4,12,24 --batch-sizes 16,64".split()]
     found += [benchmark("benchmark-small", "all", small), benchmark("benchmark-base", "all", base)]
-    if data or tiny:
-        found += trainings(device, data, out, tiny)
     if device != "cpu":
         found.append(Job("sanitizer", STREAMS, sanitized=True, minutes=2))
     ways = "reversible,pareprop,pareprop-always,torch-checkpoint"
@@ -91,23 +91,35 @@ def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
 
 
 def trainings(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
-    """The runs on CIFAR-10, several at once: each leaves most of a large GPU idle."""
-    networks = {
-        "vit-reversible": [],
-        "vit-pareprop": ["--scheduler", "pareprop"],
-        "vit-naive": ["--scheduler", "naive"],
-        "vit-exact": ["--coupling", "exact"],
-        "plain-vit": ["--model", "plain-vit"],
+    """The runs on CIFAR-10, several at once: each leaves most of a large GPU idle. The same seed all along."""
+    amp = ["--amp"]
+    runs: dict[str, list[str]] = {
+        "minrev-vit-reversible": ["--recipe", "minrev-vit"],
+        "minrev-vit-pareprop": ["--recipe", "minrev-vit", "--scheduler", "pareprop"],
+        "minrev-mvit": ["--recipe", "minrev-mvit"],
+        "tuned-vit": ["--recipe", "tuned-vit"],
+        "tuned-mvit": ["--recipe", "tuned-mvit"],
+        "minrev-swin": ["--recipe", "minrev-swin"],
+        "tuned-swin": ["--recipe", "tuned-swin"],
+        "minrev-vit-naive": ["--recipe", "minrev-vit", "--scheduler", "naive"],
+        "minrev-vit-exact": ["--recipe", "minrev-vit", "--coupling", "exact"],
+        "minrev-plain-vit": ["--recipe", "minrev-vit", "--model", "plain-vit"],
+        "minrev-vit-reversible-amp": ["--recipe", "minrev-vit", *amp],
+        "minrev-vit-pareprop-amp": ["--recipe", "minrev-vit", "--scheduler", "pareprop", *amp],
+        "minrev-vit-naive-amp": ["--recipe", "minrev-vit", "--scheduler", "naive", *amp],
+        "minrev-vit-exact-amp": ["--recipe", "minrev-vit", "--coupling", "exact", *amp],
+        "minrev-plain-vit-amp": ["--recipe", "minrev-vit", "--model", "plain-vit", *amp],
     }
-    source = ["--dataset", "cifar10", "--data-dir", str(data), "--cache-dir", str(data)] if data else []
-    few = ["--limit-train", "256", "--limit-test", "64", "--epochs", "2"] if tiny else []
+    source = ["--data-dir", str(data), "--cache-dir", str(data)] if data else ["--dataset", "digits"]
+    few = "--limit-train 256 --limit-test 64 --epochs 2 --warmup-epochs 0".split() if tiny else []
     fast = ["--no-deterministic", *([] if device == "cpu" else ["--graph"])]
     found = []
-    for suffix, amp in (("", []), ("-amp", ["--amp"])):
-        for network, flags in networks.items():
-            name = f"cifar10-{network}{suffix}"
-            rest = [*flags, "--device", device, *fast, *amp, *source, *few, "--out", str(out / name)]
-            found.append(Job(name, [*PYTHON, "research.train", *rest], resumable=True, at_once=5))
+    for name, flags in runs.items():
+        rest = [*flags, "--device", device, *fast, *source, *few, "--out", str(out / name)]
+        found.append(Job(name, [*PYTHON, "research.train", *rest], resumable=True, at_once=5))
+    seeds = "2" if tiny else "5"
+    study = ["--recipe", "minrev-vit", "--epochs", "30", "--seeds", seeds, "--device", device, *fast, *source, *few]
+    found.append(Job("parity-vit", [*PYTHON, "research.parity", *study, "--out", str(out / "parity-vit")]))
     return found
 
 
@@ -149,7 +161,7 @@ def choose(found: list[Job], only: str) -> list[Job]:
     names = only.split(",")
     if unknown := set(names) - {job.name for job in found}:
         raise typer.BadParameter(
-            f"expected some of {', '.join(job.name for job in found)} (cifar10-... wants --data); "
+            f"expected some of {', '.join(job.name for job in found)} (all trainings want --data); "
             f"got {', '.join(sorted(unknown))}",
             param_hint="--only",
         )

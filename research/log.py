@@ -9,7 +9,9 @@ from research.files import replacing
 
 
 class Row(TypedDict):
-    """One epoch. Losses are means over images, accuracies fractions; train is measured while training."""
+    """One epoch. Losses are means over images, accuracies fractions. Train is measured while training, on what the
+    model sees: augmented, mixed, against smoothed labels. Test is of the running average of weights where there is one.
+    """
 
     epoch: int
     train_loss: float

@@ -1,11 +1,12 @@
 """Train a reversible model on an image data set.
 
     python -m research.train                                               # digits: a minute on two CPU cores
-    python -m research.train --dataset cifar10 --scheduler reversible --amp    # minREV's sizes
+    python -m research.train --recipe minrev-vit --amp                     # minREV's, on CIFAR-10: see recipes/
     torchrun --nproc-per-node 2 -m research.train                          # on two processes
     python -m research.train --help
 
-Settings are in config.py, readers in data.py, shuffling and augmentation in batches.py, networks in networks.py.
+Settings are in config.py, readers in data.py, shuffling in batches.py, augmentation in augment.py, networks in
+networks.py, optimizer and schedule in build.py.
 """
 
 import math
@@ -19,16 +20,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from research import checkpoint
+from research.augment import mixer
 from research.batches import Batch, Batches
+from research.build import build
 from research.captured import Captured, Step
 from research.checkpoint import Run
 from research.config import AmpDtypeName, Config, flags
-from research.data import DATASETS, Dataset
+from research.data import DATASETS
 from research.distributed import ALONE, Processes, join
 from research.log import Log, Row
 from research.machine import environment, make_reproducible
-from research.networks import COUPLINGS, MODELS, SCHEDULERS, describe
+from research.networks import describe
 from research.plots import draw_curves
+from research.tracking import trackers
 from revlib import raise_pending
 
 AMP_DTYPES: dict[AmpDtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,18 +75,21 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
         if not config.resume:
             last.unlink(missing_ok=True)
         log.write(logfile)  # on resuming, an epoch that was logged but not saved goes
+    tell = trackers(config, log) if processes.rank == 0 else []
     say(describe(run.model, data, config, here))
 
-    batches = Batches(data, config.batch_size, quiet=processes.rank > 0)
+    mix = mixer(config, len(data.classes))
+    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix)
     amp = torch.autocast(device.type, AMP_DTYPES[config.amp_dtype], enabled=config.amp)
-    step = train_step(run, amp, processes)
-    step = Captured(step, run.model, run.optimizer) if config.graph else step
+    step = train_step(run, amp, processes, config.label_smoothing, config.clip_grad)
+    tested = run.model if run.ema is None else run.ema.module
+    step = Captured(step, {run.model, tested}, run.optimizer) if config.graph else step
     for epoch in range(len(log.rows) + 1, min(config.epochs, config.stop_after or config.epochs) + 1):
         name = f"epoch {epoch}/{config.epochs}"
         began, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
         processes.seed(config.seed, epoch)
         train_loss, train_accuracy = train_epoch(run, batches.train(run.draws, f"{name} train"), step, processes)
-        test_loss, test_accuracy = evaluate(run.model, batches.test(f"{name} test"), amp, processes)
+        test_loss, test_accuracy = evaluate(tested, batches.test(f"{name} test"), amp, processes)
         row = Row(
             epoch=epoch,
             train_loss=train_loss,
@@ -101,11 +108,15 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
         if processes.rank == 0:
             log.append(row, logfile)
             checkpoint.save(last, run, log)
+            for told in tell:
+                told(row)
             draw_curves({config.folder.name: log.rows}, curve)
     say(f"{len(log.rows)} of {config.epochs} epochs done: see {logfile}, {curve}, {last}")
 
 
-def train_step(run: Run, amp: torch.autocast, processes: Processes = ALONE) -> Step:
+def train_step(
+    run: Run, amp: torch.autocast, processes: Processes = ALONE, smoothing: float = 0.0, longest: float = 0.0
+) -> Step:
     """A function that takes one optimizer step on a batch. -> the score of this process's part of it."""
     model = run.model if processes.count == 1 else DistributedDataParallel(run.model)
 
@@ -113,11 +124,16 @@ def train_step(run: Run, amp: torch.autocast, processes: Processes = ALONE) -> S
         count, images, labels = len(images), processes.part(images), processes.part(labels)
         with amp:
             logits = model(images)
-        loss = processes.loss(logits.float(), labels, count)
+        loss = processes.loss(logits.float(), labels, count, smoothing)
         run.optimizer.zero_grad()
         run.scaler.scale(loss).backward()
+        if longest:
+            run.scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(run.model.parameters(), longest)
         run.scaler.step(run.optimizer)
         run.scaler.update()
+        if run.ema is not None:
+            run.ema.update(run.model)
         return score(logits.detach(), loss.detach() * (count / processes.count), labels)
 
     return step
@@ -149,7 +165,7 @@ def evaluate(
 
 def score(logits: Tensor, loss: Tensor, labels: Tensor) -> Tensor:
     """Of a summed loss: (loss, correct answers, images). -> (3,), on the device: nothing waits for it."""
-    hits = logits.argmax(1) == labels
+    hits = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))  # of a mixture, the larger part
     return torch.stack([loss, hits.sum(), torch.ones_like(loss) * len(labels)])
 
 
@@ -158,36 +174,6 @@ def mean(scores: list[Tensor], processes: Processes) -> tuple[float, float]:
     sums = torch.stack(scores).cpu().double().sum(0)
     loss, hits, images = processes.sum(sums, scores[0].device).tolist()
     return loss / images, hits / images
-
-
-def build(config: Config, data: Dataset, device: torch.device) -> Run:
-    """A fresh model and optimizer; made on the CPU, so that a seed gives the same weights on every device."""
-    _, channels, height, width = data.train.images.shape
-    if height != width or height % config.patch_size:
-        raise typer.BadParameter(
-            f"expected a divisor of the images' side, got {config.patch_size} for {height}x{width} images "
-            "(which must be square); choose another.",
-            param_hint="--patch-size",
-        )
-    model = MODELS[config.model](
-        img_size=height,
-        patch_size=config.patch_size,
-        in_chans=channels,
-        num_classes=len(data.classes),
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        drop_path_rate=config.drop_path,
-        coupling=COUPLINGS[config.coupling],
-        scheduler=SCHEDULERS[config.scheduler],
-    ).to(device)
-    # A captured step reads the learning rate from the device, where the schedule writes it.
-    lr = torch.tensor(config.lr, device=device) if config.graph else config.lr
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, capturable=config.graph)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
-    return Run(model, optimizer, schedule, scaler, torch.Generator().manual_seed(config.seed))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from research.config import Config, flags
 from research.contenders import CONTENDERS, SCHEDULERS, Contender, vit
 from research.instruments import cost, loss_of
 from research.points import Point, Record, table
+from research.recipes import RECIPES
 from revlib import ReversibleSequence
 from revlib.models import RevMViT, RevSwin
 from revlib.schedulers import Checkpoint, Naive, Reversible
@@ -485,21 +486,25 @@ def test_jobs_are_listed_and_chosen(tmp_path):
     assert call("--list", "--only", "tests,tests-of-streams") == (0, "tests-of-streams:todotests:stopped")
     code, output = call("--list", "--only", "magic,tests")
     assert code == 2 and "gotmagic" in output and "tests-of-streams" in output
-    code, output = call("--list", "--only", "cifar10-vit-naive")
-    assert code == 2 and "wants--data" in output
+    code, output = call("--list", "--only", "minrev-vit-naive")
+    assert code == 2 and "alltrainingswant--data" in output
     with_data = [job.name for job in gpu.jobs("cuda", Path("cifar10"), tmp_path, False)]
-    assert len(set(with_data)) == len(with_data) == 31 and with_data[0] == "tests-of-streams"
+    assert len(set(with_data)) == len(with_data) == 37 and with_data[0] == "tests-of-streams"
 
 
 def test_the_trainings_for_a_gpu_are_understood(tmp_path):
     seen: list[Config] = []
     app = typer.Typer()
     app.command()(flags(seen.append))
-    for job in gpu.trainings("cuda", tmp_path, tmp_path, False):
+    *trainings, study = gpu.trainings("cuda", tmp_path, tmp_path, False)
+    for job in trainings:
         arguments = job.command[job.command.index("research.train") + 1 :]
         assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert len({(c.model, c.scheduler, c.coupling, c.amp) for c in seen}) == 10
-    assert all(c.graph and c.epochs == 100 and c.embed_dim == 128 and not c.deterministic for c in seen)
+    assert len({(c.recipe, c.model, c.scheduler, c.coupling, c.amp) for c in seen}) == len(trainings) == 15
+    assert all(c.graph and c.dataset == "cifar10" and not c.deterministic for c in seen)
+    assert all(c.epochs == (200 if c.recipe.startswith("tuned") else 100) for c in seen)
+    assert {c.recipe for c in seen} == set(RECIPES)
+    assert "research.parity" in study.command
 
 
 @pytest.mark.parametrize("tiny", [True, False])

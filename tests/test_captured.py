@@ -1,12 +1,16 @@
 """Captured training steps, as far as a CPU shows: buffers, sizes, resuming, and that warming up leaves no trace."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from research import checkpoint, data, train
+from research.augment import mixer
 from research.batches import Batches
 from research.captured import CUDA, WARM_UPS, Captured
 from research.checkpoint import Run
@@ -44,36 +48,45 @@ def places(run: Run) -> list[int]:
     """Where what a step reads and writes lies."""
     states = [t for p in run.model.parameters() for t in run.optimizer.state[p].values()]
     tensors = [*run.model.parameters(), *run.model.buffers(), *states, run.optimizer.param_groups[0]["lr"]]
+    tensors += run.ema.module.parameters() if run.ema else []
     return [t.data_ptr() for t in tensors]
 
 
-def make(device: Rerun | None = None, seed: int = 0) -> tuple[Run, train.Step]:
+def make(device: Rerun | None = None, seed: int = 0, tuned: bool = False) -> tuple[Run, train.Step]:
+    """``tuned``: with an average of the weights, short gradients and smoothed labels."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
-    run = Run(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), torch.Generator())
-    step = train.train_step(run, OFF)
-    return run, step if device is None else Captured(step, model, optimizer, device.watching(run))
+    ema = ModelEmaV3(model, 0.5) if tuned else None
+    run = Run(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), torch.Generator(), ema)
+    step = train.train_step(run, OFF, smoothing=0.1, longest=0.2) if tuned else train.train_step(run, OFF)
+    changed = [model, *([ema.module] if ema else [])]
+    return run, step if device is None else Captured(step, changed, optimizer, device.watching(run))
 
 
-def epoch() -> list[tuple[Tensor, Tensor]]:
+def epoch(soft: bool = False) -> list[tuple[Tensor, Tensor]]:
     draws = torch.Generator().manual_seed(0)
+    if soft:  # as mixup makes them
+        return [(images, F.one_hot(labels, 3) * 0.75 + 0.25 / 3) for images, labels in epoch()]
     return [(torch.randn(n, 1, 2, 2, generator=draws), torch.randint(3, (n,), generator=draws)) for n in (8, 8, 5)]
 
 
 def same(a: Run, b: Run) -> bool:
     states = [[t for p in run.model.parameters() for t in run.optimizer.state[p].values()] for run in (a, b)]
     tensors = [[*run.model.state_dict().values(), *state] for run, state in zip((a, b), states, strict=True)]
+    for run, found in zip((a, b), tensors, strict=True):
+        found += run.ema.state_dict().values() if run.ema else []
     return all(torch.equal(x, y) for x, y in zip(*tensors, strict=True))
 
 
-def test_a_captured_step_trains_bit_for_bit_as_an_eager_one():
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_captured_step_trains_bit_for_bit_as_an_eager_one(tuned):
     means, runs, numbers = [], [], []
     device = Rerun()
     for chosen in (None, device):
-        run, step = make(chosen)
-        means.append([train.train_epoch(run, epoch(), step) for _ in range(3)])
+        run, step = make(chosen, tuned=tuned)
+        means.append([train.train_epoch(run, epoch(soft=tuned), step) for _ in range(3)])
         runs.append(run)
         numbers.append(torch.rand(1))
     assert means[0] == means[1] and numbers[0] == numbers[1] and same(*runs)
@@ -99,13 +112,14 @@ def test_what_warming_up_raises_comes_through():
         step(*epoch()[0])
 
 
-def test_resuming_goes_on_where_a_captured_run_was(tmp_path: Path):
-    straight, step = make(Rerun())
+@pytest.mark.parametrize("tuned", [False, True])
+def test_resuming_goes_on_where_a_captured_run_was(tmp_path: Path, tuned):
+    straight, step = make(Rerun(), tuned=tuned)
     for number in range(4):
         train.train_epoch(straight, epoch(), step)
         if number == 1:
             checkpoint.save(tmp_path / "last.pt", straight, Log({"config": Config().as_json(), "environment": {}}, []))
-    resumed, step = make(Rerun(), seed=1)
+    resumed, step = make(Rerun(), seed=1, tuned=tuned)
     checkpoint.resume(tmp_path / "last.pt", resumed, Config(), {})
     for _ in range(2):
         train.train_epoch(resumed, epoch(), step)
@@ -135,7 +149,7 @@ def test_on_a_gpu(tmp_path: Path, scheduler, amp):
         torch.manual_seed(0)
         run = train.build(config, images, device)
         step = train.train_step(run, autocast)
-        step = step if way == "eager" else Captured(step, run.model, run.optimizer)
+        step = step if way == "eager" else Captured(step, [run.model], run.optimizer)
         if way == "resumed":
             torch.manual_seed(1)
             checkpoint.resume(last, run, config, {})
@@ -149,13 +163,18 @@ def test_on_a_gpu(tmp_path: Path, scheduler, amp):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_host_never_waits_within_an_epoch():
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_host_never_waits_within_an_epoch(tuned):
     config, device = Config(graph=True, drop_path=0.3), torch.device("cuda", 0)
+    if tuned:
+        config = replace(config, optimizer="adamw", weight_decay=0.05, ema=0.9, mixup=0.8, cutmix=1.0, rand_augment=9)
     images = data.digits(None, config.cache_dir).prepare(100, 40, device)
     run = train.build(config, images, device)
-    step = Captured(train.train_step(run, torch.autocast("cuda", enabled=False)), run.model, run.optimizer)
-    train.train_epoch(run, Batches(images, 32).train(run.draws, ""), step)
-    batches = Batches(images, 32).train(run.draws, "")
+    step = train.train_step(run, torch.autocast("cuda", enabled=False), longest=float(tuned))
+    step = Captured(step, [run.model, *([run.ema.module] if run.ema else [])], run.optimizer)
+    loader = Batches(images, 32, magnitude=config.rand_augment, mix=mixer(config, 10))
+    train.train_epoch(run, loader.train(run.draws, ""), step)
+    batches = loader.train(run.draws, "")
     step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -295,7 +295,7 @@ def test_it_trains_from_the_command_line(tmp_path):
 def test_depth_counts_the_blocks_of_all_stages(depth, pairs):
     model = networks.mvit(depth, embed_dim=8, scheduler=Naive())
     assert [len(stage.pairs) for stage in model.stages] == pairs
-    assert config.MODEL_RECIPES["mvit"]["depth"] == sum(RevMViT.__init__.__defaults__[5])
+    assert config.MODEL_DEFAULTS["mvit"]["depth"] == sum(RevMViT.__init__.__defaults__[5])
 
 
 def test_the_model_brings_its_defaults_and_flags_win():
@@ -304,7 +304,7 @@ def test_the_model_brings_its_defaults_and_flags_win():
     app.command()(config.flags(seen.append))
     for args in ["--model mvit --dataset cifar10", "--dataset cifar10 --patch-size 4 --model mvit"]:
         assert CliRunner().invoke(app, args.split()).exit_code == 0
-    minrev = config.RECIPES["cifar10"] | config.MODEL_RECIPES["mvit"]
+    minrev = config.DATASET_DEFAULTS["cifar10"] | config.MODEL_DEFAULTS["mvit"]
     assert seen[0] == config.Config(dataset="cifar10", model="mvit", **minrev)
     assert seen[1] == config.Config(dataset="cifar10", model="mvit", **{**minrev, "patch_size": 4})
 

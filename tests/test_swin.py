@@ -15,7 +15,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import revlib.models.swin
-from research import train
+from research import networks
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
 from revlib.models import RevSwin
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
@@ -223,7 +223,7 @@ def test_the_script_trains_it(tmp_path, depth, depths):
     args = ["--model", "swin", "--patch-size", 1, "--epochs", 1, "--depth", depth]
     log = test_train.train_tiny(tmp_path, *args)
     assert len(log.rows) == 1 and 1.5 < log.rows[0]["train_loss"] < 3
-    model = train.MODELS["swin"](depth=depth, num_heads=2, img_size=8, embed_dim=16)
+    model = networks.MODELS["swin"](depth=depth, num_heads=2, img_size=8, embed_dim=16)
     assert [len(stage) for stage in model.stages] == depths
     assert [stage[0].F.attn.num_heads for stage in model.stages] == [2, 4][: len(depths)]
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 from typer.testing import CliRunner
 
-from research import checkpoint, compare, config, data, machine, train
-from research.batches import Batches, normalizer, random_crop, random_flip
+from research import checkpoint, compare, config, data, machine, networks, recipes, train
+from research.augment import random_crop, random_flip
+from research.batches import Batches, normalizer
 from research.distributed import Processes
 from research.files import replacing
 from research.log import Log, Row, read_log
@@ -143,7 +144,7 @@ def test_schedulers_give_the_losses_of_naive(tmp_path, scheduler):
 def test_the_model_gets_the_scheduler_named(name):
     chosen = config.Config(scheduler=name)
     model = train.build(chosen, data.digits(None, chosen.cache_dir), torch.device("cpu")).model
-    assert model.blocks.scheduler == train.SCHEDULERS[name]
+    assert model.blocks.scheduler == networks.SCHEDULERS[name]
 
 
 def test_amp_runs_in_the_format_named(tmp_path):
@@ -369,10 +370,11 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_every_name_has_its_value():
-    assert tuple(train.MODELS) == get_args(config.ModelName)
-    assert tuple(train.SCHEDULERS) == get_args(config.SchedulerName)
+    assert tuple(networks.MODELS) == get_args(config.ModelName)
+    assert tuple(recipes.RECIPES) == get_args(config.RecipeName)
+    assert tuple(networks.SCHEDULERS) == get_args(config.SchedulerName)
     assert tuple(train.AMP_DTYPES) == get_args(config.AmpDtypeName)
-    assert tuple(data.DATASETS) == tuple(config.RECIPES) == get_args(config.DatasetName)
+    assert tuple(data.DATASETS) == tuple(config.DATASET_DEFAULTS) == get_args(config.DatasetName)
 
 
 def test_a_data_set_brings_its_defaults_and_flags_win():
@@ -383,7 +385,7 @@ def test_a_data_set_brings_its_defaults_and_flags_win():
         assert run(app, *args.split())[0] == 0
     digits, cifar10, short = seen
     assert digits == config.Config()
-    assert cifar10 == config.Config(dataset="cifar10", **config.RECIPES["cifar10"])
+    assert cifar10 == config.Config(dataset="cifar10", **config.DATASET_DEFAULTS["cifar10"])
     assert (cifar10.embed_dim, cifar10.depth, cifar10.num_heads, cifar10.lr) == (128, 6, 8, 1e-3)  # minREV's
     assert short == dataclasses.replace(cifar10, epochs=3)
 

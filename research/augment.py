@@ -1,0 +1,66 @@
+"""Augmentation of images on their device, by torchvision's transforms where these can be told apart by image.
+
+torchvision draws once per call. Moving each image its own way takes one gather for a whole epoch (`random_crop`,
+`random_flip`). RandAugment has no such form, and a call per image, or per few images of a batch, would launch more
+kernels than the training step does. So an epoch draws `POLICIES` pairs of operations, and images POLICIES places apart
+share one: within a batch every image has its own, for ten kernels or so per pair and epoch. mixup and cutmix draw once
+per batch, as they do everywhere.
+
+All numbers are drawn on the CPU, the same for every device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from research.config import Config
+
+POLICIES = 512
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels -> images, parts of classes (B, classes)
+
+
+@contextmanager
+def drawing_from(draws: torch.Generator) -> Iterator[None]:
+    """Torch's global numbers on the CPU, which torchvision takes, are those of `draws` inside the block."""
+    outside = torch.get_rng_state()
+    torch.set_rng_state(draws.get_state())
+    try:
+        yield
+    finally:
+        draws.set_state(torch.get_rng_state())
+        torch.set_rng_state(outside)
+
+
+def random_crop(images: Tensor, padding: int, draws: torch.Generator) -> Tensor:
+    """Shift each image by up to `padding` pixels each way; black comes in. (N, C, H, W) -> (N, C, H, W)."""
+    n, _, height, width = images.shape
+    top, left = torch.randint(2 * padding + 1, (2, n), generator=draws).to(images.device)
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, top, left, H, W)
+    return windows[torch.arange(n, device=images.device), :, top, left]
+
+
+def random_flip(images: Tensor, draws: torch.Generator) -> Tensor:
+    """Mirror each image left to right with probability 1/2. (N, C, H, W) -> (N, C, H, W)."""
+    mirrored = torch.randint(2, (len(images), 1, 1, 1), generator=draws).bool().to(images.device)
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def rand_augment(images: Tensor, magnitude: int, draws: torch.Generator) -> Tensor:
+    """Two random operations per image, of the given magnitude in 0..30. uint8 (N, C, H, W) -> (N, C, H, W)."""
+    augmented, transform = torch.empty_like(images), v2.RandAugment(magnitude=magnitude)
+    with drawing_from(draws):
+        for i in range(min(POLICIES, len(images))):
+            augmented[i::POLICIES] = transform(images[i::POLICIES])
+    return augmented
+
+
+def mixer(config: Config, classes: int) -> Mix | None:
+    """What the flags make of a batch: mixup or cutmix, one of them at random where there are both."""
+    both = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
+    return v2.RandomChoice(chosen) if chosen else None

@@ -1,0 +1,68 @@
+"""From settings to what trains: network, optimizer, schedule, average of the weights, loss scaling."""
+
+import torch
+import typer
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from research.checkpoint import Run
+from research.config import Config
+from research.data import Dataset
+from research.networks import COUPLINGS, MODELS, SCHEDULERS
+from revlib import ReversibleSequence
+
+
+def build(config: Config, data: Dataset, device: torch.device) -> Run:
+    """A fresh model and optimizer; made on the CPU, so that a seed gives the same weights on every device."""
+    _, channels, height, width = data.train.images.shape
+    if height != width or height % config.patch_size:
+        raise typer.BadParameter(
+            f"expected a divisor of the images' side, got {config.patch_size} for {height}x{width} images "
+            "(which must be square); choose another.",
+            param_hint="--patch-size",
+        )
+    model = MODELS[config.model](
+        img_size=height,
+        patch_size=config.patch_size,
+        in_chans=channels,
+        num_classes=len(data.classes),
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        drop_path_rate=config.drop_path,
+        fusion=config.fusion,
+        coupling=COUPLINGS[config.coupling],
+        scheduler=SCHEDULERS[config.scheduler],
+    ).to(device)
+    ema = ModelEmaV3(model, config.ema) if config.ema else None
+    if config.compile:
+        compile_functions(model)
+    # A captured step reads the learning rate from the device, where the schedule writes it.
+    lr = torch.tensor(config.lr, device=device) if config.graph else config.lr
+    # Given the model, timm groups its parameters by whether they decay.
+    decaying = model if config.weight_decay else model.parameters()
+    optimizer = create_optimizer_v2(
+        decaying, config.optimizer, lr=lr, weight_decay=config.weight_decay, capturable=config.graph
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+    draws = torch.Generator().manual_seed(config.seed)
+    return Run(model, optimizer, schedule(optimizer, config.epochs, config.warmup_epochs), scaler, draws, ema)
+
+
+def schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup: int) -> LRScheduler:
+    """Up on a line in the first epochs, then down to 0 on a cosine."""
+    cosine = CosineAnnealingLR(optimizer, T_max=epochs - warmup)
+    if not warmup:
+        return cosine
+    line = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [line, cosine], milestones=[warmup])
+
+
+def compile_functions(model: nn.Module) -> None:
+    """F and G of every step, in place: stacks themselves are breaks in torch's graphs. Without stacks, the whole."""
+    stacks = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
+    for module in [f for stack in stacks for step in stack for f in step] or [model]:
+        module.compile()
