@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from research.instruments import Run
 from research.libraries import Block, invtorch, memcnn, revtorch
-from revlib import Coupling, ExactAdditive, ReversibleSequence, Step, positionwise
+from revlib import Coupling, ExactAdditive, Functional, ReversibleSequence, Step, positionwise
 from revlib.models import RevMViT, RevSwin
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible, Scheduler
 
@@ -34,6 +34,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "anchored-4": Anchored(4),
     "checkpoint": Checkpoint(),
     "checkpoint-2": Checkpoint(every=2),
+    "functional": Functional(),
     "budget-0.25": Budget(fraction=0.25),
     "budget-0.5": Budget(fraction=0.5),
     "budget-0.75": Budget(fraction=0.75),
@@ -125,6 +126,12 @@ def scheduled(scheduler: Scheduler, coupling: Coupling | None = None, compiles: 
     return Contender(build, warm_up=warm_up, compiles=compiles)
 
 
+def in_one_graph(blocks: Sequence[Block], compiled: bool) -> Run:
+    """The whole stack compiled, forward and backward as a graph each."""
+    stack = ReversibleSequence(blocks, scheduler=Functional())
+    return torch.compile(lambda x: stack(x, x), fullgraph=True, dynamic=False)
+
+
 def in_parts(chunks: int) -> Contender:
     """Reversible, with each G run on a part of the positions at a time."""
 
@@ -207,6 +214,7 @@ WITH_COMPILED = ["naive", "reversible", "checkpoint-2", "checkpoint"]
 CONTENDERS: dict[str, Contender] = {
     **{name: scheduled(scheduler) for name, scheduler in SCHEDULERS.items()},
     **{f"{name}-compiled": scheduled(SCHEDULERS[name], compiles=True) for name in WITH_COMPILED},
+    "functional-in-one-graph": Contender(in_one_graph, compiles=True),
     "reversible-exact": scheduled(Reversible(), ExactAdditive()),
     "reversible-in-2-parts": in_parts(2),
     "torch-checkpoint": blockwise(two_streams, checkpointed),

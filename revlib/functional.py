@@ -9,6 +9,7 @@ differentiates each on the way. What cannot be an argument is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.func import vjp
 from torch.nn.parameter import is_lazy
 
 from revlib import loop
-from revlib.modules import modules_of, normalises
+from revlib.modules import modules_of, normalises, refuse_scripted
 from revlib.program import Program, Surroundings, Watch, program_of
 from revlib.replay import Turn
 from revlib.step import Branch, State, advance, exporting, route
@@ -41,7 +42,7 @@ def run(branches: Sequence[Branch], state: State, context: Mapping[str, Any], to
         return advance(branches, state, contexts)
     if _untraceable(branches):
         return _broken(branches, state, contexts, tolerance)
-    return _apply(state, *program_of(branches, state, contexts, tolerance, None, buffers=True))
+    return _apply(branches, state, contexts, tolerance, None, buffers=True)
 
 
 def _eager(branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], tolerance: float | None) -> State:
@@ -53,6 +54,7 @@ def _eager(branches: Sequence[Branch], state: State, contexts: list[dict[str, An
     if forward_mode or forward_ad._current_level >= 0 or lazy:
         return advance(branches, state, contexts)  # forward mode keeps nothing; lazy modules first take their shape
     for b, ms in zip(branches, modules, strict=True):
+        refuse_scripted(ms, b.name)
         for m in ms:
             if interpreters and normalises(m):
                 raise RuntimeError(
@@ -60,11 +62,9 @@ def _eager(branches: Sequence[Branch], state: State, contexts: list[dict[str, An
                     "of it cannot; put it into eval mode, or use GroupNorm."
                 )
     # Within a transform buffers may be mapped over. Without one, functions may update them.
-    with Turn():  # another thread may repeat a function of these modules, bound to tensors of its own
-        parameters = [p for ms in modules for m in ms for p in m._parameters.values() if p is not None]
-        surroundings = Surroundings(branches, modules, [*state, *parameters])
-        program = program_of(branches, state, contexts, tolerance, surroundings, buffers=bool(interpreters))
-    return _apply(state, *program)
+    tensors = [*state, *(p for ms in modules for m in ms for p in m._parameters.values() if p is not None)]
+    surroundings = Surroundings(branches, modules, tensors)
+    return _apply(branches, state, contexts, tolerance, surroundings, buffers=bool(interpreters))
 
 
 _broken = torch.compiler.disable(  # a graph break, with the reason in its message
@@ -89,9 +89,25 @@ def _untraceable(branches: Sequence[Branch]) -> bool:
     return False
 
 
-def _apply(state: State, program: Program, tensors: Sequence[Tensor]) -> State:
-    # Views: the compiler wants no argument twice.
-    return _Stack.apply(program, *(s.view_as(s) for s in state), *tensors)  # type: ignore[no-any-return]
+def _apply(
+    branches: Sequence[Branch],
+    state: State,
+    contexts: Sequence[dict[str, Any]],
+    tolerance: float | None,
+    surroundings: Surroundings | None,
+    *,
+    buffers: bool,
+) -> State:
+    # The last stream of a Function's outputs depends on the others. A hook of those, or a gradient with respect to
+    # them, must see that: so the last m - 1 steps are plain, but in a transform, where nobody can ask.
+    inner = len(branches) if surroundings is not None and buffers else max(0, len(branches) - len(state) + 1)
+    with Turn() if surroundings is not None else nullcontext():  # another thread may bind these modules to its tensors
+        program, tensors = program_of(
+            branches[:inner], state, contexts[:inner], tolerance, surroundings, buffers=buffers
+        )
+    if inner:  # views: the compiler wants no argument twice
+        state = _Stack.apply(program, *(s.view_as(s) for s in state), *tensors)
+    return advance(branches[inner:], state, contexts[inner:])
 
 
 class _Stack(torch.autograd.Function):
@@ -117,14 +133,31 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
-        program, wanted, saved = ctx.program, ctx.needs_input_grad[1:], ctx.saved_tensors
-        flat, y = saved[: -program.m], saved[-program.m :]
+        program, wanted, saved = ctx.program, ctx.needs_input_grad[1:], _saved(ctx)
+        flat, y = saved[: -program.m], tuple(saved[-program.m :])
         if torch.compiler.is_compiling():
             found = sweep(program, wanted, flat, y, g)
+        elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # it may be differentiated itself
+            found = _Sweep.apply(program, wanted, *flat, *y, *_zeros(g, y))
         else:
-            higher = torch.is_grad_enabled()  # someone may differentiate this, or map it over many
-            found = _Sweep.apply(program, wanted, *flat, *y, *(_zeros(g, y) if higher else g))
+            with torch.inference_mode(False):
+                found = sweep(program, wanted, flat, y, g)
         return None, *_filled([None] * len(wanted), wanted, found)
+
+
+def _saved(ctx: Any) -> Sequence[Tensor]:
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "an input or output of a stack with scheduler=Functional(), or a parameter or context tensor that it "
+            "reads, was modified by an inplace operation between forward and backward; edit a clone of it instead, and "
+            "step the optimizer only after backward."
+        ) from error
 
 
 class _Sweep(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from revlib import streams
-from revlib.modules import local
+from revlib.tensors import local
 
 __all__ = ["Extent", "Sampler", "Witness", "close", "default_tolerance", "deliver", "raise_pending"]
 

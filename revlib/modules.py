@@ -9,26 +9,12 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["ModuleState", "local", "modules_of", "normalises", "version_of"]
+from revlib.tensors import DTensor, version_of
 
-
-def version_of(t: Tensor) -> int:
-    """How often a tensor has been edited in place; -1 for an inference tensor, which does not count."""
-    return -1 if t.is_inference() else t._version  # where compiled code made it, torch 2.11 has a version nonetheless
-
-
-def local(t: Tensor) -> Tensor:
-    """A plain tensor to measure: what this process holds of one that is spread, the first part of one that wraps."""
-    if type(t) is Tensor or type(t) is nn.Parameter:
-        return t
-    if isinstance(t, _DTensor):
-        return t.detach().to_local()  # type: ignore[attr-defined]
-    if is_traceable_wrapper_subclass(t):  # jagged tensors, for one
-        return local(getattr(t, t.__tensor_flatten__()[0][0])).detach()
-    return t
+__all__ = ["ModuleState", "modules_of", "normalises", "refuse_scripted"]
 
 
 def modules_of(fn: Any) -> list[nn.Module]:
@@ -170,7 +156,7 @@ class ModuleState:
                 same = p.requires_grad == required_grad
                 if same and m._parameters.get(k) is p:
                     continue
-                if isinstance(p, _DTensor) or isinstance(m._parameters.get(k), _DTensor):
+                if isinstance(p, DTensor) or isinstance(m._parameters.get(k), DTensor):
                     continue  # FSDP swaps its own
                 bind(m._parameters, k, p if same else p.detach().requires_grad_(required_grad))
             for m, k, b, _ in self.constant:
@@ -238,13 +224,14 @@ def _hooks(slots: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {k: slots[k].copy() for k in keys} if slots[keys[0]] or slots[keys[1]] else {}
 
 
+def refuse_scripted(modules: Sequence[nn.Module], name: str) -> None:
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise TypeError(
+            f"{name} contains a module compiled by torch.jit, whose parameters and buffers cannot be watched or put "
+            "back; use the module it was made from, or torch.compile, or scheduler=Naive()."
+        )
+
+
 def normalises(m: nn.Module) -> bool:
     """Native batch norm writes its running statistics without moving their version counters."""
     return m.training and isinstance(m, nn.modules.batchnorm._NormBase)
-
-
-try:
-    from torch.distributed.tensor import DTensor as _DTensor
-except ImportError:  # torch built without distributed
-
-    class _DTensor(Tensor): ...  # type: ignore[no-redef]

@@ -20,6 +20,7 @@ from revlib.step import Branch, State, evaluate, merge
 
 __all__ = ["Program", "Surroundings", "Watch", "program_of"]
 
+_OF_A_GRAPH = (Tensor.register_hook, Tensor.retain_grad, Tensor.backward, torch.autograd.grad)
 _TENSOR = object()  # in place of a tensor of the context
 
 
@@ -28,8 +29,9 @@ class Function(NamedTuple):
 
     branch: Branch
     names: tuple[str, ...]  # of its parameters, and of its buffers where these are arguments too
-    own: tuple[Tensor, ...]  # what its modules hold under these names
-    leaves: tuple[Any, ...]  # of its context
+    own: tuple[Tensor, ...]  # what it reads by itself: what its modules hold under these names, and
+    context: dict[str, Any]  # the user's, with
+    leaves: tuple[Any, ...]  # these
     spec: TreeSpec
     reads: tuple[int, ...]  # places, among all tensors, of the named ones and of the tensors in its context
 
@@ -37,14 +39,16 @@ class Function(NamedTuple):
         """On its streams and the tensors that it reads."""
         fn: Any = self.branch.fn
         count = len(self.names)
-        rest = iter(tensors[count:])
-        leaves = [next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves]
+        context = self.context
+        if bind:
+            rest = iter(tensors[count:])
+            context = tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec)
         if bind and count:
             own, held = fn, dict(zip(self.names, tensors[:count], strict=True))
             fn = lambda *args, **context: functional_call(own, held, args, context)  # noqa: E731
         if watch is not None:
             fn = watch.over(fn)
-        return evaluate(self.branch._replace(fn=fn), inputs, tree_unflatten(leaves, self.spec))
+        return evaluate(self.branch._replace(fn=fn), inputs, context)
 
 
 class Watch(TorchFunctionMode):
@@ -88,6 +92,11 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._refuse(tensors)
+        if func in _OF_A_GRAPH and not tensors[0].requires_grad:
+            raise RuntimeError(
+                f"a function of a stack with scheduler=Functional() calls {func.__name__}() on a tensor that it "
+                "computes; its functions run without a graph in forward. Use scheduler=Reversible()."
+            )
         carries = func is not Tensor.detach and any(id(t) in self.carrying for t in tensors)
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
@@ -160,8 +169,8 @@ class Program:  # not a tuple: transforms would look for tensors in it
         if again:
             with self.surroundings.again(k):
                 return function(inputs, mine, bind=True)
-        # Its own parameters need no binding, which would disturb other threads and undo what it assigns to itself.
-        bind = not all(a is b for a, b in zip(mine, function.own, strict=False))
+        # Its own need no binding, which would disturb other threads and undo what it assigns to itself.
+        bind = not all(a is b for a, b in zip(mine, function.own, strict=True))
         with self.surroundings.once(k):
             return function(inputs, mine, bind=bind, watch=self.surroundings.watch)
 
@@ -208,11 +217,11 @@ def program_of(
             named = dict(branch.fn.named_parameters())
             if buffers:
                 named = {**named, **dict(branch.fn.named_buffers())}
-        reads = tuple(
-            places.setdefault(t, len(places)) for t in [*named.values(), *(t for t in leaves if isinstance(t, Tensor))]
-        )
+        read = [*named.values(), *(t for t in leaves if isinstance(t, Tensor))]
+        saved = read if surroundings is None else [t.clone() if t.is_inference() else t for t in read]
+        reads = tuple(places.setdefault(t, len(places)) for t in saved)
         others = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        functions.append(Function(branch, tuple(named), tuple(named.values()), others, spec, reads))
+        functions.append(Function(branch, tuple(named), tuple(read), context, others, spec, reads))
     tensors = list(places)
     settings = tuple(Autocast([*state, *tensors]).settings)
     return Program(tuple(functions), len(state), tolerance, surroundings, settings), tensors

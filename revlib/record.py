@@ -14,10 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib.loop import Sampler
-from revlib.modules import ModuleState
+from revlib.modules import ModuleState, refuse_scripted
 from revlib.replay import Randomness
-from revlib.saved import Holder, Read, Versioned, counts, laid_out, learned, row, storage
+from revlib.saved import Holder, Read, Versioned
 from revlib.step import Branch, State, evaluate, merge
+from revlib.tensors import counts, laid_out, learned, row, storage, there
 
 __all__ = ["Record", "Weight", "intercept"]
 
@@ -75,11 +76,7 @@ class Record:
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
         self.read = Read(state)
-        if any(isinstance(m, torch.jit.ScriptModule) for m in self.modules):
-            raise TypeError(
-                f"{self.branch.name} contains a module compiled by torch.jit, whose parameters and buffers cannot be "
-                "watched or put back; use the module it was made from, or torch.compile, or scheduler=Naive()."
-            )
+        refuse_scripted(self.modules, self.branch.name)
         self.module = ModuleState(self.modules, self.branch.fn)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
@@ -121,7 +118,7 @@ class Record:
         """
         if self.known:
             # Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing.
-            telling = [(i, t) for i, t in self.saved() if i < self.split and t.layout is torch.strided]
+            telling = [(i, t) for i, t in self.saved() if i < self.split and there(t)]
             activations = [(i, t) for i, t in telling if not counts(t) and not learned(t)][:2]
             # No activation depends on the last weight, whose data somebody may replace unseen.
             self.weight, part = next(((i, row(t)) for i, t in telling if learned(t)), (-1, None))
@@ -161,10 +158,9 @@ class Record:
             with randomness.replaying(self.drawn), self.module.bound():
                 context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
                 run = partial(evaluate, self.branch, inputs, context)
-                part = slice(0, self.split)
-                f, saved = self._refill(key, part, run, fill=fill, whole=s is None or remerges)
-                found = {i: saved[i].tensor for i in self.samples if 0 <= i < len(saved)}
-                found.update({i: row(t) for i, t in found.items() if i == self.weight})
+                f, saved = self._refill(key, slice(0, self.split), run, fill=fill, whole=s is None or remerges)
+                recovered = ((i, saved[i].tensor) for i in self.samples if 0 <= i < len(saved))
+                found = {i: row(t) if i == self.weight else t for i, t in recovered if there(t)}
         if s is None:
             assert merged is not None
             with torch.no_grad():

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revlib.loop import Witness
-from revlib.modules import version_of
 from revlib.step import State
+from revlib.tensors import version_of
 
 __all__ = [
     "FOR_GOOD",
@@ -23,12 +23,7 @@ __all__ = [
     "Saved",
     "Shelf",
     "Versioned",
-    "counts",
     "graph_task",
-    "laid_out",
-    "learned",
-    "row",
-    "storage",
 ]
 
 FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
@@ -198,48 +193,3 @@ class Read:
                         f"a tensor of shape {tuple(origin.shape)} that {name} reads was modified by an inplace "
                         "operation between forward and backward; edit a clone of it instead."
                     )
-
-
-def learned(t: Tensor) -> bool:
-    """Whether it is a parameter, or a view of one."""
-    return _is_parameter(t) or _is_parameter(t._base)
-
-
-def _is_parameter(t: Tensor | None) -> bool:
-    return type(t) is not Tensor and isinstance(t, nn.Parameter)  # asking that of a tensor is slow
-
-
-def row(t: Tensor) -> Tensor:
-    """The first."""
-    return t[:1] if t.ndim else t
-
-
-def counts(t: Tensor) -> bool:
-    """Whether it holds whole numbers, which nobody differentiates: seeds, indices."""
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-
-
-def storage(t: Tensor) -> int:
-    """What tensors share that share memory; negative for those that have none."""
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return -id(t)
-
-
-def laid_out(t: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """With these strides, as far as a fresh tensor can have them: kernels, and what they save, depend on the layout.
-
-    Expanded dimensions are expanded again. Not where elements overlap otherwise, nor where they lie far apart.
-    """
-    if t.stride() == stride:
-        return t
-    reach = count = 1
-    for d, n in sorted((d, n) for d, n in zip(stride, t.shape, strict=True) if d and n > 1):
-        if d < reach:
-            return t
-        reach, count = reach + d * (n - 1), count * n
-    if reach > 8 * count:
-        return t
-    once = t[tuple(slice(None) if d else slice(1) for d in stride)]
-    return torch.empty_strided(once.shape, stride, dtype=t.dtype, device=t.device).copy_(once).expand(t.shape)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from revlib.couplings import Additive, Coupling
-from revlib.modules import version_of
+from revlib.tensors import version_of
 
 __all__ = [
     "Branch",

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from revlib import loop
 from revlib.program import Program
 from revlib.step import State, merge
+from revlib.tensors import local
 
 __all__ = ["Gradients", "sweep"]
 
@@ -35,8 +36,19 @@ def _vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]
         both = zip(tree_leaves(result), tree_leaves(gradient), strict=True)
         pairs = [(y, g) for y, g in both if y.requires_grad and g is not None]
         found: Sequence[Tensor | None] = [None] * len(leaves)
-        if pairs:
-            found = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        if not pairs:
+            return tree_unflatten(list(found), spec)
+        ys, gs = [y for y, _ in pairs], [g for _, g in pairs]
+        try:
+            found = torch.autograd.grad(ys, leaves, gs, allow_unused=True)
+        except RuntimeError as error:
+            if ".grad()" not in str(error):
+                raise
+            raise RuntimeError(
+                "a function of a stack with scheduler=Functional() does what torch.autograd.grad() does not go "
+                "through, such as a checkpoint with use_reentrant=True, or a profiler's or counter's hook in backward; "
+                "use use_reentrant=False, or scheduler=Reversible()."
+            ) from error
         return tree_unflatten(list(found), spec)
 
     return result, pull
@@ -51,7 +63,7 @@ def _undo(
     *after, g_merged = gradients
 
     def f(inputs: State, chosen: Sequence[Tensor]) -> Any:
-        filled = list(mine)
+        filled = [t.detach() for t in mine]  # some may need a gradient by now, and did not in forward
         for i, t in zip(places, chosen, strict=True):
             filled[i] = t
         return program.evaluate(k, inputs, filled, again=True)
@@ -80,14 +92,16 @@ def sweep(
     for k in reversed(range(len(program.functions))):
         reads, branch = program.functions[k].reads, program.functions[k].branch
         limit = branch.coupling.limit_of(state[-1].dtype)
-        if limit < math.inf:
-            sizes.append((branch.name, state[-1].abs().amax(), limit))
+        if limit < math.inf and state[-1].numel():
+            sizes.append((branch.name, local(state[-1]).abs().amax(), limit))
         places = [i for i, place in enumerate(reads) if needs[place]]
         state, gradients, found, kinds = _undo(program, k, state, gradients, program.mine(k, tensors), places)
         for i, gradient in zip(places, found, strict=True):
             totals[reads[i]] = _plus(totals[reads[i]], gradient)
         dtypes = dtypes | kinds
-    _close(program, dtypes, sizes, tuple(flat[:m]), state, [*y, *(t for t in g if t is not None)])
+    # Gradients tell the compiler that there is nothing to compare before backward; elsewhere they may be mapped over.
+    given = [*y, *(t for t in g if t is not None)] if torch.compiler.is_compiling() else y
+    _close(program, dtypes, sizes, tuple(flat[:m]), state, given)
     return [t for t, w in zip([*gradients, *totals], wanted, strict=True) if w]
 
 
@@ -106,8 +120,7 @@ def _close(
 ) -> None:
     """Compare the streams that came back with those that went in, and the sizes of streams with their limits.
 
-    Unless what backward was ``given`` has overflowed: naive autograd has no gradients then either. That this includes
-    gradients also tells the compiler that there is nothing to compare before backward.
+    Unless what backward was ``given`` has overflowed: naive autograd has no gradients then either.
     """
     tolerance = program.tolerance
     if tolerance is None:
@@ -134,7 +147,7 @@ _WRONG = (
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    norms = [torch.linalg.vector_norm(t.detach().to(loop.wide(t))).double() for t in tensors]
+    norms = [torch.linalg.vector_norm(t.to(loop.wide(t))).double() for t in map(local, tensors)]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

@@ -24,11 +24,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import loop, streams
-from revlib.modules import local
 from revlib.record import Record, Weight, intercept
 from revlib.replay import Autocast, Randomness, Settings
 from revlib.saved import FOR_GOOD, Cursor, Holder, Shelf, graph_task
 from revlib.step import State, evaluate, merge
+from revlib.tensors import local
 
 __all__ = ["Tape"]
 

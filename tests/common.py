@@ -66,7 +66,7 @@ def error(got: Any, want: Any) -> float:
 
 # Its functions run without a graph in forward: nothing may be captured, left behind, or differentiated there.
 # By test, and by what it is called with where not all of it is refused.
-_CAPTURES, _LEAVES, _NO_GRAPH = "Pass it as context", "it computed", "does not require grad"
+_CAPTURES, _LEAVES, _NO_GRAPH = "Pass it as context", "it computed", "without a graph in forward"
 REFUSED_BY_FUNCTIONAL: dict[tuple[str, Any], str] = {
     ("test_a_function_that_differentiates_a_part_of_itself_without_a_graph", None): _NO_GRAPH,
     ("test_a_function_that_captures_dropout_by_closure_is_replayed", None): _CAPTURES,
@@ -74,14 +74,14 @@ REFUSED_BY_FUNCTIONAL: dict[tuple[str, Any], str] = {
     ("test_a_coupling_fed_with_a_parameter_and_a_tensor", None): _CAPTURES,
     ("test_a_function_that_returns_its_stream_a_parameter_or_a_detached_tensor", None): _CAPTURES,
     ("test_an_auxiliary_loss_from_inside_a_function_differentiated_by_itself", None): _LEAVES,
-    ("test_checkpoint_inside_a_function", True): "incompatible with .grad",  # the reentrant one of torch
+    ("test_checkpoint_inside_a_function", True): "use use_reentrant=False",
     ("test_conditioning_by_closure", None): _CAPTURES,
     ("test_conditioning_on_a_computed_tensor_by_closure", None): _CAPTURES,
     ("test_only_an_auxiliary_loss_from_inside_a_function", None): _LEAVES,
     ("test_retained_gradients_of_outputs_and_inside_functions", None): _LEAVES,
     ("test_spectral_norm_iterates_once_a_forward", nn.utils.spectral_norm): _LEAVES,  # the weight is an attribute
     ("test_streams_without_dimensions", None): _CAPTURES,
-    ("test_tensor_hooks_see_and_change_gradients_once", None): "cannot register a hook",
+    ("test_tensor_hooks_see_and_change_gradients_once", None): _NO_GRAPH,
     ("test_weight_norm", nn.utils.weight_norm): _LEAVES,
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "revlib"
 LAYERS = [
+    ["tensors"],
     ["couplings", "replay", "modules", "streams"],
     ["loop", "step"],
     ["chunks", "program", "recurrences", "saved"],

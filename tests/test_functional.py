@@ -169,8 +169,9 @@ def test_memory_of_plain_autograd_is_flat_in_depth():
         return found.held / streams[0].nbytes, found.peak / streams[0].nbytes
 
     (held, few), (_, many) = of(3, Functional()), of(9, Functional())
-    assert held < 2.01 and many < few + 0.5
-    assert many < of(9, Reversible())[1] + 6  # outputs, their gradients and the input stay to the end
+    # Two streams, and what autograd saves of the last G, whose hidden features are half of a stream's.
+    assert held < 2 + 3.2 and many < few + 0.5
+    assert many < of(9, Reversible())[1] + 8  # besides, outputs, their gradients and the input stay to the end
 
 
 # ---------------------------------------------------------------------------------------------- refusals

@@ -18,7 +18,7 @@ def test_situation(name):
         want = by_hand(s, COUPLINGS[coupling])
         for scheduler in SCHEDULERS:
             found, told = verdict(s, scheduler, coupling, want)
-            if found != row.verdicts[scheduler] or (found == REFUSED and not fits(told, row.error)):
+            if found != row.verdicts[scheduler] or (found == REFUSED and not fits(told, row.pattern(scheduler))):
                 wrong.append(f"{scheduler}, {coupling}: {row.verdicts[scheduler]} expected, was {found} {told}")
     assert not wrong, "\n".join([f"{name}:", *wrong])
 
@@ -26,14 +26,17 @@ def test_situation(name):
 def test_the_table_has_every_cell_and_no_other():
     assert list(TABLE) == [(s, c) for s in SITUATIONS for c in COUPLINGS]
     for (name, coupling), row in TABLE.items():
-        run = coupling in SITUATIONS[name].couplings
+        s = SITUATIONS[name]
         assert list(row.verdicts) == list(SCHEDULERS)
         assert all(
-            v in ("supported", "refused", "not applicable") if run else v == NOT_RUN for v in row.verdicts.values()
+            v in ("supported", "refused", "not applicable")
+            if coupling in s.couplings and scheduler != s.without
+            else v == NOT_RUN
+            for scheduler, v in row.verdicts.items()
         )
-        assert bool(row.error) == (REFUSED in row.verdicts.values()), (
-            f"{name}, {coupling}: an error for what is refused"
-        )
+        refused = {k for k, v in row.verdicts.items() if v == REFUSED}
+        assert bool(row.error) == bool(refused - {"Functional()"}), f"{name}, {coupling}: an error for what is refused"
+        assert bool(row.functional) == ("Functional()" in refused), f"{name}, {coupling}: and under Functional()"
 
 
 def test_every_theme_is_rendered():

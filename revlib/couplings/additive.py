@@ -71,7 +71,7 @@ class ExactAdditive(Coupling):
     gives back every bit, at any depth, and the gradients of every scheduler are bit for bit those of ``Naive`` wherever
     kernels repeat their bits. Functions may run in any precision: under bfloat16 autocast inversion is exact too. (The
     engine runs functions with autocast's weight cache off; for a weight that several steps share, Naive's gradients are
-    the same to the bit only with ``cache_enabled=False``.)
+    the same to the bit only with ``cache_enabled=False``. ``Functional`` adds up what steps share in another order.)
 
     A sequence rounds its input streams to the grid once, as they enter; inversion gives back the rounded ones.
 

@@ -23,14 +23,15 @@ class Functional(Scheduler):
     a grad; and ``torch.compile(model, fullgraph=True)`` takes forward and backward as a graph each. Second derivatives
     are right, and stored. Forward mode keeps nothing in any case.
 
-    Cost in units of one forward: time 4; memory the last state and the input, the activations of a single step, and the
-    gradients of the state at both ends.
+    Cost in units of one forward: time 4; memory the last state and the input, the activations of the last step, of
+    another one in backward, the gradients of the state at both ends, and those of all weights until backward is done.
 
     Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, and tensors
     in the context. Refused with an error: a function that uses another tensor which needs a gradient (by closure, or as
     a plain attribute); that leaves a result behind (in a list, or by a forward hook) without ``detach()``; that turns a
     stream's dtype into another; batch norm in train mode under a transform. ``jacrev`` maps over backward, where
-    ``vmap`` allows no dropout. Threads must not share modules.
+    ``vmap`` allows no dropout. ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and
+    adds them up then. Threads must not share modules.
 
     In a whole compiled graph, which takes torch 2.14, functions must also be modules, without dropout, drop path, or a
     tensor by a global variable (the one thing here that nobody could notice). What came back is compared with what went

@@ -18,22 +18,23 @@ if arguments.play:
         for name, coupling in COUPLINGS.items():
             if (s.name, name) in table:
                 row = table[s.name, name]
-                rows.append([s.name, name, *row.verdicts.values(), row.error])
+                rows.append([s.name, name, *row.verdicts.values(), row.error, row.functional])
                 continue
             want = by_hand(s, coupling) if name in s.couplings else None
             played = [(NOT_RUN, "") if want is None else verdict(s, scheduler, name, want) for scheduler in SCHEDULERS]
             faults = {told for v, told in played if v in ("wrong", "broken")}
             assert not faults, f"{s.name}, {name}: {faults}"
-            errors = {told.partition(": ")[0]: told.partition(": ")[2] for v, told in played if v == REFUSED}
-            assert len(errors) <= 1, f"{s.name}, {name}: {errors}"
-            patterns = [
-                f"{kind}: {re.escape(message)}" for kind, message in errors.items()
-            ]  # to be made general by hand
-            rows.append([s.name, name, *(v for v, _ in played), *(patterns or [""])])
+            refused = {k: told for k, (v, told) in zip(SCHEDULERS, played, strict=True) if v == REFUSED}
+            functional = refused.pop("Functional()", "")
+            assert len({told.partition(": ")[0] for told in refused.values()}) <= 1, f"{s.name}, {name}: {refused}"
+            patterns = [next(iter(refused.values()), ""), functional]
+            # To be made general by hand.
+            patterns = [p and f"{p.partition(': ')[0]}: {re.escape(p.partition(': ')[2])}" for p in patterns]
+            rows.append([s.name, name, *(v for v, _ in played), *patterns])
             print(s.name, name, *sorted({v for v, _ in played}), sep="; ", flush=True)
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["situation", "coupling", *SCHEDULERS, "error"])
+        writer.writerow(["situation", "coupling", *SCHEDULERS, "error", "error under Functional()"])
         writer.writerows(rows)
 
 README.write_text(rendered(README.read_text()))

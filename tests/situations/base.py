@@ -27,6 +27,7 @@ from revlib import (
     Checkpoint,
     Coupling,
     ExactAdditive,
+    Functional,
     KeepLast,
     Naive,
     PaReprop,
@@ -49,6 +50,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "Anchored(3)": Anchored(3),
     "KeepLast(1)": KeepLast(1),
     "Budget(fraction=0.5)": Budget(fraction=0.5),
+    "Functional()": Functional(),
 }
 COUPLINGS: dict[str, Coupling] = {
     "Additive()": Additive(),
@@ -133,6 +135,7 @@ class Situation(NamedTuple):
     tolerance: float  # of the schedulers that invert, with couplings that round
     bitwise: bool  # what repeats bits must equal plain autograd's
     couplings: frozenset[str]  # those under which it is run
+    without: str | None  # a scheduler under which it is not
     slow: bool
 
     @property
@@ -144,17 +147,24 @@ SITUATIONS: dict[str, Situation] = {}
 
 
 def situation(
-    name: str, *, tolerance: float = 1e-10, bitwise: bool = True, only: str | None = None, slow: bool = False
+    name: str,
+    *,
+    tolerance: float = 1e-10,
+    bitwise: bool = True,
+    only: str | None = None,
+    slow: bool = False,
+    without: str | None = None,
 ) -> Callable[[Callable[[Setting], Any]], Callable[[Setting], Any]]:
     """Registers a function that plays a piece of training in a setting, in float64, and returns all that a user sees.
 
-    It is run ``only`` with one coupling where it takes long.
+    It is run ``only`` with one coupling where it takes long, and ``without`` a scheduler where that has no answer that
+    could be told.
     """
 
     def register(play: Callable[[Setting], Any]) -> Callable[[Setting], Any]:
         assert name not in SITUATIONS, f"two situations are called {name!r}"
         couplings = frozenset(COUPLINGS if only is None else [only])
-        SITUATIONS[name] = Situation(name, play, tolerance, bitwise, couplings, slow)
+        SITUATIONS[name] = Situation(name, play, tolerance, bitwise, couplings, without, slow)
         return play
 
     return register
@@ -206,7 +216,7 @@ def _raised_by_revlib(raised: BaseException) -> bool:
 
 def verdict(s: Situation, scheduler: str, coupling: str, want: Played) -> tuple[str, str]:
     """The verdict that playing it gives, and the error, if any. Whatever is not one of those in a table is a fault."""
-    if coupling not in s.couplings:
+    if coupling not in s.couplings or scheduler == s.without:
         return NOT_RUN, ""
     got = play(s, SCHEDULERS[scheduler], COUPLINGS[coupling])
     if got.raised is not None:
@@ -220,6 +230,7 @@ def verdict(s: Situation, scheduler: str, coupling: str, want: Played) -> tuple[
         if want.raised is not None:
             return "wrong", f"returned, where plain autograd raises {type(refused).__name__}: {refused}"
     exact = scheduler in ("Naive()", "Checkpoint()") or coupling == "ExactAdditive()"
+    exact &= scheduler != "Functional()"  # adds gradients of what several steps share in another order
     if _same_bits(got.found, want.found):
         return SUPPORTED, ""
     try:
@@ -237,12 +248,19 @@ class Row(NamedTuple):
 
     verdicts: dict[str, str]  # by scheduler
     error: str  # "Type: pattern" of what refuses
+    functional: str  # the same under Functional(), which is another engine
+
+    def pattern(self, scheduler: str) -> str:
+        return self.functional if scheduler == "Functional()" else self.error
 
 
 def expected() -> dict[tuple[str, str], Row]:
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    found = {(r["situation"], r["coupling"]): Row({s: r[s] for s in SCHEDULERS}, r["error"]) for r in rows}
+    found = {
+        (r["situation"], r["coupling"]): Row({s: r[s] for s in SCHEDULERS}, r["error"], r["error under Functional()"])
+        for r in rows
+    }
     assert len(found) == len(rows), "a row of the table is there twice"
     return found
 

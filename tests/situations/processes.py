@@ -210,7 +210,8 @@ def shared_memory(setting: Setting):
 
 
 # ---------------------------------------------------------------------------------------------- threads
-@situation("threads that share a stack")
+# Under Functional a thread that reads the parameters may find those to which another one is bound.
+@situation("threads that share a stack", without="Functional()")
 def threads(setting: Setting):
     stack, batches = setting.stack(), [leaves(5, 4) for _ in range(4)]
 
