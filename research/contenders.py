@@ -82,7 +82,8 @@ class Contender:
     """``build(blocks, compiled)`` makes the run of a stack, where ``compiled`` says whether F and G are.
 
     ``package``: what must be installed for it, and may fail. ``compiles``: it compiles whole blocks by itself.
-    ``warm_up``: steps on CUDA before anything is measured; PaReprop needs some to decide.
+    ``warm_up``: steps on CUDA before anything is measured; PaReprop needs some to decide. ``torch_from``: the version
+    of torch that it takes.
     """
 
     build: Callable[[Sequence[Block], bool], Run]
@@ -91,11 +92,14 @@ class Contender:
     package: str | None = None
     on_cuda_only: bool = False
     compiles: bool = False
+    torch_from: str = ""
 
     def why_not(self, device: torch.device) -> str | None:
         """The reason why it cannot run here, and what to do."""
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed; pip install --no-deps {self.package}"
+        if torch.__version__ < self.torch_from:
+            return f"it takes torch {self.torch_from}, this is {torch.__version__}"
         if self.on_cuda_only and device.type != "cuda":
             return f"it says something on CUDA only, not on {device.type}"
         return None
@@ -214,7 +218,7 @@ WITH_COMPILED = ["naive", "reversible", "checkpoint-2", "checkpoint"]
 CONTENDERS: dict[str, Contender] = {
     **{name: scheduled(scheduler) for name, scheduler in SCHEDULERS.items()},
     **{f"{name}-compiled": scheduled(SCHEDULERS[name], compiles=True) for name in WITH_COMPILED},
-    "functional-in-one-graph": Contender(in_one_graph, compiles=True),
+    "functional-in-one-graph": Contender(in_one_graph, compiles=True, torch_from="2.12"),
     "reversible-exact": scheduled(Reversible(), ExactAdditive()),
     "reversible-in-2-parts": in_parts(2),
     "torch-checkpoint": blockwise(two_streams, checkpointed),

@@ -81,8 +81,8 @@ def _untraceable(branches: Sequence[Branch]) -> bool:
         if not isinstance(b.fn, nn.Module):
             return True
         for m in b.fn.modules():
-            rate = max(getattr(m, "p", 0.0), getattr(m, "drop_prob", 0.0) or 0.0)
-            if (m.training and rate > 0) or normalises(m):
+            rates = (getattr(m, name, None) for name in ("p", "drop_prob"))  # of dropout, and of drop path
+            if m.training and (any(isinstance(r, float) and r > 0 for r in rates) or normalises(m)):
                 return True
             if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):  # torch 2.11 breaks here
                 return True

@@ -10,6 +10,7 @@ from revlib import (
     Budget,
     Checkpoint,
     ExactAdditive,
+    Functional,
     KeepLast,
     Naive,
     PaReprop,
@@ -271,3 +272,40 @@ def test_exact_gradients_are_those_of_naive_bit_for_bit(x, scheduler, amp, monke
         assert all(map(torch.equal, want, step(stack, scheduler, x, amp)))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_functional(amp):
+    stack, x = vits(3, dropout=0.2), torch.randn(4, 9, 64, device="cuda")
+    if amp:
+        stack = ReversibleSequence([tuple(pair) for pair in stack], ExactAdditive())
+    want, got = step(stack, Naive(), x, amp), step(stack, Functional(), x, amp)
+    raise_pending()
+    assert error(got, want) < 1e-4
+
+
+def test_gradients_per_sample_under_functional():
+    stack, x = vits(3), torch.randn(4, 9, 64, device="cuda")
+    weights = {name: p.detach() for name, p in stack.named_parameters()}
+
+    def found(scheduler):
+        stack.scheduler = scheduler
+        one = lambda w, x: loss(torch.func.functional_call(stack, w, (x[None], x[None])))  # noqa: E731
+        return torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(weights, x)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want, got = found(Naive()), found(Functional())
+    raise_pending()
+    assert error(got, want) < 1e-3  # TF32 may take part
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 breaks its graph at Functional()")
+def test_functional_in_one_graph():
+    stack, x = vits(3), torch.randn(4, 9, 64, device="cuda")
+    want = step(stack, Naive(), x)
+    whole = ReversibleSequence([tuple(pair) for pair in stack], scheduler=Functional())
+    whole.zero_grad()
+    again = x.detach().requires_grad_()
+    outputs = torch.compile(whole, fullgraph=True)(again, again)
+    loss(outputs).backward()
+    assert error([*outputs, *grads(again, whole)], want) < 1e-3
