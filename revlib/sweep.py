@@ -63,7 +63,7 @@ def _undo(
     *after, g_merged = gradients
 
     def f(inputs: State, chosen: Sequence[Tensor]) -> Any:
-        filled = [t.detach() for t in mine]  # some may need a gradient by now, and did not in forward
+        filled = list(mine)
         for i, t in zip(places, chosen, strict=True):
             filled[i] = t
         return program.evaluate(k, inputs, filled, again=True)

@@ -79,7 +79,9 @@ def test_every_transform_of_any_stack(case, name, seed):
 
 def ensembles(scheduler, dropout=0.0):
     torch.manual_seed(0)
-    members = [net(scheduler, partial(mlp, dropout=dropout)) for _ in range(3)]
+    members = [net(scheduler, lambda: nn.Sequential(mlp(dropout=dropout), nn.BatchNorm1d(4))) for _ in range(3)]
+    for norm in (m for member in members for m in member.modules() if isinstance(m, nn.BatchNorm1d)):
+        norm.eval().running_mean.normal_()  # buffers are stacked, and mapped over, too
     own, buffers = stack_module_state(members)
     base, streams = copy.deepcopy(members[0]), [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
 
@@ -172,6 +174,27 @@ def test_memory_of_plain_autograd_is_flat_in_depth():
     # Two streams, and what autograd saves of the last G, whose hidden features are half of a stream's.
     assert held < 2 + 3.2 and many < few + 0.5
     assert many < of(9, Reversible())[1] + 8  # besides, outputs, their gradients and the input stay to the end
+
+
+# ---------------------------------------------------------------------------------------------- outputs
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("m", [2, 3])
+def test_gradients_and_hooks_of_outputs_are_those_of_plain_autograd(m, count):
+    """The outputs depend on one another: the last stream is made from the others."""
+
+    def scene(scheduler):
+        torch.manual_seed(0)
+        steps = [Step(Lambda(lambda f, *streams: f(sum(streams)), mlp())) for _ in range(count)]
+        stack, xs = ReversibleSequence(steps, scheduler=scheduler).double(), leaves(count=m)
+        outputs = stack(*xs)
+        found = torch.autograd.grad(loss(outputs), outputs, retain_graph=True)
+        for y in outputs[-2:]:
+            if not y.is_leaf:
+                y.register_hook(lambda g: g / g.norm())
+        loss(outputs).backward()
+        return [*found, *grads(*xs, stack)]
+
+    assert error(scene(Functional()), scene(ByHand())) < 1e-10
 
 
 # ---------------------------------------------------------------------------------------------- refusals
