@@ -98,7 +98,7 @@ class ModuleState:
             for k, b in m._buffers.items():
                 if b is None:
                     self._before.append((m, k, None, 0, None))
-                elif not b.is_inference():
+                elif not b.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(b):
                     copy = copies.setdefault(id(b), b.detach().clone())
                     self._before.append((m, k, b, b._version, copy))
 
