@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from research.log import METRICS, Metric, Row, read_log
 from research.plots import draw_curves
@@ -32,7 +32,7 @@ def main(
         raise typer.BadParameter("the runs have no epoch in common; nothing to compare.", param_hint="LOGS")
     draw_curves(runs, out)
 
-    finals = Table("run", "epochs", *(metric.replace("_", " ") for metric in METRICS))
+    finals = Table(Column("run", no_wrap=True), "epochs", *(metric.replace("_", " ") for metric in METRICS))
     for name, rows in runs.items():
         finals.add_row(name, str(rows[-1]["epoch"]), *(show(metric, rows[-1][metric]) for metric in METRICS))
     differences = Table("curve", "largest difference", "at epoch", "between")
@@ -47,7 +47,10 @@ def read_runs(logs: Sequence[Path]) -> dict[str, list[Row]]:
     """The rows of each log, by the name of its folder; by its whole path where names collide."""
     paths = [path / "log.jsonl" if path.is_dir() else path for path in logs]
     if len(set(paths)) < 2:
-        raise typer.BadParameter(f"expected two or more different logs, got {len(set(paths))}.", param_hint="LOGS")
+        raise typer.BadParameter(
+            f"expected two or more different logs, got {len(set(paths))}; name the folders of two runs.",
+            param_hint="LOGS",
+        )
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]

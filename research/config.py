@@ -11,7 +11,7 @@ import typer
 
 from research.flags import flag, keywords, real, whole
 
-DatasetName = Literal["digits", "cifar10", "fashion-mnist"]
+DatasetName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 ModelName = Literal["vit", "swin", "mvit", "plain-vit", "plain-swin", "plain-mvit"]
 CouplingName = Literal["additive", "exact"]
 FusionName = Literal["mean", "concat-linear", "concat-mlp", "concat"]
@@ -35,6 +35,7 @@ DATASET_DEFAULTS: dict[DatasetName, dict[str, Any]] = {
     "digits": {},
     "cifar10": _MINREV,
     "fashion-mnist": _MINREV | {"epochs": 30},
+    "folder": _MINREV | {"epochs": 30, "batch_size": 32},
 }
 # And those that a model changes, on every data set.
 _MVIT: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 1}
@@ -94,8 +95,18 @@ class Config:
         _data(
             "Where the data lies. cifar10: a tree {train,test}/CLASS/*.jpg, or the folder that holds "
             "cifar-10-batches-py. fashion-mnist: the folder of the four idx files, gzipped or not. "
-            "Without it both are downloaded; digits comes with scikit-learn.",
+            "Without it both are downloaded; digits comes with scikit-learn. folder: your own images, DIR/CLASS/*, of "
+            "which a fifth is held out for testing, or DIR/{train,test}/CLASS/*; any size, number and names of "
+            "classes; all are held in memory.",
             show_default=False,
+        ),
+    ] = None
+    image_size: Annotated[
+        int | None,
+        _data(
+            "Side to which images of --dataset folder are scaled and cut; a multiple of --patch-size.",
+            show_default="32",
+            **whole(1),
         ),
     ] = None
     cache_dir: Annotated[Path, _data("Keeps downloads and decoded images.")] = Path("~/.cache/revlib")
@@ -196,6 +207,11 @@ class Config:
                 f"{self.embed_dim} features do not divide among {self.num_heads} heads; "
                 f"choose a multiple of {self.num_heads}, or other --num-heads.",
                 param_hint="--embed-dim",
+            )
+        if self.image_size is not None and self.dataset != "folder":
+            raise typer.BadParameter(
+                f"images of {self.dataset} stay as they are; drop it, or choose --dataset folder.",
+                param_hint="--image-size",
             )
         if self.fusion != "mean" and self.model not in ("mvit", "swin" if self.fusion != "concat" else "mvit"):
             raise typer.BadParameter(

@@ -18,7 +18,7 @@ from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from research.config import DatasetName
+from research.config import Config, DatasetName
 from research.files import replacing
 
 FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
@@ -64,6 +64,13 @@ class Dataset:
 Reader = Callable[[Path | None, Path], Dataset]
 
 
+def read(config: Config) -> Dataset:
+    """The data set that a run trains on."""
+    if config.dataset == "folder":
+        return folder(config.data_dir, config.cache_dir, config.image_size)
+    return DATASETS[config.dataset](config.data_dir, config.cache_dir)
+
+
 def digits(data_dir: Path | None, cache_dir: Path) -> Dataset:
     """scikit-learn's 1,797 handwritten digits of 8x8: always the same fifth of each class is the test set.
 
@@ -92,7 +99,7 @@ def cifar10(data_dir: Path | None, cache_dir: Path) -> Dataset:
         _reject(
             f"expected {data_dir}/train/CLASS/*.jpg and {data_dir}/test/CLASS/*.jpg, or "
             f"{data_dir}/{datasets.CIFAR10.base_folder}; found {_contents(data_dir)}. "
-            "Point it at such a folder, or leave it out to download CIFAR-10."
+            "Point it at such a folder, or leave it out to download CIFAR-10; for other images use --dataset folder."
         )
     train, train_names = read_tree(data_dir / "train", cache_dir)
     test, names = read_tree(data_dir / "test", cache_dir)
@@ -117,27 +124,84 @@ def fashion_mnist(data_dir: Path | None, cache_dir: Path) -> Dataset:
     return Dataset(train, test, names, 4, True)
 
 
-DATASETS: dict[DatasetName, Reader] = {"digits": digits, "cifar10": cifar10, "fashion-mnist": fashion_mnist}
+def folder(data_dir: Path | None, cache_dir: Path, side: int | None = None) -> Dataset:
+    """Images of one's own, of any size and number of classes: {train,test}/CLASS/* or {train,val}/CLASS/*; of CLASS/*
+    alone, always the same fifth of each class is the test set.
+
+    Brought to side x side (32 unless given) in colour: resized until the shorter side fits, the middle of the other cut
+    out.
+    """
+    if data_dir is None:
+        _reject("expected a folder of images, DIR/CLASS/*.jpg or DIR/{train,test}/CLASS/*.jpg, got none; name it.")
+    side = side or 32
+    inner = {entry.name for entry in data_dir.iterdir() if entry.is_dir()} if data_dir.is_dir() else set()
+    held = next((name for name in ("test", "val") if name in inner), None)
+    if "train" in inner and held:
+        train, names = read_tree(data_dir / "train", cache_dir, side)
+        test, others = read_tree(data_dir / held, cache_dir, side)
+        if names != others:
+            _reject(f"{data_dir}/train has the classes {names}, {data_dir}/{held} {others}; they must agree.")
+    elif "train" in inner or held:
+        _reject(
+            f"found {_contents(data_dir)} in {data_dir}, expected train and test (or val), each with a folder a class. "
+            "Add the other, or name the folder that holds the classes: a fifth of each is then the test set."
+        )
+    else:
+        every, names = read_tree(data_dir, cache_dir, side)
+        train, test = _hold_out(every, names, data_dir)
+    if len(names) < 2:
+        _reject(f"{data_dir} has one class only, {names[0]}; expected a folder for each of two or more.")
+    return Dataset(train, test, names, side // 8, True)
 
 
-def read_tree(root: Path, cache_dir: Path) -> tuple[Split, list[str]]:
-    """Decode root/CLASS/*.jpg (all of one size) once; later calls read the tensor kept in cache_dir."""
+DATASETS: dict[DatasetName, Reader] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "fashion-mnist": fashion_mnist,
+    "folder": folder,
+}
+
+
+def _hold_out(every: Split, names: list[str], root: Path) -> tuple[Split, Split]:
+    """A fifth of each class, at least one image of it, for testing: the same on every call. -> train, test."""
+    draws, test = torch.Generator().manual_seed(0), torch.zeros(len(every), dtype=torch.bool)
+    for label, name in enumerate(names):
+        theirs = (every.labels == label).nonzero()[:, 0]
+        if len(theirs) < 2:
+            _reject(f"{root}/{name} has one image only; expected two or more, of which some are for testing.")
+        test[theirs[torch.randperm(len(theirs), generator=draws)[: max(1, len(theirs) // 5)]]] = True
+    return Split(every.images[~test], every.labels[~test]), Split(every.images[test], every.labels[test])
+
+
+def read_tree(root: Path, cache_dir: Path, side: int | None = None) -> tuple[Split, list[str]]:
+    """Decode root/CLASS/* once, all of one size or brought to side x side; later calls read the tensor kept in
+    cache_dir."""
+    if not root.is_dir():
+        _reject(f"expected {root}/CLASS/*.jpg; found {_contents(root)}. Name a folder that has one for each class.")
+    resize = [] if side is None else [v2.Resize(side), v2.CenterCrop(side)]
     try:
-        tree = datasets.ImageFolder(str(root), transform=v2.PILToTensor())
+        tree = datasets.ImageFolder(str(root), transform=v2.Compose([*resize, v2.PILToTensor()]))
     except FileNotFoundError as error:
-        _reject(f"expected {root}/CLASS/*.jpg, but: {error}")
-    cached = cache_dir.expanduser() / f"{root.parent.name}-{root.name}-{_fingerprint(root, tree.samples)}.pt"
+        _reject(
+            f"expected {root}/CLASS/*.jpg, but: {str(error).rstrip('.')}; found {_contents(root)}. "
+            "Sort the images into a folder for each class, and remove folders without images."
+        )
+    name = "-".join([root.parent.name, root.name, *([] if side is None else [str(side)])])
+    cached = cache_dir.expanduser() / f"{name}-{_fingerprint(root, tree.samples)}.pt"
     if cached.exists():
         return Split(**torch.load(cached, weights_only=True)), tree.classes
-    images = torch.empty(len(tree), *tree[0][0].shape, dtype=torch.uint8)
+    images: Tensor | None = None
     for i, (path, _) in enumerate(tqdm(tree.samples, desc=f"decoding {root}", disable=None)):
         try:
             image = tree[i][0]
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them for broken files
             _reject(f"{path} is not an image that can be read ({error}); repair or remove it.")
+        if images is None:
+            images = torch.empty(len(tree), *image.shape, dtype=torch.uint8)
         if image.shape != images.shape[1:]:
             _reject(f"{path} is {tuple(image.shape)}, others {tuple(images.shape[1:])}; use one size.")
         images[i] = image
+    assert images is not None  # ImageFolder refuses an empty tree
     split = Split(images, torch.tensor(tree.targets))
     with replacing(cached) as temporary:
         torch.save({"images": split.images, "labels": split.labels}, temporary)
@@ -195,7 +259,7 @@ def _fingerprint(root: Path, samples: list[tuple[str, int]]) -> str:
 
 def _contents(folder: Path) -> str:
     if not folder.is_dir():
-        return "no such folder"
+        return "a file" if folder.exists() else "no such folder"
     names = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(names[:5] + ["..."] * (len(names) > 5)) or "an empty folder"
 

@@ -44,8 +44,11 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def main(out: Annotated[Path, typer.Option(help="Page to write.")] = RESULTS / "README.md") -> None:
-    """Render all results."""
+def main(
+    out: Annotated[Path, typer.Option(help="Page to write.", show_default="research/results/README.md")] = RESULTS
+    / "README.md",
+) -> None:
+    """Render research/results: trainings first, then studies. For runs of your own there is research.compare."""
     with replacing(out) as temporary:
         temporary.write_text(render(RESULTS))
     typer.echo(f"wrote {out}")

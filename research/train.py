@@ -1,6 +1,7 @@
 """Train a reversible model on an image data set.
 
     python -m research.train                                               # digits: a minute on two CPU cores
+    python -m research.train --dataset folder --data-dir DIR               # your images, DIR/CLASS/*.jpg
     python -m research.train --recipe minrev-vit --amp                     # minREV's, on CIFAR-10: see recipes/
     torchrun --nproc-per-node 2 -m research.train                          # on two processes
     python -m research.train --help
@@ -26,7 +27,7 @@ from research.build import build
 from research.captured import Captured, Step
 from research.checkpoint import Run
 from research.config import AmpDtypeName, Config, flags
-from research.data import DATASETS
+from research.data import read
 from research.distributed import ALONE, Processes, join
 from research.log import Log, Row
 from research.machine import environment, make_reproducible
@@ -51,8 +52,18 @@ def main(config: Config) -> None:
             "or name another folder.",
             param_hint="--out",
         )
-    with join(config) as (processes, device):
-        train(config, processes, device)
+    for place in (config.folder, *config.folder.parents):
+        if place.exists() and not place.is_dir():
+            raise typer.BadParameter(f"expected a folder, got the file {place}; name another.", param_hint="--out")
+    try:
+        with join(config) as (processes, device):
+            train(config, processes, device)
+    except KeyboardInterrupt:
+        where = (
+            f"{last} has the last whole epoch: repeat the flags and add --resume" if last.exists() else "nothing kept"
+        )
+        typer.echo(f"\ninterrupted; {where}", err=True)
+        raise typer.Exit(130) from None
 
 
 def train(config: Config, processes: Processes, device: torch.device) -> None:
@@ -62,7 +73,7 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
         raise typer.BadParameter(f"needs CUDA, this run is on {device.type}; drop it.", param_hint="--graph")
     make_reproducible(config.seed, config.deterministic)
     with processes.first_first():
-        data = DATASETS[config.dataset](config.data_dir, config.cache_dir)
+        data = read(config)
     data = data.prepare(config.limit_train, config.limit_test, device)
     run = build(config, data, device)
     here = environment(device) | {"processes": processes.count}

@@ -46,7 +46,7 @@ if "ipykernel" not in sys.modules:
 import matplotlib.pyplot as plt
 
 parser = argparse.ArgumentParser(description="Reversible networks, from scratch: runs the lesson, draws its pictures.")
-parser.add_argument("--out", type=Path, default=Path("research/results/tutorial"), help="folder for the pictures")
+parser.add_argument("--out", type=Path, default=Path("runs/tutorial"), help="folder for the pictures [%(default)s]")
 out = parser.parse_known_args()[0].out  # a notebook's kernel has arguments of its own
 out.mkdir(parents=True, exist_ok=True)
 
@@ -55,7 +55,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6
 
 def save(figure, name):
     figure.savefig(out / name, dpi=100)
-    print(f"drawn: {name}")
+    print(f"drawn: {out / name}")
 
 
 def mlp(width, dropout=0.0, dtype=torch.float64):

@@ -81,7 +81,10 @@ def _pair(item: Any) -> tuple[Any, Any]:
     try:
         F, G = item
     except (TypeError, ValueError):
-        raise TypeError(f"expected a pair (F, G) or a Step, got {type(item).__name__}; wrap it as Step(fn)") from None
+        given = f"{len(item)} functions" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise TypeError(
+            f"expected a pair (F, G) or a Step, got {given}; give functions two by two, or wrap each as Step(fn)"
+        ) from None
     for name, fn in (("F", F), ("G", G)):
         if not callable(fn):
             raise TypeError(f"{name} of a pair must be callable, got {type(fn).__name__}")
@@ -138,6 +141,10 @@ class ReversibleSequence(nn.Module):
         super().__init__()
         self.coupling = coupling or Additive()
         self.scheduler = scheduler or Reversible()
+        if not isinstance(items, Iterable):
+            raise TypeError(
+                f"expected a list of pairs (F, G) and Steps, got {type(items).__name__}; put it into a list"
+            )
         for item in items:
             self.append(item)
 

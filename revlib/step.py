@@ -120,9 +120,10 @@ def route(branches: Sequence[Branch], streams: int, context: Mapping[str, Any]) 
     unknown = [k for k in context if not any(k in names or every for names, every in taken)]
     if unknown:
         known = sorted(set().union(*(names for names, _ in taken)))
+        these = f"the names they take are {known}" if known else "they take streams alone"
         raise TypeError(
             f"context argument {unknown[0]!r} is taken by none of the {len(branches)} functions of this sequence; "
-            f"the names they take are {known or 'none'}. Name it in the signature of a function that uses it."
+            f"{these}. Name it in the signature of a function that uses it."
         )
     return [{k: v for k, v in context.items() if every or k in names} for names, every in taken]
 
@@ -145,13 +146,34 @@ def evaluate(branch: Branch, inputs: State, context: Mapping[str, Any]) -> Any:
         return branch.fn(*inputs, **context)
     watched = [*inputs, *(tree_leaves(dict(context)) if context else ())]
     before = _versions(watched)
-    f = branch.fn(*inputs, **context)
+    try:
+        f = branch.fn(*inputs, **context)
+    except TypeError as error:
+        _refuse_signature(branch, inputs, context, error)
+        raise
     if _versions(watched) != before:
         raise RuntimeError(
             f"{branch.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
             "clone the tensor before editing it, or use an out-of-place operation."
         )
     return f
+
+
+def _refuse_signature(branch: Branch, inputs: State, context: Mapping[str, Any], error: TypeError) -> None:
+    """Says so where ``error`` is of a call that the function's own signature does not allow."""
+    fn = branch.owner
+    try:
+        signature = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*inputs, **context)
+    except TypeError as mismatch:
+        names = f" and {', '.join(sorted(context))}" if context else ""
+        raise TypeError(
+            f"{branch.name} was called with {len(inputs)} of {len(inputs) + 1} streams, all but its own,{names} but "
+            f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence"
+        ) from error
 
 
 def merge(branch: Branch, s: Tensor, f: Any) -> Tensor:

@@ -453,7 +453,7 @@ def test_a_second_backward_from_another_output_without_retain_graph(scheduler):
 def test_an_unknown_context_name(scheduler):
     with pytest.raises(TypeError, match=r"'scael' is taken by none of the 6 functions .* they take are \['scale'\]"):
         net(scheduler, Conditioned)(*leaves(), scael=1)
-    with pytest.raises(TypeError, match=r"'scale' .* they take are none"):
+    with pytest.raises(TypeError, match=r"'scale' .* they take streams alone"):
         reversible([(lambda x: x, lambda x: x)], *leaves(), scheduler=scheduler, context={"scale": 1})
 
 
@@ -517,9 +517,35 @@ def test_plain_functions_in_a_module():
         ReversibleSequence([(mlp(), torch.sin)])
 
 
+@pytest.mark.parametrize("items", [nn.Linear(4, 4), 3])
+def test_items_that_are_no_list(items):
+    with pytest.raises(TypeError, match=r"expected a list of pairs \(F, G\) and Steps, got .*; put it into a list"):
+        ReversibleSequence(items)
+
+
+def test_a_function_that_does_not_take_what_it_is_given():
+    own = r"F of block 0 \(<lambda>\) was called with"
+    with pytest.raises(TypeError, match=own + r" 2 of 3 streams.* but takes \(x\) \(too many positional"):
+        reversible([(lambda x: x, lambda x: x)], *leaves(), leaves()[0])
+    with pytest.raises(TypeError, match=own + r" 1 of 2 streams.* but takes \(x, mask\) \(missing .* 'mask'"):
+        reversible([(lambda x, mask: x, lambda x: x)], *leaves())
+    with pytest.raises(TypeError, match=r"^cos\(\)"):  # its own mistake is not dressed up as the caller's
+        reversible([(lambda x: torch.cos("x"), lambda x: x)], *leaves())
+
+
+def test_a_plan_that_is_none():
+    @dataclass(frozen=True)
+    class Listing(Scheduler):
+        def plan(self, length):
+            return list(range(length))
+
+    with pytest.raises(TypeError, match=r"Listing.plan\(length\) must return a Plan, got list"):
+        reversible([(torch.sin, torch.cos)], *leaves(), scheduler=Listing())
+
+
 @pytest.mark.parametrize("item", [mlp(), 3, None, (mlp(),), (mlp(),) * 3], ids="module int none one three".split())
 def test_an_item_that_is_neither_pair_nor_step(item):
-    with pytest.raises(TypeError, match=r"expected a pair \(F, G\) or a Step, got .*; wrap it as Step\(fn\)"):
+    with pytest.raises(TypeError, match=r"expected a pair \(F, G\) or a Step, got .*, or wrap each as Step\(fn\)"):
         ReversibleSequence([item])
 
 

@@ -106,3 +106,8 @@ def test_the_footprint_of_one_multiplication():
     x = torch.randn(25, requires_grad=True)
     found = footprint(lambda t: (t.exp(),), [x])
     assert found.held >= 100 and found.peak >= found.held, "exp saves its output"
+
+
+def test_a_coupling_without_its_call():
+    with pytest.raises(TypeError, match=r"coupling must be a Coupling value .*; call it to make one"):
+        assert_unmerges(Lossy, *leaves())

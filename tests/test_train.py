@@ -208,6 +208,26 @@ def test_an_interrupted_epoch_is_done_again_bit_for_bit(tmp_path, monkeypatch, p
     assert_identical(saved(tmp_path / "killed")["run"], saved(tmp_path / "straight")["run"])
 
 
+def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    train_tiny(tmp_path / "begun", "--epochs", 2, "--stop-after", 1)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    for name, words in (("begun", "last.pt has the last whole epoch: repeat"), ("new", "nothing kept")):
+        args = ["--resume"] if name == "begun" else []
+        code, output = run(train.app, *TINY, "--out", tmp_path / name, "--epochs", 2, *args)
+        assert code == 130 and squeeze(words) in output, output
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "run"):
+        code, output = run(train.app, *TINY, "--out", out)
+        assert code == 2 and "--out" in output and squeeze("notes.txt; name another") in output, output
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     done = train_tiny(tmp_path, "--epochs", 1)
     assert train_tiny(tmp_path, "--epochs", 1, "--resume") == dataclasses.replace(done)
@@ -342,6 +362,9 @@ def test_parts_make_up_each_batch():
         ("--graph --amp --amp-dtype float16", ["--graph", "overflow", "--amp-dtype bfloat16"]),
         ("--resume", ["--resume", "last.pt, found none", "drop --resume"]),
         ("--resume --overwrite", ["--resume", "--overwrite", "give one"]),
+        ("--dataset folder", ["--data-dir", "DIR/CLASS/*.jpg", "got none"]),
+        ("--dataset folder --data-dir /nowhere", ["--data-dir", "/nowhere/CLASS/*.jpg", "no such folder"]),
+        ("--image-size 16", ["--image-size", "images of digits stay", "--dataset folder"]),
         ("--data-dir /nowhere", ["--data-dir", "digits comes with scikit-learn", "/nowhere"]),
         (
             "--dataset cifar10 --data-dir /nowhere",
@@ -511,6 +534,67 @@ def test_a_broken_image_tree_is_named(tmp_path):
     for file in (root / "train" / "cat").iterdir():
         file.unlink()
     rejected("train/CLASS/*.jpg")
+
+
+def make_folder(root: Path, each: int = 7) -> Path:
+    """Images of one's own: three classes, each image of another size and kind."""
+    for level, name in enumerate(("ash", "elm", "oak")):
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            mode, colour = (("RGB", (80 * level,) * 3), ("L", 80 * level), ("RGBA", (80 * level,) * 3 + (9,)))[
+                number % 3
+            ]
+            Image.new(mode, (20 + number, 31 - level), colour).save(root / name / f"{number}.png")
+    (root / "ash" / "notes.txt").write_text("no image")
+    return root
+
+
+def test_a_folder_of_ones_own_images(tmp_path):
+    root, cache = make_folder(tmp_path / "trees"), tmp_path / "cache"
+    trees = data.folder(root, cache, 16)
+    assert trees.classes == ["ash", "elm", "oak"]
+    assert trees.train.images.shape == (18, 3, 16, 16) and trees.test.images.shape == (3, 3, 16, 16)
+    for split in (trees.train, trees.test):  # every image is of the level of its class
+        assert (split.images == (80 * split.labels.to(torch.uint8))[:, None, None, None]).all()
+    assert torch.equal(data.folder(root, cache, 16).test.images, trees.test.images)
+    assert data.folder(root, cache).train.images.shape == (18, 3, 32, 32)
+
+    for name in ("train", "val"):
+        make_folder(tmp_path / "split" / name, 4 if name == "train" else 2)
+    split = data.folder(tmp_path / "split", cache)
+    assert split.classes == trees.classes and (len(split.train), len(split.test)) == (12, 6)
+
+
+def test_a_folder_trains_and_resumes(tmp_path):
+    args = ["--dataset", "folder", "--data-dir", make_folder(tmp_path / "trees"), "--image-size", 16,
+            "--cache-dir", tmp_path / "cache", "--epochs", 2]  # fmt: skip
+    straight = train_tiny(tmp_path / "straight", *args)
+    train_tiny(tmp_path / "halves", *args, "--stop-after", 1)
+    assert timeless(train_tiny(tmp_path / "halves", *args, "--resume")) == timeless(straight)
+    assert straight.header["config"]["image_size"] == 16
+
+
+def test_a_broken_folder_is_named(tmp_path):
+    def rejected(root: Path, *words: str) -> None:
+        with pytest.raises(typer.BadParameter) as caught:
+            data.folder(root, tmp_path / "cache")
+        assert all(word in caught.value.message for word in words), caught.value.message
+
+    root = make_folder(tmp_path / "trees")
+    rejected(root / "ash" / "0.png", "found a file")
+    rejected(root / "ash", "Sort the images into a folder for each class")
+    (root / "elm" / "0.png").write_bytes(b"")
+    rejected(root, "elm/0.png is not an image")
+    (root / "elm" / "0.png").unlink()
+    (root / "yew").mkdir()
+    rejected(root, "classes yew")
+    Image.new("RGB", (9, 9)).save(root / "yew" / "0.png")
+    rejected(root, "yew has one image only")
+    (root / "yew").rename(root / "test")
+    rejected(root, "expected train and test")
+    for name in ("elm", "oak", "test"):
+        (root / name).rename(tmp_path / name)
+    rejected(root, "one class only, ash")
 
 
 def write_idx(file: Path, array: np.ndarray) -> None:

@@ -32,7 +32,10 @@ class Scheduler(ABC):
 
     def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
         """What to keep in this very forward, and what else it needs; override it where the plan depends on them."""
-        return self.plan(len(branches)), Extras(self.tolerance)
+        plan = self.plan(len(branches))
+        if not isinstance(plan, Plan):
+            raise TypeError(f"{type(self).__name__}.plan(length) must return a Plan, got {type(plan).__name__}")
+        return plan, Extras(self.tolerance)
 
     def run(self, branches: Sequence[Branch], state: State, context: Mapping[str, Any]) -> State:
         """Run the steps on ``state``."""

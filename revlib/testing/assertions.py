@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 from revlib.couplings import Coupling
 from revlib.schedulers import Checkpoint, Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
+from revlib.step import checked
 from revlib.testing.memory import footprint
 
 __all__ = ["assert_inverts", "assert_memory_flat", "assert_same_gradients", "assert_unmerges"]
@@ -59,6 +60,7 @@ def _compare(what: str, got: Mapping[str, Tensor | None], want: Mapping[str, Ten
 
 def assert_unmerges(coupling: Coupling, s: Tensor, f: Any, *, rtol: float | None = None) -> None:
     """The law of a coupling: ``unmerge(merge(s, f), f)`` gives ``s`` back, in its shape."""
+    checked(coupling)
     with torch.no_grad():
         recovered = coupling.unmerge(coupling.merge(s, f), f)
     _compare(f"{coupling} does not unmerge what it merged", {"s": recovered}, {"s": s}, _rtol(rtol, [s]))
