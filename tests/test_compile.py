@@ -366,9 +366,12 @@ def test_whole_models(name, noisy, backend):
     noise = {"drop_path_rate": 0.3, "drop_rate": 0.2} if noisy else {}
     inputs = images(8 if name == "vit" else 16, 2, 2)
     plain, whole = model(name, Naive(), **noise), model(name, Reversible(), **noise)
-    want = model_trained(plain, plain.parameters(), inputs)
     outer, inner = counting(backend), counting(backend)
     with torch._dynamo.config.patch(recompile_limit=64):
+        if noisy and backend == "inductor":  # whose functions draw in an order of their own: compare with the same
+            compiled(plain, counting(backend))
+        want = model_trained(plain, plain.parameters(), inputs)
+        torch._dynamo.utils.counters.clear()
         got = model_trained(torch.compile(compiled(whole, inner), backend=outer), whole.parameters(), inputs)
     assert error(got, want) < 1e-8
     assert (outer.frame_count, breaks()) == {"vit": (2, 5), "swin": (4, 9), "mvit": (7, 11)}[name]

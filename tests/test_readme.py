@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -12,6 +14,8 @@ def test_the_code_blocks_run_in_order():
     assert len(blocks) >= 5
     namespace: dict = {}
     for block in blocks:
+        if "with torch 2.14" in block and torch.__version__ < "2.12":
+            continue
         exec(compile(block, "<a block of README.md>", "exec"), namespace)
 
 
