@@ -361,6 +361,7 @@ def model_trained(run: Any, parameters: Any, inputs: list[Tensor]) -> list[Any]:
 @backends
 @quick_models
 @pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
+@pytest.mark.timeout(900)  # inductor compiles dozens of functions
 def test_whole_models(name, noisy, backend):
     """The model compiled, and the functions in its stacks: the model's own part is patches, transitions and head."""
     noise = {"drop_path_rate": 0.3, "drop_rate": 0.2} if noisy else {}
