@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revlib import loop, streams
-from revlib.modules import ModuleState, modules_of
+from revlib.held import ModuleState
+from revlib.modules import modules_of
 from revlib.replay import Autocast, Randomness
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence, checked_streams, entered

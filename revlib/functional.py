@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import vjp
 from torch.nn.parameter import is_lazy
 
 from revlib import loop
 from revlib.modules import modules_of, normalises, refuse_scripted
-from revlib.program import Program, Surroundings, Watch, program_of
+from revlib.program import Program, Surroundings, program_of
 from revlib.replay import Turn
 from revlib.step import Branch, State, advance, exporting, route
-from revlib.sweep import sweep
+from revlib.sweep import differentiate, sweep
+from revlib.watch import WatchTracing
 
 __all__ = ["run"]
 
 _functorch = torch._C._functorch
+_OLD = bool(torch.__version__ < "2.12")  # torch 2.11 does not trace a look at a module's attributes
 
 
 def run(branches: Sequence[Branch], state: State, context: Mapping[str, Any], tolerance: float | None) -> State:
@@ -40,7 +41,7 @@ def run(branches: Sequence[Branch], state: State, context: Mapping[str, Any], to
         return _eager(branches, state, contexts, tolerance)
     if torch._C._are_functorch_transforms_active():  # the compiler does not trace a Function within a transform
         return advance(branches, state, contexts)
-    if _untraceable(branches):
+    if _OLD or _untraceable(branches):
         return _broken(branches, state, contexts, tolerance)
     return _apply(branches, state, contexts, tolerance, None, buffers=True)
 
@@ -69,9 +70,9 @@ def _eager(branches: Sequence[Branch], state: State, contexts: list[dict[str, An
 
 _broken = torch.compiler.disable(  # a graph break, with the reason in its message
     _eager,
-    reason="Functional() goes into a whole graph with functions that are modules, draw no random numbers (dropout, "
-    "drop path: compiled code would draw others in the repetition), update no statistics, and hold tensors that need "
-    "gradients as parameters only; compile without fullgraph, or compile the functions alone",
+    reason="Functional() goes into a whole graph, with torch 2.14, where functions are modules, draw no random numbers "
+    "(dropout, drop path: compiled code would draw others in the repetition), update no statistics, and hold tensors "
+    "that need gradients as parameters only; compile without fullgraph, or compile the functions alone",
 )
 
 
@@ -81,10 +82,10 @@ def _untraceable(branches: Sequence[Branch]) -> bool:
         if not isinstance(b.fn, nn.Module):
             return True
         for m in b.fn.modules():
-            rates = (getattr(m, name, None) for name in ("p", "drop_prob"))  # of dropout, and of drop path
+            rates = (getattr(m, name, None) for name in ("p", "drop_prob", "dropout"))  # of layers that draw
             if m.training and (any(isinstance(r, float) and r > 0 for r in rates) or normalises(m)):
                 return True
-            if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):  # torch 2.11 breaks here
+            if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):
                 return True
     return False
 
@@ -115,13 +116,18 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(program: Program, *flat: Tensor) -> State:  # type: ignore[override]
-        if program.surroundings is None:
+        if program.surroundings is not None:
+            watch = program.surroundings.watching(flat)
+            state = _views(program(flat, again=False), flat)
+            watch.close()
+            return state
+        if not torch.compiler.is_compiling():  # the compiler broke its graph within, and left the rest to us
+            raise RuntimeError(
+                "a stack with scheduler=Functional() did not fit into one graph: torch.compile(fullgraph=True) says "
+                "why. Compile its functions alone, or use scheduler=Reversible()."
+            )
+        with WatchTracing(flat):
             return _views(program(flat, again=False), flat)
-        watch = program.surroundings.watch = Watch(flat)
-        state = _views(program(flat, again=False), flat)
-        program.surroundings.watch = None
-        watch.close()
-        return state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: State) -> None:
@@ -140,7 +146,7 @@ class _Stack(torch.autograd.Function):
         elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # it may be differentiated itself
             found = _Sweep.apply(program, wanted, *flat, *y, *_zeros(g, y))
         else:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on
                 found = sweep(program, wanted, flat, y, g)
         return None, *_filled([None] * len(wanted), wanted, found)
 
@@ -187,10 +193,11 @@ class _Sweep(torch.autograd.Function):
         def gradient(some: Sequence[Tensor], g: State) -> Any:
             whole = _filled(flat, needed, some)
             run = partial(program, again=True)
-            pull = vjp(lambda chosen: run(_filled(whole, wanted, chosen)), _picked(whole, wanted))[1]
-            return tuple(pull(g)[0])
+            chosen = _picked(whole, wanted)
+            pull = differentiate(lambda chosen: run(_filled(whole, wanted, chosen)), chosen)[1]
+            return tuple(_zeros(pull(g)[0], chosen))
 
-        pull = vjp(gradient, _picked(flat, needed), g)[1]
+        pull = differentiate(gradient, _picked(flat, needed), g)[1]
         found, g_g = pull(tuple(_zeros(gg, _picked(flat, wanted))))
         return None, None, *_filled([None] * len(flat), needed, found), *([None] * m), *g_g
 

@@ -147,11 +147,11 @@ def _judge(values: Tensor, witnesses: Sequence[str], extents: Sequence[Extent], 
             raise RuntimeError(
                 f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
                 f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
-                "(a random generator of its own, a call counter, a tensor edited since forward), or its stream does "
-                "not invert accurately (its coupling's unmerge does not undo merge: revlib.testing.assert_unmerges "
-                "tells; its result is far larger than the stream, or computed in a lower precision: "
-                "use the ExactAdditive coupling, keep the streams in float32, or normalise the branches). Compare with "
-                "scheduler=Naive(); if the error is acceptable, raise the scheduler's tolerance."
+                "(a random generator of its own, a call counter, a tensor edited or replaced since forward), or its "
+                "stream does not invert accurately (its coupling's unmerge does not undo merge: "
+                "revlib.testing.assert_unmerges tells; its result is far larger than the stream, or computed in a "
+                "lower precision: use the ExactAdditive coupling, keep the streams in float32, or normalise the "
+                "branches). Compare with scheduler=Naive(); if the error is acceptable, raise the tolerance."
             )
 
 

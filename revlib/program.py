@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,16 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from revlib.modules import ModuleState
+from revlib.held import ModuleState
 from revlib.replay import Autocast, Randomness, Settings, Turn
 from revlib.step import Branch, State, evaluate, merge
+from revlib.watch import Watch
 
-__all__ = ["Program", "Surroundings", "Watch", "program_of"]
+__all__ = ["Program", "Surroundings", "program_of"]
 
-_OF_A_GRAPH = (Tensor.register_hook, Tensor.retain_grad, Tensor.backward, torch.autograd.grad)
 _TENSOR = object()  # in place of a tensor of the context
 
 
@@ -51,74 +49,6 @@ class Function(NamedTuple):
         return evaluate(self.branch._replace(fn=fn), inputs, context)
 
 
-class Watch(TorchFunctionMode):
-    """Sees to it that no gradient is lost: a tensor that needs one must come in as argument, and leave as result.
-
-    Args:
-        known: the arguments.
-    """
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.known = {id(t) for t in known}
-        self.carrying = {id(t) for t in known if t.requires_grad}
-        self.made: list[weakref.ref[Tensor]] = []  # out of those
-
-    def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A function, watched; its streams and context come from elsewhere."""
-
-        def watched(*streams: Tensor, **context: Any) -> Any:
-            for t in tree_leaves((streams, context)):
-                if isinstance(t, Tensor):
-                    self.known.add(id(t))
-            self.carrying.update(id(s) for s in streams)
-            with self:
-                result = fn(*streams, **context)
-            self._refuse([t for t in tree_leaves(result) if isinstance(t, Tensor)])
-            return result
-
-        return watched
-
-    def _refuse(self, tensors: Sequence[Tensor]) -> None:
-        for t in tensors:
-            if id(t) not in self.known and (t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t)):
-                raise RuntimeError(
-                    f"a function of a stack with scheduler=Functional() uses a tensor of shape {tuple(t.shape)} that "
-                    "needs a gradient, or is mapped over, and is neither a stream, nor a parameter or buffer of the "
-                    "function, nor in its context. Pass it as context, make it a parameter, or use "
-                    "scheduler=Reversible()."
-                )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self._refuse(tensors)
-        if func in _OF_A_GRAPH and not tensors[0].requires_grad:
-            raise RuntimeError(
-                f"a function of a stack with scheduler=Functional() calls {func.__name__}() on a tensor that it "
-                "computes; its functions run without a graph in forward. Use scheduler=Reversible()."
-            )
-        carries = func is not Tensor.detach and any(id(t) in self.carrying for t in tensors)
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor):
-                self.known.add(id(t))
-                (self.carrying.add if carries else self.carrying.discard)(id(t))
-                if carries and not any(t is a for a in tensors):
-                    self.made.append(weakref.ref(t))
-        return result
-
-    def close(self) -> None:
-        """After forward. Raise if something that needs a gradient is still there: a loss on it would have none."""
-        for ref in self.made:
-            t = ref()
-            if t is not None:
-                raise RuntimeError(
-                    f"a function of a stack with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)} that "
-                    "it computed (in an attribute, a list, a forward hook), through which no gradient would flow. Keep "
-                    "t.detach(), or use scheduler=Reversible()."
-                )
-
-
 class Surroundings:
     """What functions run in besides their arguments: random numbers, autocast, and the state of modules."""
 
@@ -128,6 +58,11 @@ class Surroundings:
         self.drawn: list[dict[torch.device, Tensor]] = [{} for _ in branches]
         self.states: dict[int, ModuleState] = {}
         self.watch: Watch | None = None
+
+    def watching(self, arguments: Sequence[Tensor]) -> Watch:
+        buffers = [b for ms in self.modules for m in ms for b in m._buffers.values() if b is not None]
+        self.watch = Watch([*arguments, *buffers])
+        return self.watch
 
     @contextmanager
     def once(self, k: int) -> Iterator[None]:
@@ -140,7 +75,10 @@ class Surroundings:
     @contextmanager
     def again(self, k: int) -> Iterator[None]:
         """Around a repetition."""
-        self.states[k].check(self.branches[k].name)
+        name = self.branches[k].name
+        self.states[k].check(name)
+        if self.watch is not None:
+            self.watch.check(name)
         random, held = self.randomness.replaying(self.drawn[k]), self.states[k].bound()
         with Turn(), self.settings.replaying(), random, held, self.autocast.replaying():
             yield

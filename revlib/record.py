@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
+from revlib.held import ModuleState
 from revlib.loop import Sampler
-from revlib.modules import ModuleState, refuse_scripted
+from revlib.modules import refuse_scripted
 from revlib.replay import Randomness
 from revlib.saved import Holder, Read, Versioned
 from revlib.step import Branch, State, evaluate, merge
@@ -49,7 +50,6 @@ class Record:
     needs: tuple[bool, ...] = ()  # requires_grad of its m streams
     dtype: torch.dtype = torch.float32  # of the stream it merges away, with its stride
     stride: tuple[int, ...] = ()
-    versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # of context tensors
     read: Read = field(init=False)  # what the function read of the user's
     drawn: dict[torch.device, Tensor] = field(default_factory=dict)
     holders: list[weakref.ref[Holder]] = field(default_factory=list)
@@ -65,27 +65,15 @@ class Record:
     def check(self) -> None:
         """Raise unless the function would run now as it ran in forward."""
         self.module.check(self.branch.name)
-        for key, t, version in self.versions:
-            if t._version != version:
-                raise RuntimeError(
-                    f"context tensor {key!r} of {self.branch.name} was modified by an inplace operation between "
-                    "forward and backward; edit a clone of it instead."
-                )
         self.read.check(self.branch.name)
 
     def observe(self, state: State) -> None:
         """Before the first run: what the step is about to see."""
-        self.read = Read(state)
+        self.read = Read(state, self.context)
         refuse_scripted(self.modules, self.branch.name)
         self.module = ModuleState(self.modules, self.branch.fn)
         self.needs = tuple(t.requires_grad for t in state)
         self.dtype, self.stride = state[0].dtype, state[0].stride()
-        self.versions = [
-            (key, t, t._version)
-            for key, value in self.context.items()
-            for t in tree_leaves(value)
-            if isinstance(t, Tensor) and not t.is_inference()
-        ]
 
     def packer(self, step: int) -> Callable[[Tensor], Holder]:
         """What puts a holder in place of each tensor that autograd saves. The graph keeps it, so it knows no module."""
@@ -93,12 +81,18 @@ class Record:
 
         def pack(t: Tensor) -> Holder:
             holder = Holder(step, t)
+            read.add(len(holders), t)
             holders.append(weakref.ref(holder))
             kinds.append((t.shape, t.dtype))
-            read.add(t)
             return holder
 
         return torch.compiler.disable(pack)
+
+    def close(self) -> None:
+        """After the first run."""
+        for _, holder in self.living():
+            holder.fresh = None
+        self.read.close(self.modules)
 
     def saved(self) -> Iterator[tuple[int, Tensor]]:
         """During the first run: the saved tensors, last first."""
@@ -187,6 +181,8 @@ class Record:
         @torch.compiler.disable
         def pack(t: Tensor) -> int:
             i = len(saved)
+            if self.known:  # else the stream tells
+                self.read.again(part.start + i, t)
             if dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
                 _mismatch(name, i, kinds, f"{tuple(t.shape)} {t.dtype}")
             saved.append(Versioned.of(t.detach()))

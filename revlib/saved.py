@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from revlib.loop import Witness
 from revlib.step import State
-from revlib.tensors import version_of
+from revlib.tensors import learned, origin, version_of
 
 __all__ = [
     "FOR_GOOD",
@@ -168,28 +169,53 @@ class Holder:
 
 
 class Read:
-    """What saved tensors are, or are views of, each with its version: most are gone soon, what remains is the user's.
+    """What a function reads of the user's: its context, and what saved tensors are, or are views of.
 
-    Not the streams, which come back as they were, whatever is edited.
+    Of the latter most are gone soon, and what remains is the user's. All with their versions. Not the streams, which
+    come back as they were, whatever is edited.
     """
 
-    def __init__(self, streams: State) -> None:
-        self.streams = {id(s if s._base is None else s._base) for s in streams}
-        self.origins: list[tuple[weakref.ref[Tensor], int]] = []
+    def __init__(self, streams: State, context: dict[str, Any]) -> None:
+        leaves = [(key, t) for key, value in context.items() for t in tree_leaves(value) if isinstance(t, Tensor)]
+        self.context = [(key, t, version_of(t)) for key, t in leaves]
+        self.streams = {id(origin(s)) for s in streams}
+        self.origins: list[tuple[int, weakref.ref[Tensor], int]] = []
+        self.constants: dict[int, Tensor] = {}  # what the user holds besides weights and buffers, as autograd keeps it
+        self.replaced: list[tuple[Tensor, Tensor]] = []  # of these, and by what in the repetition
 
-    def add(self, t: Tensor) -> None:
-        origin = t if t._base is None else t._base
-        if id(origin) not in self.streams:
-            self.origins.append((weakref.ref(origin), version_of(origin)))
+    def add(self, place: int, t: Tensor) -> None:
+        source = origin(t)
+        if id(source) not in self.streams:
+            self.origins.append((place, weakref.ref(source), version_of(source)))
+
+    def close(self, modules: Sequence[nn.Module]) -> None:
+        """After the run, when nothing else holds what it saved."""
+        self.origins = [entry for entry in self.origins if entry[1]() is not None]
+        held = [(place, t) for place, ref, _ in self.origins if (t := ref()) is not None]
+        held = [(place, t) for place, t in held if not t.requires_grad and not learned(t)]
+        if held:
+            buffers = {id(origin(b)) for m in modules for b in m._buffers.values() if b is not None}
+            self.constants = {place: t for place, t in held if id(t) not in buffers}
+
+    def again(self, place: int, t: Tensor) -> None:
+        """What a repetition saves."""
+        if place in self.constants and origin(t) is not self.constants[place]:
+            self.replaced.append((self.constants[place], origin(t)))
 
     def check(self, name: str) -> None:
         """Raise where one was edited in place, as autograd would."""
-        for ref, version in self.origins:
-            origin = ref()
-            if origin is not None:
-                origin._fix_weakref()  # type: ignore[attr-defined]
-                if version_of(origin) != version:
+        for key, t, version in self.context:
+            if version_of(t) != version:
+                raise RuntimeError(
+                    f"context tensor {key!r} of {name} was modified by an inplace operation between forward and "
+                    "backward; edit a clone of it instead."
+                )
+        for _, ref, version in self.origins:
+            source = ref()
+            if source is not None:
+                source._fix_weakref()  # type: ignore[attr-defined]
+                if version_of(source) != version:
                     raise RuntimeError(
-                        f"a tensor of shape {tuple(origin.shape)} that {name} reads was modified by an inplace "
+                        f"a tensor of shape {tuple(source.shape)} that {name} reads was modified by an inplace "
                         "operation between forward and backward; edit a clone of it instead."
                     )

@@ -17,18 +17,20 @@ from revlib.program import Program
 from revlib.step import State, merge
 from revlib.tensors import local
 
-__all__ = ["Gradients", "sweep"]
+__all__ = ["differentiate", "sweep"]
 
 _functorch = torch._C._functorch
-Gradients = Sequence[Tensor | None]
+_Gradients = Sequence[Tensor | None]
 
 
-def _vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """:func:`torch.func.vjp`, which keeps all for higher derivatives; plain autograd, which does not, where it can."""
+def differentiate(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """:func:`torch.func.vjp`, by plain autograd where it can be: functions may checkpoint and nest stacks there."""
     if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
         return vjp(f, *primals)  # type: ignore[return-value]
+    again = torch.is_grad_enabled()
     leaves, spec = tree_flatten(primals)
-    leaves = [t.detach().requires_grad_() for t in leaves]
+    leaves = [t.view_as(t) for t in leaves]  # a transform that is over leaves wrappers, which say more than is so
+    leaves = [t if again and t.requires_grad else t.detach().requires_grad_() for t in leaves]
     with torch.enable_grad():
         result = f(*tree_unflatten(leaves, spec))
 
@@ -40,7 +42,7 @@ def _vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]
             return tree_unflatten(list(found), spec)
         ys, gs = [y for y, _ in pairs], [g for _, g in pairs]
         try:
-            found = torch.autograd.grad(ys, leaves, gs, allow_unused=True)
+            found = torch.autograd.grad(ys, leaves, gs, allow_unused=True, create_graph=again)
         except RuntimeError as error:
             if ".grad()" not in str(error):
                 raise
@@ -55,8 +57,8 @@ def _vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]
 
 
 def _undo(
-    program: Program, k: int, state: State, gradients: Gradients, mine: list[Tensor], places: Sequence[int]
-) -> tuple[State, Gradients, Gradients, set[torch.dtype]]:
+    program: Program, k: int, state: State, gradients: _Gradients, mine: list[Tensor], places: Sequence[int]
+) -> tuple[State, _Gradients, _Gradients, set[torch.dtype]]:
     """One step. -> the state before it, gradients of that, and of the tensors at some places of those that it reads."""
     branch = program.functions[k].branch
     *inputs, merged = state
@@ -68,11 +70,11 @@ def _undo(
             filled[i] = t
         return program.evaluate(k, inputs, filled, again=True)
 
-    result, pull = _vjp(f, tuple(inputs), [mine[i] for i in places])
+    result, pull = differentiate(f, tuple(inputs), [mine[i] for i in places])
     leaves, spec = tree_flatten(result)
     detached = tree_unflatten([t.detach() for t in leaves], spec)
     s = branch.coupling.unmerge(merged, detached).to(merged.dtype)
-    _, pull_merge = _vjp(partial(merge, branch), s, detached)
+    _, pull_merge = differentiate(partial(merge, branch), s, detached)
     g_s, g_result = pull_merge(g_merged)
     g_inputs, g_mine = pull(g_result)
     before = (g_s, *map(_plus, after, g_inputs))
@@ -80,7 +82,7 @@ def _undo(
 
 
 def sweep(
-    program: Program, wanted: Sequence[bool], flat: Sequence[Tensor], y: State, g: Gradients
+    program: Program, wanted: Sequence[bool], flat: Sequence[Tensor], y: State, g: _Gradients
 ) -> list[Tensor | None]:
     """Undo the steps, last first, and differentiate each. -> the gradients that are wanted."""
     m = program.m

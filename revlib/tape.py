@@ -82,8 +82,7 @@ class Tape:
             if self.weights is not None:
                 self.weights.append(record.weigh(k, (*state, merged)))
         finally:
-            for _, holder in record.living():
-                holder.fresh = None
+            record.close()
         self.dtypes.update(t.dtype for t in (s, merged, *tree_leaves(f)))
         self.extents += loop.extents(record.branch.name, merged, record.branch.coupling.limit_of(merged.dtype))
         return (*inputs, merged)
@@ -211,6 +210,10 @@ class Tape:
         for i in record.samples.keys() & found.keys():
             samples = record.samples[i], self.sampler(found[i]), record.reference
             cursor.witnesses.append(loop.Witness(record.branch.name, *samples))
+        for constant, other in record.read.replaced:  # which may be a difference of large numbers that it has computed
+            reference = inputs[0].detach() if constant.is_floating_point() else None
+            cursor.witnesses.append(loop.Witness(record.branch.name, constant, other, reference))
+        record.read.replaced.clear()
         cursor.index, cursor.state = k, (s, *inputs)
         if fill:
             cursor.done.add(k)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["DTensor", "counts", "laid_out", "learned", "local", "row", "storage", "there", "version_of"]
+__all__ = ["DTensor", "counts", "laid_out", "learned", "local", "origin", "row", "storage", "there", "version_of"]
 
 try:
     from torch.distributed.tensor import DTensor
@@ -29,6 +29,11 @@ def local(t: Tensor) -> Tensor:
     if is_traceable_wrapper_subclass(t):  # jagged tensors, for one
         return local(getattr(t, t.__tensor_flatten__()[0][0])).detach()
     return t
+
+
+def origin(t: Tensor) -> Tensor:
+    """What it is a view of, or itself."""
+    return t if t._base is None else t._base
 
 
 def learned(t: Tensor) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "revlib"
 LAYERS = [
     ["tensors"],
-    ["couplings", "replay", "modules", "streams"],
+    ["couplings", "replay", "modules", "streams", "watch"],
+    ["held"],
     ["loop", "step"],
     ["chunks", "program", "recurrences", "saved"],
     ["record", "sweep"],

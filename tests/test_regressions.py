@@ -466,6 +466,35 @@ def test_a_captured_tensor_edited_that_no_sampled_activation_depends_on(schedule
         total.backward()
 
 
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Checkpoint(every=2)], ids=repr)
+def test_constants_that_a_function_makes_and_keeps(scheduler):
+    """A repetition makes others, which are no captured tensors that somebody has replaced."""
+    kept: list[torch.Tensor] = []
+
+    def gated(m, x):
+        kept.extend([(torch.rand(4) < 0.7).double(), x.detach().mean(-1, keepdim=True)])
+        kept.append(1e-9 * (1e11 * x.detach()).sin())  # the last digits of a stream, which may come back as others
+        return 1e-3 * (m(x) * kept[-1]) + (m(x) * kept[-3] * kept[-2] * torch.arange(4)).sin()
+
+    def play(scheduler):
+        pairs = [(Lambda(gated, mlp()), Lambda(gated, mlp())) for _ in range(2)]
+        stack, xs = ReversibleSequence(pairs, scheduler=scheduler).double(), leaves()
+        loss(stack(*xs)).backward()
+        return [*(x.grad for x in xs), *(p.grad for p in stack.parameters())]
+
+    assert same(*by_naive(scheduler, play))
+
+
+def test_a_captured_table_of_indices_replaced():
+    """Whole numbers, of which one in a thousand differs."""
+    table = {"of": torch.arange(1000) % 4}
+    functions = [(lambda x: x[:, table["of"]].sum(-1, keepdim=True), torch.sin)]
+    total = loss(reversible(functions, *leaves(), scheduler=Checkpoint()))
+    table["of"] = table["of"].index_fill(0, torch.tensor(517), 3)
+    with pytest.raises(RuntimeError, match=r"enters F of block 0 .* replaced since forward"):
+        total.backward()
+
+
 the_norm: nn.Module
 
 

@@ -16,29 +16,43 @@ __all__ = ["Functional"]
 
 @dataclass(frozen=True)
 class Functional(Scheduler):
-    """Keep the last state only, as ``Reversible`` does, in one ``autograd.Function``, without hooks.
+    r"""Keep the last state only, as ``Reversible`` does, in one ``autograd.Function``, without hooks.
 
-    The others save memory by saved-tensor hooks, which ``torch.func`` refuses (they keep everything there) and the
-    compiler breaks its graph at. This one also saves it under ``grad``, ``vjp``, ``jacrev``, ``vmap``, and the vmap of
-    a grad; and ``torch.compile(model, fullgraph=True)`` takes forward and backward as a graph each. Second derivatives
-    are right, and stored. Forward mode keeps nothing in any case.
+    Of a step $t = s \oplus f(x; w)$, backward knows $t$ and $x$. It computes $f$ again, $s = t \ominus f$, and with the
+    gradient $\bar t$ of the loss
+
+    $$\bar s = \bar t\, \partial t / \partial s, \quad \bar f = \bar t\, \partial t / \partial f, \quad
+    \bar x \mathrel{+}= \bar f\, \partial f / \partial x, \quad \bar w \mathrel{+}= \bar f\, \partial f / \partial w.$$
+
+    The other schedulers save memory by saved-tensor hooks, which ``torch.func`` refuses (they keep everything there),
+    and the compiler breaks its graph at. This one also saves it under ``grad``, ``vjp``, ``jacrev``, ``vmap``, and the
+    vmap of a grad; and ``torch.compile(model, fullgraph=True)`` takes forward and backward as a graph each. Second
+    derivatives are right, and stored. Forward mode keeps nothing in any case.
 
     Cost in units of one forward: time 4; memory the last state and the input, the activations of the last step, of
     another one in backward, the gradients of the state at both ends, and those of all weights until backward is done.
+    ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and adds them up then.
 
     Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, and tensors
-    in the context. Refused with an error: a function that uses another tensor which needs a gradient (by closure, or as
-    a plain attribute); that leaves a result behind (in a list, or by a forward hook) without ``detach()``; that turns a
-    stream's dtype into another; batch norm in train mode under a transform. ``jacrev`` maps over backward, where
-    ``vmap`` allows no dropout. ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and
-    adds them up then. Threads must not share modules.
+    in the context. Threads must not share modules.
 
-    In a whole compiled graph, which takes torch 2.14, functions must also be modules, without dropout, drop path, or a
-    tensor by a global variable (the one thing here that nobody could notice). What came back is compared with what went
-    in inside the graph, and on CUDA a difference ends the process there.
+    In a whole compiled graph, which takes torch 2.14, functions must also be modules, and draw no random numbers. What
+    came back is compared with what went in inside the graph, and on CUDA a difference ends the process there. Nobody
+    can notice ``torch.rand_like`` there, where low precision makes the tolerance wide.
+
+    Shapes: as of :class:`~revlib.ReversibleSequence`; streams keep their dtypes.
 
     Args:
         tolerance: the relative error of the recovered inputs of the whole stack up to which backward goes on.
+
+    Raises:
+        RuntimeError: a function uses a tensor which needs a gradient in another way (by closure, as a plain attribute);
+            leaves a result behind (in a list, by a forward hook) without ``detach()``; asks for a graph in forward;
+            draws random numbers in a whole graph; batch norm in train mode under a transform, or dropout under
+            ``jacrev``; something edited between forward and backward; inputs that did not come back.
+        TypeError: a function's result that turns its stream into another dtype.
+
+    Source: the backward is that of Gomez et al. 2017, algorithm 1, step by step.
     """
 
     tolerance: float | None = None

@@ -1,6 +1,7 @@
 """Changes between forward and backward, and misuse."""
 
 import copy
+import operator
 
 import torch
 from common import Lambda, grads, leaves, loss, mlp
@@ -173,6 +174,13 @@ def captured_of_many(setting: Setting):
     return changed(setting, lambda stack, xs, ys: scales[0].mul_(2), make)
 
 
+@situation("a captured tensor replaced, of many that a function sums")
+def captured_replaced(setting: Setting):
+    scales = [torch.ones(4) for _ in range(5)]
+    make = lambda: Lambda(lambda m, x: sum(m(x) * s for s in scales), nn.Linear(4, 4))  # noqa: E731
+    return changed(setting, lambda stack, xs, ys: operator.setitem(scales, 0, 2 * scales[0]), make)
+
+
 @situation("a function that edits its stream in place")
 def stream_edited(setting: Setting):
     class Editing(nn.Module):
@@ -259,6 +267,33 @@ class Configured(nn.Module):
 @situation("a plain attribute changed: F.scale = 2.0")
 def attribute(setting: Setting):
     return changed(setting, lambda stack, xs, ys: setattr(stack[1].F, "scale", 2.0), Configured)
+
+
+class Shifted(nn.Module):
+    def __init__(self, step: float = 0.0):
+        super().__init__()
+        self.linear, self.shift, self.step = nn.Linear(4, 4), torch.ones(4), step
+
+    def forward(self, x):
+        h = (self.linear(x) + self.shift).tanh()
+        if self.step:
+            self.shift += self.step
+        return h
+
+
+@situation("a tensor attribute replaced: F.shift = torch.zeros(4)")
+def tensor_attribute(setting: Setting):
+    return changed(setting, lambda stack, xs, ys: setattr(stack[1].F, "shift", torch.zeros(4)), Shifted)
+
+
+@situation("a tensor attribute edited in place, by less than is tolerated")
+def tensor_attribute_edited(setting: Setting):
+    return changed(setting, lambda stack, xs, ys: stack[1].F.shift.mul_(1 + 1e-8), Shifted)
+
+
+@situation("a function that edits its tensor attribute in place")
+def tensor_attribute_updated(setting: Setting):
+    return train(setting.stack(lambda: Shifted(1e-8)))
 
 
 @situation("an attribute that is a function changed: F.activation = torch.sin")
