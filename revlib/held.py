@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class ModuleState:
         ]
         self.slots = [m.__dict__ for m in (*modules, wrapper) if isinstance(m, nn.Module)]
         self.attributes: list[tuple[dict[str, Any], set[str], dict[str, Any]]] = []
-        self.tensors: list[tuple[str, Tensor, int]] = []  # among them
+        self.tensors: list[tuple[str, Callable[[], Tensor | None], int]] = []  # among them
         for slots in self.slots:
             names = set(slots)
             plain = {k: slots[k] for k in names - _OF_MODULES}
@@ -48,7 +49,7 @@ class ModuleState:
                 elif isinstance(a, Tensor):
                     plain[k] = _alone(a)
                     if not torch._C._functorch.is_functorch_wrapped_tensor(a):
-                        self.tensors.append((k, a, version_of(a)))
+                        self.tensors.append((k, weakref.ref(a), version_of(a)))
             self.attributes.append((slots, names, plain))
         self.hooks = [(slots, keys, _hooks(slots, keys)) for slots, keys in _places(self.slots)]
         self.changed: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -71,7 +72,7 @@ class ModuleState:
             elif b is not None:
                 self.constant.append((m, k, b, version))
         del self._before
-        self.own = {k for k, t, version in self.tensors if version_of(t) != version}
+        self.own = {k for k, t, version in self._attributes() if version_of(t) != version}
         self.children = [(slots["_modules"], tuple(slots["_modules"].items())) for slots in self.slots]
 
     def check(self, name: str) -> None:
@@ -93,7 +94,7 @@ class ModuleState:
         for kind, advice, versions in (
             ("parameter", "step the optimizer only after backward", parameters),
             ("buffer", "edit buffers only after backward", buffers),
-            ("attribute", "edit attributes only after backward", self.tensors),
+            ("attribute", "edit attributes only after backward", self._attributes()),
         ):
             for k, t, version in versions:
                 if version_of(t) != version:
@@ -101,6 +102,9 @@ class ModuleState:
                         f"{kind} {k!r} of {name} was modified by an inplace operation between forward and backward "
                         f"(version {version_of(t)}, expected {version}); {advice}."
                     )
+
+    def _attributes(self) -> list[tuple[str, Tensor, int]]:
+        return [(k, t, version) for k, ref, version in self.tensors if (t := ref()) is not None]
 
     @contextlib.contextmanager
     def bound(self) -> Iterator[None]:

@@ -161,7 +161,7 @@ _pending: list[tuple[streams.Arriving, list[str], Sequence[Extent], float]] = []
 def close(
     witnesses: Sequence[Witness],
     extents: Sequence[Extent],
-    steps: int,
+    exact: bool,
     tolerance: float | None,
     dtypes: set[torch.dtype],
     finite: Tensor | None,
@@ -175,9 +175,8 @@ def close(
     if not found or _unreadable(found[0]):
         return
     device = found[0].device
-    if tolerance is None:  # with an exact coupling in every step, equality, wherever kernels repeat their bits
-        exact = device.type == "cpu" and len(extents) == steps
-        tolerance = 0.0 if exact else default_tolerance(dtypes, device.type != "cpu")
+    if tolerance is None:  # where every step is exact, equality, wherever kernels repeat their bits
+        tolerance = 0.0 if exact and device.type == "cpu" else default_tolerance(dtypes, device.type != "cpu")
     with torch.autocast(device.type, enabled=False):  # which would have a say in how samples are put together
         values = torch.empty(0, dtype=torch.float64, device=device)
         if witnesses:

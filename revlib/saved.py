@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = [
     "Shelf",
     "Versioned",
     "graph_task",
+    "surrounding",
 ]
 
 FOR_GOOD: Any = None  # the key of what was recovered in a graph task that releases its graph, as autograd goes
@@ -34,6 +35,16 @@ def graph_task() -> tuple[int, bool]:
     """The running graph task (-1: none), and whether it keeps its graph for another pass."""
     task = torch._C._current_graph_task_id()
     return task, task == -1 or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+_T = TypeVar("_T")
+
+
+def surrounding(kind: type[_T]) -> weakref.ref[_T] | None:
+    """What owns the saved-tensor hooks in force here, if of this kind; in a stack within a stack, the other's tape."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    owner = getattr(hooks[1], "__self__", None) if hooks else None
+    return weakref.ref(owner) if isinstance(owner, kind) else None
 
 
 class _Save(torch.autograd.Function):
@@ -201,6 +212,11 @@ class Read:
         """What a repetition saves."""
         if place in self.constants and origin(t) is not self.constants[place]:
             self.replaced.append((self.constants[place], origin(t)))
+
+    def compared(self, name: str, stream: Tensor) -> list[Witness]:
+        """Constants with what came in their place, which may be a small difference of streams that was computed."""
+        pairs, self.replaced = self.replaced, []
+        return [Witness(name, a, b, stream.detach() if a.is_floating_point() else None) for a, b in pairs]
 
     def check(self, name: str) -> None:
         """Raise where one was edited in place, as autograd would."""

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib import loop, streams
 from revlib.record import Record, Weight, intercept
 from revlib.replay import Autocast, Randomness, Settings
-from revlib.saved import FOR_GOOD, Cursor, Holder, Shelf, graph_task
+from revlib.saved import FOR_GOOD, Cursor, Holder, Shelf, graph_task, surrounding
 from revlib.step import State, evaluate, merge
 from revlib.tensors import local
 
@@ -59,6 +59,13 @@ class Tape:
         self.finite: Tensor | None = None  # whether the last state is
         self.extents: list[loop.Extent] = []
         self.lock = threading.RLock()
+        self.outer = surrounding(Tape)  # it has to recover what this one starts from
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step is, here and around."""
+        outer = self.outer() if self.outer else None
+        return len(self.extents) == self.steps and (self.outer is None or (outer is not None and outer.exact))
 
     # ------------------------------------------------------------------------------------------ forward
     def advance(self, record: Record, state: State, context: dict[str, Any]) -> State:
@@ -210,10 +217,7 @@ class Tape:
         for i in record.samples.keys() & found.keys():
             samples = record.samples[i], self.sampler(found[i]), record.reference
             cursor.witnesses.append(loop.Witness(record.branch.name, *samples))
-        for constant, other in record.read.replaced:  # which may be a difference of large numbers that it has computed
-            reference = inputs[0].detach() if constant.is_floating_point() else None
-            cursor.witnesses.append(loop.Witness(record.branch.name, constant, other, reference))
-        record.read.replaced.clear()
+        cursor.witnesses += record.read.compared(record.branch.name, inputs[0])
         cursor.index, cursor.state = k, (s, *inputs)
         if fill:
             cursor.done.add(k)
@@ -231,7 +235,7 @@ class Tape:
         if key is FOR_GOOD and all(k in cursor.done or not r.guarded for k, r in enumerate(self.records)):
             # All is recovered for good. A module may hold a tensor whose graph holds this tape: let go of the module.
             self.records, cursor.state = [], ()
-        loop.close(witnesses, self.extents, self.steps, self.tolerance, self.dtypes, self.finite)
+        loop.close(witnesses, self.extents, self.exact, self.tolerance, self.dtypes, self.finite)
 
     @torch.compiler.disable
     def forget(self, key: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,6 +84,8 @@ class Watch(TorchFunctionMode):
 
     def close(self) -> None:
         """After forward. Raise if something that needs a gradient is still there: a loss on it would have none."""
+        if any(ref() is not None for ref in self.made):
+            gc.collect()  # it may be in a cycle that nobody holds
         for ref in self.made:
             t = ref()
             if t is not None:

@@ -261,6 +261,22 @@ def test_what_functions_leave_behind_carries_no_gradient():
     loss(stack(*xs)).backward()
 
 
+def test_what_is_left_behind_in_a_cycle_is_not_kept():
+    """Until python collects it, which is any time."""
+
+    def circular(m, x):
+        h = m(x)
+        cell = [h]
+        cell.append(cell)
+        return h.sin()
+
+    def scene(scheduler):
+        torch.manual_seed(0)
+        return train(ReversibleSequence([(Lambda(circular, mlp()), mlp())], scheduler=scheduler).double(), *leaves())
+
+    assert error(scene(Functional()), scene(Naive())) < 1e-10
+
+
 def test_a_captured_tensor_edited_by_less_than_the_tolerance():
     for edited in (False, True):
         xs, w = leaves(dtype=torch.float32), torch.ones(4)

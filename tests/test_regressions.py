@@ -495,6 +495,56 @@ def test_a_captured_table_of_indices_replaced():
         total.backward()
 
 
+@pytest.mark.parametrize("coupling", [Additive(), ExactAdditive()], ids=repr)
+def test_an_exact_stack_within_a_stack(coupling):
+    """It starts from what the other recovers, which is exact if the other is."""
+
+    def play(scheduler):
+        inner = [ReversibleSequence([(mlp(), mlp())], coupling=ExactAdditive(), scheduler=scheduler) for _ in range(24)]
+        nested = [Lambda(lambda m, x: m(x, x.cos())[1], m) for m in inner]
+        stack = ReversibleSequence(
+            [*zip(nested[::2], nested[1::2], strict=True)], coupling=coupling, scheduler=scheduler
+        )
+        xs = [torch.randn(64, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        loss(stack.double()(*xs)).backward()
+        return [*(x.grad for x in xs), *(p.grad for p in stack.parameters())]
+
+    want, got = by_naive(Reversible(), play)
+    if isinstance(coupling, ExactAdditive):
+        assert all(map(torch.equal, got, want))
+    assert same(got, want)
+
+
+def test_an_exact_stack_within_an_exact_stack_has_no_tolerance():
+    """The third call is that of the inner stack's backward."""
+    calls = itertools.count()
+    drifting = Lambda(lambda m, x: m(x) + 1e-12 * (next(calls) == 2), mlp())
+    inner = ReversibleSequence([(drifting, mlp())], coupling=ExactAdditive())
+    nested = Lambda(lambda m, x: m(x, x.cos())[1], inner)
+    stack = ReversibleSequence([(nested, mlp())], coupling=ExactAdditive()).double()
+    with pytest.raises(RuntimeError, match="where 0 is tolerated"):
+        loss(stack(*leaves())).backward()
+
+
+def test_an_attribute_holds_no_graph_of_an_earlier_pass():
+    stack = ReversibleSequence([(Keeping(), mlp())], scheduler=Reversible())
+    loss(stack(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4))).backward()
+    first = weakref.ref(stack[0].F.last)
+    ys = stack(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4))
+    assert first() is None
+    del ys
+
+
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.last = nn.Linear(4, 4), torch.zeros(())
+
+    def forward(self, x):
+        self.last = self.linear(x).sin()
+        return self.last
+
+
 the_norm: nn.Module
 
 
