@@ -92,7 +92,7 @@ class Record:
         """After the first run."""
         for _, holder in self.living():
             holder.fresh = None
-        self.read.close(self.modules)
+        self.read.close(self.modules, self.split)
 
     def saved(self) -> Iterator[tuple[int, Tensor]]:
         """During the first run: the saved tensors, last first."""
@@ -177,12 +177,13 @@ class Record:
         holders, kinds, saved = self.holders[part], self.kinds[part], list[Versioned]()
         name, dropped, result = self.branch.name, self.dropped, None
         whole = whole or not dropped
+        constants = self.known and part.start == 0 and self.read.constants  # else the stream tells
 
         @torch.compiler.disable
         def pack(t: Tensor) -> int:
             i = len(saved)
-            if self.known:  # else the stream tells
-                self.read.again(part.start + i, t)
+            if constants:
+                self.read.again(i, t)
             if dropped and (i == len(kinds) or (t.shape, t.dtype) != kinds[i]):
                 _mismatch(name, i, kinds, f"{tuple(t.shape)} {t.dtype}")
             saved.append(Versioned.of(t.detach()))

@@ -199,10 +199,10 @@ class Read:
         if id(source) not in self.streams:
             self.origins.append((place, weakref.ref(source), version_of(source)))
 
-    def close(self, modules: Sequence[nn.Module]) -> None:
-        """After the run, when nothing else holds what it saved."""
+    def close(self, modules: Sequence[nn.Module], count: int) -> None:
+        """After the run, of whose saved tensors so many are the function's, when nothing else holds those."""
         self.origins = [entry for entry in self.origins if entry[1]() is not None]
-        held = [(place, t) for place, ref, _ in self.origins if (t := ref()) is not None]
+        held = [(place, t) for place, ref, _ in self.origins if place < count and (t := ref()) is not None]
         held = [(place, t) for place, t in held if not t.requires_grad and not learned(t)]
         if held:
             buffers = {id(origin(b)) for m in modules for b in m._buffers.values() if b is not None}
