@@ -441,7 +441,8 @@ class World:
         elif kind == "recording":
             self.handles += [t.register_hook(lambda g: self.record(name, g))] if t.requires_grad else []
         elif t.requires_grad:
-            self.handles.append(t.register_post_accumulate_grad_hook(lambda t: self.record(f"{name}, after", t.grad)))
+            after = lambda t: t.grad is None or self.record(f"{name}, after", t.grad)  # noqa: E731; None: frozen since
+            self.handles.append(t.register_post_accumulate_grad_hook(after))
 
     def hook_function(self, i: int, kind: str) -> None:
         f = self.functions()[i % len(self.functions())]
