@@ -16,6 +16,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -441,8 +442,11 @@ class World:
         elif kind == "recording":
             self.handles += [t.register_hook(lambda g: self.record(name, g))] if t.requires_grad else []
         elif t.requires_grad:
-            after = lambda t: t.grad is None or self.record(f"{name}, after", t.grad)  # noqa: E731; None: frozen since
-            self.handles.append(t.register_post_accumulate_grad_hook(after))
+            self.handles.append(t.register_post_accumulate_grad_hook(partial(self.record_after, name)))
+
+    def record_after(self, name: str, t: Tensor) -> None:
+        if t.grad is not None:  # it may be frozen since forward
+            self.record(f"{name}, after", t.grad)
 
     def hook_function(self, i: int, kind: str) -> None:
         f = self.functions()[i % len(self.functions())]
