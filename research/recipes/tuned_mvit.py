@@ -9,21 +9,6 @@ Aim: past CCT-7/3x1's 94.8 %. 1,261,386 parameters.
 import dataclasses
 
 from research.recipes import minrev_mvit
+from research.recipes.tuned import TUNED
 
-RECIPE = dataclasses.replace(
-    minrev_mvit.RECIPE,
-    recipe="tuned-mvit",
-    rand_augment=9,
-    mixup=0.8,
-    cutmix=1.0,
-    label_smoothing=0.1,
-    drop_path=0.1,
-    optimizer="adamw",
-    lr=1e-3,
-    warmup_epochs=10,
-    weight_decay=0.05,
-    clip_grad=1.0,
-    ema=0.999,
-    epochs=200,
-    amp=True,
-)
+RECIPE = dataclasses.replace(minrev_mvit.RECIPE, **TUNED, recipe="tuned-mvit", mixup=0.8, cutmix=1.0)
