@@ -21,10 +21,10 @@ class ModuleState:
     """Parameters, buffers and mode of a function's modules as they were when it ran.
 
     Parameters are bound again by identity (``torch.func.functional_call`` swaps them during forward only) and must not
-    have been edited since. So are children, and plain attributes (rates, flags, schedulers, ``forward`` where somebody
-    put a function in its place), as they were before the run. Buffers that the run itself changed (BatchNorm's
-    statistics, spectral norm's vectors) are bound again as copies from before it, so that a repetition neither sees nor
-    makes a second update. Tensors among them must not have been edited. Forward hooks are those
+    have been edited since. So are children, and plain attributes (rates, flags, tensors, schedulers, ``forward`` where
+    somebody put a function in its place), as they were before the run. Tensors among them must not have been edited,
+    also not by the run. Buffers that the run itself changed (BatchNorm's statistics, spectral norm's vectors) are bound
+    again as copies from before it, so that a repetition neither sees nor makes a second update. Forward hooks are those
     that ran, also those of a ``wrapper`` around the function, and torch's for all modules. Attributes that a repetition
     assigns are taken back.
     """

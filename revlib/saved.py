@@ -179,6 +179,9 @@ class Holder:
         return None if value is None else value.get()
 
 
+_View = tuple[Any, Any, Any] | None  # size, stride and offset
+
+
 class Read:
     """What a function reads of the user's: its context, and what saved tensors are, or are views of.
 
@@ -190,28 +193,32 @@ class Read:
         leaves = [(key, t) for key, value in context.items() for t in tree_leaves(value) if isinstance(t, Tensor)]
         self.context = [(key, t, version_of(t)) for key, t in leaves]
         self.streams = {id(origin(s)) for s in streams}
-        self.origins: list[tuple[int, weakref.ref[Tensor], int]] = []
-        self.constants: dict[int, Tensor] = {}  # what the user holds besides weights and buffers, as autograd keeps it
+        self.origins: list[tuple[int, weakref.ref[Tensor], int, _View]] = []
+        self.constants: dict[int, tuple[Tensor, _View]] = {}  # the user's besides weights and buffers, as autograd does
         self.replaced: list[tuple[Tensor, Tensor]] = []  # of these, and by what in the repetition
 
     def add(self, place: int, t: Tensor) -> None:
         source = origin(t)
         if id(source) not in self.streams:
-            self.origins.append((place, weakref.ref(source), version_of(source)))
+            view = (t.shape, t.stride(), t.storage_offset()) if source is not t and type(t) is Tensor else None
+            self.origins.append((place, weakref.ref(source), version_of(source), view))
 
     def close(self, modules: Sequence[nn.Module], count: int) -> None:
         """After the run, of whose saved tensors so many are the function's, when nothing else holds those."""
         self.origins = [entry for entry in self.origins if entry[1]() is not None]
-        held = [(place, t) for place, ref, _ in self.origins if place < count and (t := ref()) is not None]
-        held = [(place, t) for place, t in held if not t.requires_grad and not learned(t)]
+        held = [(place, t, view) for place, ref, _, view in self.origins if place < count and (t := ref()) is not None]
+        held = [entry for entry in held if not entry[1].requires_grad and not learned(entry[1])]
         if held:
             buffers = {id(origin(b)) for m in modules for b in m._buffers.values() if b is not None}
-            self.constants = {place: t for place, t in held if id(t) not in buffers}
+            self.constants = {place: (t, view) for place, t, view in held if id(t) not in buffers}
 
     def again(self, place: int, t: Tensor) -> None:
         """What a repetition saves."""
-        if place in self.constants and origin(t) is not self.constants[place]:
-            self.replaced.append((self.constants[place], origin(t)))
+        constant, view = self.constants.get(place, (None, None))
+        if constant is not None and origin(t) is not constant:
+            before = constant if view is None else constant.as_strided(*view)
+            if before.shape == t.shape and before.dtype == t.dtype:  # not where it was seen as another dtype
+                self.replaced.append((before, t.detach()))
 
     def compared(self, name: str, stream: Tensor) -> list[Witness]:
         """Constants with what came in their place, which may be a small difference of streams that was computed."""
@@ -226,7 +233,7 @@ class Read:
                     f"context tensor {key!r} of {name} was modified by an inplace operation between forward and "
                     "backward; edit a clone of it instead."
                 )
-        for _, ref, version in self.origins:
+        for _, ref, version, _ in self.origins:
             source = ref()
             if source is not None:
                 source._fix_weakref()  # type: ignore[attr-defined]

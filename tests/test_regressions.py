@@ -495,6 +495,23 @@ def test_a_captured_table_of_indices_replaced():
         total.backward()
 
 
+def test_a_captured_table_that_grew():
+    """Of which a part is used, the same as before or another."""
+
+    def play(scheduler, shift=0.0):
+        table = {"of": torch.arange(8.0, dtype=torch.float64)}
+        functions = [(lambda x: x * table["of"][2:6] + x.sin() * x.cos(), torch.sin)] * 2
+        xs = leaves()
+        total = loss(reversible(functions, *xs, scheduler=scheduler))
+        table["of"] = torch.arange(9.0, dtype=torch.float64) + shift
+        total.backward()
+        return [x.grad for x in xs]
+
+    assert same(*by_naive(Checkpoint(), play))
+    with pytest.raises(RuntimeError, match=r"enters F of block \d .* replaced since forward"):
+        play(Checkpoint(), 1e-5)
+
+
 @pytest.mark.parametrize("coupling", [Additive(), ExactAdditive()], ids=repr)
 def test_an_exact_stack_within_a_stack(coupling):
     """It starts from what the other recovers, which is exact if the other is."""
