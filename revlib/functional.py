@@ -136,6 +136,7 @@ class _Stack(torch.autograd.Function):
         ctx.save_for_backward(*flat, *output)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
+            ctx.required = [t.requires_grad for t in flat]  # also where some other transform wants the gradient
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
@@ -144,6 +145,8 @@ class _Stack(torch.autograd.Function):
         if torch.compiler.is_compiling():
             found = sweep(program, wanted, flat, y, g)
         elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # it may be differentiated itself
+            # What was frozen in forward, and is not any more, is no input of the graph.
+            flat = [t if r or not t.requires_grad else t.detach() for t, r in zip(flat, ctx.required, strict=True)]
             found = _Sweep.apply(program, wanted, *flat, *y, *_zeros(g, y))
         else:
             with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on

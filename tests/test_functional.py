@@ -153,6 +153,23 @@ def test_derivatives_of_functions_that_checkpoint_and_nest_stacks(order):
     assert error(scene(Functional()), scene(Naive())) < 1e-10
 
 
+def test_a_parameter_unfrozen_since_forward_gets_no_second_derivative():
+    def scene(scheduler):
+        torch.manual_seed(0)
+        stack, (a, b) = net(scheduler), leaves()
+        weights = [stack[0].F[1].weight, stack[1].G[4].weight]
+        for w in weights:
+            w.requires_grad_(False)
+        total = loss(stack(a, b))
+        for w in weights:
+            w.requires_grad_(True)
+        (total + torch.autograd.grad(total, a, create_graph=True)[0].square().sum()).backward()
+        assert all(w.grad is None for w in weights)
+        return [p.grad for p in stack.parameters() if p.grad is not None]
+
+    assert error(scene(Functional()), scene(Naive())) < 1e-10
+
+
 # ---------------------------------------------------------------------------------------------- memory
 def stack_of(depth, scheduler):
     torch.manual_seed(0)

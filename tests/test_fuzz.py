@@ -440,7 +440,8 @@ class World:
         if kind == "scaling":
             self.handles += [t.register_hook(lambda g: 0.5 * g)] if t.requires_grad else []
         elif kind == "recording":
-            self.handles += [t.register_hook(lambda g: self.record(name, g))] if t.requires_grad else []
+            wanted = lambda g: self.record(name, g) if t.requires_grad else None  # noqa: E731
+            self.handles += [t.register_hook(wanted)] if t.requires_grad else []
         elif t.requires_grad:
             self.handles.append(t.register_post_accumulate_grad_hook(partial(self.record_after, name)))
 

@@ -34,7 +34,8 @@ class Functional(Scheduler):
     ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and adds them up then.
 
     Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, and tensors
-    in the context. Threads must not share modules.
+    in the context. An output needs a gradient if anything that goes in does. Hooks of parameters that a function does
+    not use are called with None. Threads must not share modules.
 
     In a whole compiled graph, which takes torch 2.14, functions must also be modules, and draw no random numbers. What
     came back is compared with what went in inside the graph, and on CUDA a difference ends the process there. Nobody
