@@ -599,16 +599,17 @@ class Machine(RuleBasedStateMachine):
 
     def differentiate(self, i: int, act: Callable[[World, Pending], Any]) -> None:
         """Pending outputs, in some way. Where one world refuses, neither has done it, nor will again."""
-        count = len(self.subject.pending)
-        i %= count
+        i %= len(self.subject.pending)
         excuses = self.subject.pending[i].excuses | self.excuses(self.subject.pending[i])
         if act is World.penalty or self.subject.pending[i].second:
             self.limit = 1e-3 if self.dtype == torch.float32 else 1e-9  # second derivatives are summed in another order
         undos = [world.remember() for world in self.worlds]
+        family = self.subject.pending[i].excuses  # the same for what was made of its graph, freed in one world alone
         if not self.both(lambda world: act(world, world.pending[i]), excuses):
+            others = [j for j, p in enumerate(self.subject.pending) if p.excuses is not family]
             for world, undo in zip(self.worlds, undos, strict=True):
                 undo()
-                del world.pending[count:], world.pending[i]
+                world.pending[:] = [world.pending[j] for j in others]
 
     # ------------------------------------------------------------------------------------------ forward
     @precondition(lambda self: len(self.subject.pending) < MOST_PENDING)
