@@ -512,6 +512,7 @@ class Machine(RuleBasedStateMachine):
     """Does everything twice."""
 
     creates = True  # graphs of gradients
+    thaws = True  # what was frozen in a forward that is pending
     kinds: ClassVar = {True: (torch.float32, 0.0), False: (torch.float64, 1e-9)}  # exact or not; how far apart
 
     def __init__(self) -> None:
@@ -756,7 +757,7 @@ class Machine(RuleBasedStateMachine):
     def freeze(self, i, wanted):
         for world in self.worlds:
             leaves = [*world.parameters(), *world.inputs.values()]
-            leaves[i % len(leaves)].requires_grad_(wanted)
+            leaves[i % len(leaves)].requires_grad_(wanted and (self.thaws or not world.pending))
 
     @rule(i=numbers, train=st.booleans())
     def switch_mode(self, i, train):
@@ -850,6 +851,7 @@ class Pure(Machine):
 
     impure = (Auxiliary, WithoutGradient)  # one is refused; of the other it says that its output needs a gradient
     creates = False  # gradients require gradients, also those that depend on nothing
+    thaws = False  # plain autograd gives that a second derivative, or none, by operation
     kinds: ClassVar = dict.fromkeys((True, False), (torch.float64, 1e-9))  # it adds up in another order
 
     def choose(self, scheduler: Scheduler) -> Scheduler:
