@@ -24,6 +24,7 @@ from revlib.program import Program, Surroundings, program_of
 from revlib.replay import Turn
 from revlib.step import Branch, State, advance, exporting, route
 from revlib.sweep import differentiate, sweep
+from revlib.tensors import storage
 from revlib.watch import WatchTracing
 
 __all__ = ["run"]
@@ -106,8 +107,10 @@ def _apply(
         program, tensors = program_of(
             branches[:inner], state, contexts[:inner], tolerance, surroundings, buffers=buffers
         )
-    if inner:  # views: the compiler wants no argument twice
-        state = _Stack.apply(program, *(s.view_as(s) for s in state), *tensors)
+    if inner:
+        if torch.compiler.is_compiling():  # which wants no argument twice
+            state = tuple(s.view_as(s) for s in state)
+        state = _Stack.apply(program, *state, *tensors)
     return advance(branches[inner:], state, contexts[inner:])
 
 
@@ -151,7 +154,15 @@ class _Stack(torch.autograd.Function):
         else:
             with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on
                 found = sweep(program, wanted, flat, y, g)
+            found = _apart(found, g)
         return None, *_filled([None] * len(wanted), wanted, found)
+
+
+def _apart(gradients: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that share no memory unless they are one tensor: autograd takes a tensor that nobody else holds for
+    ``.grad`` as it is, and would have two leaves accumulate into the same memory."""
+    owners = {storage(g): g for g in given if g is not None}
+    return [g if g is None or owners.setdefault(storage(g), g) is g else g.clone() for g in gradients]
 
 
 def _saved(ctx: Any) -> Sequence[Tensor]:

@@ -228,16 +228,18 @@ def _mismatch(name: str, i: int, kinds: list[tuple[torch.Size, torch.dtype]], ca
     )
 
 
-def intercept(before_gradient: Callable[[], Callable[[int], None] | None], k: int, t: Any) -> Any:
-    """A view of what a function returned, whose gradient reaches the tape before it reaches the function."""
-    if not isinstance(t, Tensor) or not t.requires_grad:
-        return t
-    view = t.view_as(t)  # its own node: the function may have returned a stream, a parameter or a captured tensor
+def intercept(before_gradient: Callable[[], Callable[[int], None] | None], k: int, merged: Tensor) -> None:
+    """Has the gradient of a merged stream reach the tape before it reaches the coupling, and so the function.
 
-    def hook(_: Tensor) -> None:
+    The hook sits on the node itself. A view of the result would give its two users the same gradient in two tensors
+    that share memory, and autograd would take both of them for ``.grad`` of leaves without a copy.
+    """
+    if merged.grad_fn is None:
+        return
+
+    def hook(_: Any) -> None:
         alive = before_gradient()
         if alive is not None:
             alive(k)
 
-    view.register_hook(torch.compiler.disable(hook))
-    return view
+    merged.grad_fn.register_prehook(torch.compiler.disable(hook))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from revlib import loop, streams
 from revlib.record import Record, Weight, intercept
@@ -79,11 +79,10 @@ class Tape:
                 f = evaluate(record.branch, tuple(inputs), context)
             record.module.seal()
             record.split = len(record.holders)
-            if record.guarded:
-                guard = partial(intercept, weakref.WeakMethod(self.before_gradient), k)
-                f = guard(f) if isinstance(f, Tensor) else tree_map(guard, f)
             with hooks:
                 merged = merge(record.branch, s, f)
+            if record.guarded:
+                intercept(weakref.WeakMethod(self.before_gradient), k, merged)
             if record.dropped and self.tolerance != math.inf:
                 record.sample(self.sampler, s, merged, unseen=k == 0 and len(record.holders) == record.split)
             if self.weights is not None:

@@ -21,6 +21,7 @@ from revlib import (
     Checkpoint,
     Coupling,
     ExactAdditive,
+    Functional,
     Naive,
     Reversible,
     ReversibleSequence,
@@ -733,3 +734,36 @@ def test_a_budget_that_is_run_again_by_somebody_else(around):
         return [x.grad for x in xs]
 
     assert same(*by_naive(Budget(fraction=0.5), play))
+
+
+class Offset(nn.Module):
+    """Learns nothing but an offset of its stream's own shape, as prompt and position tuning do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.offset = nn.Linear(4, 4).requires_grad_(False), nn.Parameter(torch.zeros(1, 3, 4))
+
+    def forward(self, x):
+        return self.layer(x) + self.offset
+
+
+@pytest.mark.parametrize("leaf_streams", [False, True])
+@pytest.mark.parametrize(
+    "scheduler",
+    [Naive(), Reversible(), Checkpoint(), Anchored(2), Budget(fraction=0.5), Functional()],
+    ids=lambda s: type(s).__name__,
+)
+def test_no_two_leaves_share_the_memory_of_their_gradients(scheduler, leaf_streams):
+    torch.manual_seed(0)
+    stack = ReversibleSequence([(Offset(), Offset()) for _ in range(2)], scheduler=scheduler)
+    inputs = [nn.Parameter(torch.randn(1, 3, 4)) for _ in range(2)]
+    all_leaves = [*inputs, *(p for p in stack.parameters() if p.requires_grad)]
+    after = []
+    for _ in range(2):
+        y = stack(*inputs) if leaf_streams else stack(inputs[0] + inputs[1], inputs[1].sin())
+        (y[0] * y[1]).sum().backward()
+        after.append([p.grad.clone() for p in all_leaves])
+        memory = [p.grad.untyped_storage().data_ptr() for p in all_leaves]
+        assert len(set(memory)) == len(memory)
+    for once, twice in zip(*after, strict=True):
+        torch.testing.assert_close(twice, 2 * once)
