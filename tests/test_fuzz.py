@@ -36,8 +36,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from revlib import Additive, Coupling, ExactAdditive, Functional, Naive, ReversibleSequence, Step, engine
+from revlib.core import SHARED
 from revlib.couplings import Affine, Scaled
-from revlib.saved import FOR_GOOD
 from revlib.schedulers import Scheduler
 from revlib.testing import strategies
 
@@ -341,7 +341,7 @@ class World:
     def call(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
         """-> the outputs, and the tensors that went in."""
         streams = self.streams(call)
-        takes = any(isinstance(b.owner, Gained) for b in self.stack.branches)
+        takes = any(isinstance(b.owner, Gained) for b in self.stack.bound_steps)
         context = {"gain": self.inputs["gain"] * 1} if call.gain and takes else {}
         around = (
             torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if call.autocast else contextlib.nullcontext()
@@ -504,8 +504,9 @@ BETWEEN: dict[str, Callable[["Machine", int, int, bool], Any]] = {
 
 def kept(tape: Any) -> set[Any]:
     """The passes for which a tape still holds something."""
-    held = {key for record in tape.records for _, holder in record.living() for key in holder.values}
-    return held | set(tape.cursors)
+    placeholders = [placeholder for record in tape.records for _, placeholder in record.living()]
+    held = {key for placeholder in placeholders for key in placeholder.by_pass or ()}
+    return held | {SHARED for placeholder in placeholders if placeholder.tensor is not None} | set(tape.progress)
 
 
 class Machine(RuleBasedStateMachine):
@@ -842,7 +843,7 @@ class Machine(RuleBasedStateMachine):
         torch.ones(
             (), requires_grad=True
         ).square().backward()  # autograd holds what it had queued when something raised
-        assert all(keys <= {FOR_GOOD} for keys in map(kept, self.tapes)), "recovered for a pass that is over"
+        assert all(keys <= {SHARED} for keys in map(kept, self.tapes)), "recovered for a pass that is over"
         assert self.subject.pending or not self.tapes or self.leaks, "a tape outlives its outputs"
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib._torch import exporting, transforming
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
-from revlib.step import exporting
 
 __all__ = ["PooledAttention", "RevStage", "patch_grid"]
 
@@ -53,7 +52,7 @@ class RevStage(nn.Module):
         return self._ordinary(self.fuse, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
-        kept = isinstance(self.pairs.scheduler, Naive) or torch._C._are_functorch_transforms_active()
+        kept = isinstance(self.pairs.scheduler, Naive) or transforming()
         return layer(*args) if kept or exporting() else checkpoint(layer, *args, use_reentrant=False)
 
 
