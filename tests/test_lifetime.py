@@ -9,7 +9,6 @@ from common import Counter, every_recomputing_scheduler, every_scheduler, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
 from revlib.testing import LiveBytes, assert_memory_flat, footprint
@@ -72,10 +71,9 @@ def test_everything_dies_with_the_outputs_after_backward(alive, scheduler):
 def test_backward_releases_activations_while_the_outputs_live(alive, scheduler):
     stack, xs = watched_net(alive, scheduler), leaves()
     outputs = stack(*xs)
-    own = [alive.watch("an output", y) for y in outputs]
     loss(outputs).backward()
+    assert "an activation of Linear" in alive.names(), "nothing was watched"
     assert {name for name in alive() if "activation" in name} == set()
-    assert len(own) == 2
 
 
 @every_recomputing_scheduler
@@ -403,4 +401,3 @@ def test_functions_are_not_kept_alive_by_the_graph_of_others():
     del captured, total
     gc.collect()
     assert ref() is None
-    assert len(tree_leaves(xs)) == 2
