@@ -3,7 +3,7 @@
 import pytest
 from situations import SITUATIONS, THEMES
 from situations.base import COUPLINGS, NOT_RUN, REFUSED, SCHEDULERS, by_hand, expected, fits, verdict
-from situations.render import README, rendered
+from situations.render import PAGE, rendered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = expected()
@@ -48,6 +48,6 @@ def test_every_theme_is_rendered():
     assert {s.theme for s in SITUATIONS.values()} == {m.__name__.rpartition(".")[2] for m in THEMES}
 
 
-def test_the_readme_shows_the_table():
-    readme = README.read_text()
-    assert rendered(readme) == readme, "write the section with: PYTHONPATH=.:tests python -m situations"
+def test_the_page_shows_the_table():
+    page = PAGE.read_text()
+    assert rendered(page) == page, "write the page with: PYTHONPATH=.:tests python -m situations"
