@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from research import gpu
+from research import figures, gpu
 from research.checkpoint import FREE
 from research.compare import show
 from research.config import DATASET_DEFAULTS, MODEL_DEFAULTS, Config
 from research.files import replacing
 from research.log import Log, read_log
+from research.points import Record
 from research.recipes import RECIPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +52,9 @@ def main(
     """Render research/results: trainings first, then studies. For runs of your own there is research.compare."""
     with replacing(out) as temporary:
         temporary.write_text(render(RESULTS))
+    points = Record.read(RESULTS / "benchmark" / "points.json").points
+    figures.draw_memory(points, RESULTS / "figures" / "memory.png")
+    figures.draw_time(points, RESULTS / "figures" / "time.png")
     typer.echo(f"wrote {out}")
 
 

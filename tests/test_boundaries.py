@@ -9,7 +9,7 @@ LAYERS = [
     ["couplings", "replay", "modules", "streams", "watch"],
     ["held"],
     ["loop", "step"],
-    ["chunks", "program", "recurrences", "saved"],
+    ["chunks", "encoder", "program", "recurrences", "saved"],
     ["record", "sweep"],
     ["functional", "tape"],
     ["engine"],
