@@ -27,15 +27,15 @@ RESULTS = Path(__file__).parent / "results"
 
 HEAD = """# Results
 
-Everything that was measured, rendered by `python -m research.report` from the files beside this one. What the numbers
-mean is in the [README](../../README.md#results); how the GPU was used in [gpu](gpu/README.md).
+Everything that was measured, rendered by `python -m research.report` from the files beside this one. To change the
+text of the first section, edit [summary.md](summary.md). How the GPU was used is in [gpu](gpu/README.md).
 
 """
 RUNS = """## Trainings
 
 Accuracies are those of the last epoch. A run is **short** where it saw a part of the images, or fewer epochs than its
 recipe or data set asks for: it shows that a recipe works, and nothing of where it would end. One seed each. CIFAR-10
-is a copy of it as JPEG, with which others lost 2 to 3 % (see the README); commands want its folder as `--data-dir`.
+is a copy of it as JPEG, with which others lost 2 to 3 %; commands want its folder as `--data-dir`.
 
 | run | images | epochs | network | train accuracy | test accuracy | |
 | --- | ---: | ---: | --- | ---: | ---: | --- |
@@ -66,8 +66,14 @@ def render(root: Path) -> str:
         if not any(study in file.parents for study in studies)
     }
     return "".join(
-        [HEAD, RUNS, *trainings(root, logs), *(part for s in studies for part in study(root, s)), to_do(root)]
+        [HEAD, summary(root), RUNS, *trainings(root, logs), *(p for s in studies for p in study(root, s)), to_do(root)]
     )
+
+
+def summary(root: Path) -> str:
+    """What was written by hand, where there is such a file."""
+    file = root / "summary.md"
+    return f"{file.read_text()}\n" if file.exists() else ""
 
 
 def trainings(root: Path, logs: Mapping[Path, Log]) -> Iterator[str]:
