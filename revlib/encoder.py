@@ -59,9 +59,14 @@ def encoder_pair(layer: nn.TransformerEncoderLayer) -> tuple[nn.Module, nn.Modul
     for the attention as F and the feed-forward network as G.
 
     Example:
+        >>> import torch
+        >>> from revlib import ReversibleSequence
         >>> layers = [nn.TransformerEncoderLayer(64, 4, batch_first=True, norm_first=True) for _ in range(6)]
-        >>> stack = revlib.ReversibleSequence(encoder_pair(layer) for layer in layers)
+        >>> stack = ReversibleSequence(encoder_pair(layer) for layer in layers)
+        >>> x, mask = torch.randn(2, 10, 64), nn.Transformer.generate_square_subsequent_mask(10)
         >>> y1, y2 = stack(x, x, src_mask=mask)
+        >>> y1.shape
+        torch.Size([2, 10, 64])
     """
     if type(layer).forward is not nn.TransformerEncoderLayer.forward:
         raise TypeError(
