@@ -1,5 +1,6 @@
 """Misuse is an error that names the culprit, never a silently wrong gradient; and healthy stacks raise no alarm."""
 
+import importlib
 import itertools
 import math
 import random
@@ -488,6 +489,8 @@ def test_strategies_without_hypothesis_say_how_to_install_it(unimported):
     unimported.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match=r'needs hypothesis: pip install "revlib-torch\[testing\]"'):
         _ = revlib.testing.strategies
+    with pytest.raises(ModuleNotFoundError, match=r'needs hypothesis: pip install "revlib-torch\[testing\]"'):
+        importlib.import_module("revlib.testing.strategies")
     with pytest.raises(AttributeError, match="has no attribute 'strategy'"):
         _ = revlib.testing.strategy
 

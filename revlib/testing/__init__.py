@@ -47,11 +47,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    try:
-        return importlib.import_module("revlib.testing.strategies")
-    except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
-            raise
-        raise ModuleNotFoundError(
-            'revlib.testing.strategies needs hypothesis: pip install "revlib-torch[testing]"', name="hypothesis"
-        ) from error
+    return importlib.import_module("revlib.testing.strategies")
