@@ -1,5 +1,6 @@
 """The pages are true: their code runs, their links lead somewhere, and their numbers are those of the results."""
 
+import ast
 import json
 import re
 import socket
@@ -74,6 +75,14 @@ def test_every_link_leads_somewhere(name):
         assert target.exists(), f"{name} links {link}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target.read_text()), f"{name} links {link}"
+
+
+@pytest.mark.parametrize("folder", ["research", "revlib/couplings", "revlib/testing"])
+def test_the_docstring_of_a_folder_tells_of_each_file(folder):
+    told = ast.get_docstring(ast.parse(page(f"{folder}/__init__.py"))) or ""
+    files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert files and not [name for name in sorted(files) if name not in told]
+    assert {name for name in re.findall(r"\w+\.py", told)} <= files
 
 
 # ---------------------------------------------------------------------------------------------- numbers
