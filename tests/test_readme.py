@@ -82,7 +82,7 @@ def test_the_docstring_of_a_folder_tells_of_each_file(folder):
     told = ast.get_docstring(ast.parse(page(f"{folder}/__init__.py"))) or ""
     files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
     assert files and not [name for name in sorted(files) if name not in told]
-    assert {name for name in re.findall(r"\w+\.py", told)} <= files
+    assert set(re.findall(r"\w+\.py", told)) <= files
 
 
 # ---------------------------------------------------------------------------------------------- numbers

@@ -13,8 +13,8 @@ The assertions need nothing but torch. :mod:`revlib.testing.strategies` needs hy
 What works on several CUDA streams is tested for races on a CPU, with :func:`assert_no_races` or, around code of your
 own, :class:`RaceChecker`.
 
-``assertions.py`` has the assertions, ``strategies.py`` what hypothesis draws, ``memory.py`` counts bytes, ``races.py`` finds
-races, on the device that ``model.py`` models.
+``assertions.py`` has the assertions, ``strategies.py`` what hypothesis draws, ``memory.py`` counts bytes, and
+``races.py`` finds races, on the device that ``model.py`` models.
 """
 
 from typing import TYPE_CHECKING, Any
