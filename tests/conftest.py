@@ -1,8 +1,9 @@
 """Two ways to run the tests: the default, which is quick and repeats itself, and ``--thorough``, which is everything.
 
-By default, tests marked ``slow`` are left out, and hypothesis draws the same examples every time, so that what has
-passed once passes again. With ``--thorough`` every test runs, and hypothesis draws from a seed that is new each time.
-The seed is printed at the start, and again at the end if a test has failed.
+By default, tests marked ``slow`` are left out, of those marked ``some(n)`` only n parameters are tried, and hypothesis
+draws the same examples every time, so that what has passed once passes again. With ``--thorough`` every test runs, and
+hypothesis draws from a seed that is new each time. The seed is printed at the start, and again at the end if a test has
+failed.
 """
 
 from __future__ import annotations
@@ -32,11 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
             config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 
 
+@pytest.hookimpl(trylast=True)  # Of what -k and -m have selected.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.option.thorough:
-        left_out = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if config.option.thorough:
+        return
+    kept = [item for item in items if not item.get_closest_marker("slow")]
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in kept:
+        if item.get_closest_marker("some"):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in by_test.values():
+        few = group[0].get_closest_marker("some").args[0]
+        spread = {group[i * len(group) // few].nodeid for i in range(few)}  # Evenly, so that every axis moves.
+        kept = [item for item in kept if item not in group or item.nodeid in spread]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def _how_to_repeat(config: pytest.Config) -> str:
@@ -49,6 +60,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.option.thorough:
-        terminalreporter.write_line("Tests marked slow were left out; pytest --thorough runs every test.")
+        terminalreporter.write_line(
+            "Tests marked slow, and most of those marked some, were left out; pytest --thorough runs all."
+        )
     elif terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(_how_to_repeat(config))
