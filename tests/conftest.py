@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in by_test.values():
         few = group[0].get_closest_marker("some").args[0]
-        spread = {group[i * len(group) // few].nodeid for i in range(few)}  # Evenly, so that every axis moves.
+        last = len(group) - 1
+        spread = {group[min(i * len(group) // few + i, last)].nodeid for i in range(few)}  # So that every axis moves.
         kept = [item for item in kept if item not in group or item.nodeid in spread]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
