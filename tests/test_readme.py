@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from situations import SITUATIONS
 
 from research.log import read_log
 from research.points import Record
@@ -124,6 +125,7 @@ def test_memory_and_time_at_48_blocks():
 
 def test_the_numbers_of_the_front_page():
     text = " ".join(page("README.md").split())
+    assert f"[{len(SITUATIONS)} situations](tests/situations/README.md)" in text
     deep, twelve = points("benchmark", 48), points("benchmark", 12)
     mb = {p.contender: f"{p.peak / 1e6:.0f} MB" for p in deep.values()}
     assert f"needs {mb['reversible']} of activations instead of {mb['naive']}, and takes" in text
