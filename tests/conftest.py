@@ -61,8 +61,6 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.option.thorough:
-        terminalreporter.write_line(
-            "Tests marked slow, and most of those marked some, were left out; pytest --thorough runs all."
-        )
+        terminalreporter.write_line("Slow tests and parts of sweeps were left out; pytest --thorough runs everything.")
     elif terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(_how_to_repeat(config))
