@@ -200,7 +200,7 @@ def test_a_fraction_of_what_naive_keeps(fraction, below):
     assert peak - held <= max(naive[1] - naive[0], units(stack, x, Reversible())[1] - held) + 0.1
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)  # each measures a stack of ViT blocks
 @given(st.integers(14, 150))
 def test_a_number_of_bytes(share):
     stack, x = vits(9), stream()

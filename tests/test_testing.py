@@ -58,6 +58,7 @@ def test_a_wrong_scheduler_is_found_and_the_tensor_named():
         assert_same_gradients(net(Reversible()), *leaves(), schedulers=[Detaching()])
 
 
+@pytest.mark.slow
 def test_hypothesis_shrinks_a_wrong_scheduler_to_the_shallowest_stack():
     def wrong(case):
         try:

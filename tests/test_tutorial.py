@@ -40,6 +40,7 @@ def argv(monkeypatch, tmp_path):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_the_lesson_runs_as_it_stands(argv, tmp_path, capsys):
     lesson = runpy.run_path(str(LESSON))
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == PICTURES
@@ -81,6 +82,7 @@ MISTAKES = {  # the sections that run, what stands there, the mistake, and the l
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_lesson_notices(mistake, argv):
     sections, right, wrong, line = MISTAKES[mistake]
