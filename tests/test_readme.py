@@ -38,7 +38,7 @@ def test_the_code_blocks_run_in_order(name, monkeypatch):
     torch.manual_seed(0)
     namespace: dict = {"__name__": "a page"}
     for block in re.findall(r"```python\n(.*?)```", page(name), re.DOTALL):
-        if "with torch 2.14" in block and torch.__version__ < "2.12":
+        if "needs torch 2.14" in block and torch.__version__ < "2.12":
             continue
         exec(compile(block, f"<a block of {name}>", "exec"), namespace)
 
