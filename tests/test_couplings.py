@@ -292,6 +292,7 @@ class Unbind(nn.Module):
         return x.unbind(-2)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("recipe", [midpoint, leapfrog, momentum, columns, "affine"])
 def test_memory_is_flat_in_depth(recipe):
     def make(depth):
