@@ -351,6 +351,7 @@ PASSES = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("differentiate", PASSES.values(), ids=PASSES)
 def test_memory_is_flat_in_depth_however_one_differentiates(differentiate):
     shallow, deep = (peak_of(Reversible(), depth, differentiate) for depth in (4, 32))
