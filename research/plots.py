@@ -10,15 +10,22 @@ from research.log import Row
 
 
 def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Loss and accuracy against epoch: a colour per run, test solid and train dashed."""
+    """Loss and accuracy against epoch: a colour per run, test solid and train dashed, the last values in the legend.
+
+    Each run is drawn thinner than the one before it, so that of runs that are the same none hides another.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for number, (name, rows) in enumerate(runs.items()):
             epochs = [row["epoch"] for row in rows]
             for split, style in (("test", "-"), ("train", "--")):
                 values = [row[f"{split}_{metric}"] for row in rows]  # type: ignore[literal-required]
-                label = f"{name} {split}"
-                axes.plot(epochs, values, style, color=f"C{number}", marker=".", markersize=3, label=label)
+                last = f"{values[-1]:.2%}" if metric == "accuracy" else f"{values[-1]:.4g}"
+                axes.plot(
+                    epochs, values, style, color=f"C{number}", marker=".", markersize=3,
+                    linewidth=1.5 + 5 * (len(runs) - 1 - number) / max(1, len(runs) - 1),
+                    label=f"{name} {split}: {last}",
+                )  # fmt: skip
         axes.set(xlabel="epoch", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -14,27 +14,28 @@ from typing import Annotated, Any
 
 import typer
 
-from research import gpu
+from research import figures, gpu
 from research.checkpoint import FREE
 from research.compare import show
 from research.config import DATASET_DEFAULTS, MODEL_DEFAULTS, Config
 from research.files import replacing
 from research.log import Log, read_log
+from research.points import Record
 from research.recipes import RECIPES
 
 RESULTS = Path(__file__).parent / "results"
 
 HEAD = """# Results
 
-Everything that was measured, rendered by `python -m research.report` from the files beside this one. What the numbers
-mean is in the [README](../../README.md#results); how the GPU was used in [gpu](gpu/README.md).
+Everything that was measured, rendered by `python -m research.report` from the files beside this one. To change the
+text of the first section, edit [summary.md](summary.md). How the GPU was used is in [gpu](gpu/README.md).
 
 """
 RUNS = """## Trainings
 
 Accuracies are those of the last epoch. A run is **short** where it saw a part of the images, or fewer epochs than its
 recipe or data set asks for: it shows that a recipe works, and nothing of where it would end. One seed each. CIFAR-10
-is a copy of it as JPEG, with which others lost 2 to 3 % (see the README); commands want its folder as `--data-dir`.
+is a copy of it as JPEG, with which others lost 2 to 3 %; commands want its folder as `--data-dir`.
 
 | run | images | epochs | network | train accuracy | test accuracy | |
 | --- | ---: | ---: | --- | ---: | ---: | --- |
@@ -51,6 +52,9 @@ def main(
     """Render research/results: trainings first, then studies. For runs of your own there is research.compare."""
     with replacing(out) as temporary:
         temporary.write_text(render(RESULTS))
+    points = Record.read(RESULTS / "benchmark" / "points.json").points
+    figures.draw_memory(points, RESULTS / "figures" / "memory.png")
+    figures.draw_time(points, RESULTS / "figures" / "time.png")
     typer.echo(f"wrote {out}")
 
 
@@ -62,8 +66,14 @@ def render(root: Path) -> str:
         if not any(study in file.parents for study in studies)
     }
     return "".join(
-        [HEAD, RUNS, *trainings(root, logs), *(part for s in studies for part in study(root, s)), to_do(root)]
+        [HEAD, summary(root), RUNS, *trainings(root, logs), *(p for s in studies for p in study(root, s)), to_do(root)]
     )
+
+
+def summary(root: Path) -> str:
+    """What was written by hand, where there is such a file."""
+    file = root / "summary.md"
+    return f"{file.read_text()}\n" if file.exists() else ""
 
 
 def trainings(root: Path, logs: Mapping[Path, Log]) -> Iterator[str]:

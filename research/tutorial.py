@@ -207,8 +207,8 @@ print(f"12 blocks: all {len(found)} gradients are plain autograd's")
 # - *Second derivatives*: our backward differentiates on a side track of its own, which autograd does not see.
 #
 # revlib is right or raises an error in each. And beyond our stack it has generators of other devices, autocast around
-# the forward only, frozen and shared parameters, context such as masks, hooks, several processes: the README's section
-# *What is supported* names the test of each.
+# the forward only, frozen and shared parameters, context such as masks, hooks, several processes: the guide's section
+# *What is supported* leads to the test of each.
 
 
 # %%
@@ -659,7 +659,7 @@ save(figure, "pareprop.png")
 # on one CPU core. That two streams do not slow each other, and that handing out work takes no time, is assumed: the
 # picture shows what could overlap, and is no measurement of a GPU.*
 #
-# On a real one, streams share the device, and the gain is what single kernels leave idle. From the README's table
+# On a real one, streams share the device, and the gain is what single kernels leave idle. From the table of results
 # (H100, 12 ViT blocks of width 384, bfloat16 autocast, captured as CUDA graphs), time over that of storing everything:
 # with 1 image a step 1.31 under `Reversible()` and 1.12 under `PaReprop(trials=0)`; with 256 images, which fill the
 # device, 1.26 and 1.24. PaReprop therefore measures which is faster, and keeps to it.
@@ -732,8 +732,8 @@ assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 print(f"{len(found[0])} gradients of 100 blocks under bfloat16 autocast, recovered and stored: equal in every bit")
 
 # %% [markdown]
-# Where to go on, in the README: *Schedulers*, *Exactness*, *What is supported*, *Your own block, coupling, scheduler*,
-# *Models*, and, before you decide, *When not to use reversibility*.
+# Where to go on, in the guide (the README of the folder revlib): *Your own block*, *Schedulers*, *Exactness*, *When
+# backward refuses*, *Models*, and, on the front page, *When not to use it*.
 
 # %% [markdown]
 # ## 7. The architectures

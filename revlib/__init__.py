@@ -7,7 +7,7 @@ from revlib.schedulers import Anchored, Budget, Checkpoint, Functional, KeepLast
 from revlib.sequence import ReversibleSequence, invert, reversible
 from revlib.step import Step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Additive",
     "Anchored",

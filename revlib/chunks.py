@@ -105,6 +105,15 @@ def positionwise(fn: Callable[..., Any], chunks: int, dim: int = 1, coupling: Co
 
     Raises:
         ValueError: fewer than one part, or, when it runs, fewer positions than parts.
+
+    Example:
+        >>> import torch
+        >>> from revlib import ReversibleSequence
+        >>> F, G, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 6, 4)
+        >>> whole = ReversibleSequence([(F, G)])
+        >>> parts = ReversibleSequence([Step(F), *positionwise(G, chunks=2)])
+        >>> all(torch.allclose(a, b) for a, b in zip(parts(x, x), whole(x, x)))
+        True
     """
     if not isinstance(chunks, int) or chunks < 1:
         raise ValueError(f"positionwise(chunks=...) takes a whole number from 1 up, got {chunks!r}")

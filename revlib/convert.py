@@ -45,11 +45,12 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling, ExactAdditive
+from revlib.encoder import encoder_pair
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 from revlib.step import Step
 
-__all__ = ["Momentum", "ReversibleResidual", "residual", "restore", "vit"]
+__all__ = ["Momentum", "ReversibleResidual", "encoder_pair", "residual", "restore", "vit"]
 
 _DIGITS = 53  # of a float64
 Parts = Sequence[nn.Module]  # a residual branch: these modules one after the other

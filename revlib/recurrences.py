@@ -54,6 +54,14 @@ def midpoint(fns: Iterable[Function], h: float = 1.0, exact: float | None = None
 
     Source: Chang et al., *Reversible Architectures for Arbitrarily Deep Residual Neural Networks*, AAAI 2018, midpoint
     network.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> fns = [nn.Linear(4, 4) for _ in range(6)]
+        >>> seq, x = ReversibleSequence(midpoint(fns, h=0.1)), torch.randn(2, 4)
+        >>> before, last = seq(x, x + 0.1 * fns[0](x))
+        >>> len(seq), last.shape
+        (6, torch.Size([2, 4]))
     """
     _size("midpoint", h)
     return [Step(fn, Scaled(add=2 * h, plus=_plus(exact))) for fn in fns]
@@ -73,6 +81,13 @@ def leapfrog(fns: Iterable[Function], h: float = 1.0, exact: float | None = None
     ``ReversibleSequence(pairs, coupling=Scaled(add=h))``; its G carries the sign.
 
     Source: Chang et al. 2018, leapfrog network.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> seq, x = ReversibleSequence(leapfrog([nn.Linear(4, 4) for _ in range(6)], h=0.1)), torch.randn(2, 4)
+        >>> velocity, last = seq(torch.zeros_like(x), x)
+        >>> last.shape
+        torch.Size([2, 4])
     """
     _size("leapfrog", h)
     coupling = Scaled(add=h, plus=_plus(exact))
@@ -94,6 +109,13 @@ def momentum(fns: Iterable[Function], gamma: float = 0.9) -> list[Step]:
     Not for a small $\gamma$ in deep stacks: 0 is the residual network itself, which does not invert.
 
     Source: Sander et al., *Momentum Residual Neural Networks*, ICML 2021, the momentum ResNet.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> seq, x = ReversibleSequence(momentum([nn.Linear(4, 4) for _ in range(6)], gamma=0.9)), torch.randn(2, 4)
+        >>> velocity, last = seq(torch.zeros_like(x), x)
+        >>> last.shape
+        torch.Size([2, 4])
     """
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < 1:
         raise ValueError(
@@ -119,6 +141,15 @@ def columns(fns: Iterable[Function], gamma: float = 1.0) -> list[Step]:
     exact. Not for the paper's $\gamma$, which is learned for each channel: that is a coupling of your own.
 
     Source: Cai et al., *Reversible Column Networks*, ICLR 2023, the multi-level reversible unit.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> class Level(nn.Linear):
+        ...     def forward(self, below, above):  # of three streams, the two others, oldest first
+        ...         return super().forward(below + above)
+        >>> seq = ReversibleSequence(columns([Level(4, 4) for _ in range(6)], gamma=0.9))  # two columns of three levels
+        >>> [x.shape for x in seq(*torch.randn(3, 2, 4))]
+        [torch.Size([2, 4]), torch.Size([2, 4]), torch.Size([2, 4])]
     """
     return [Step(fn, Scaled(keep=gamma)) for fn in fns]
 
@@ -150,6 +181,12 @@ def grouped(*blocks: Sequence[Function], exact: float | None = None) -> list[Ste
     of them have 1/C of a dense layer's weights to mix with.
 
     Source: Li et al., *Training Graph Neural Networks with 1000 Layers*, ICML 2021, the grouped reversible GNN.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> seq = ReversibleSequence(grouped(*[[nn.Linear(2, 2) for _ in range(4)] for _ in range(3)]))
+        >>> torch.cat(seq(*torch.randn(5, 8).chunk(4, dim=-1)), dim=-1).shape
+        torch.Size([5, 8])
     """
     sizes = sorted({len(block) for block in blocks})
     if len(sizes) > 1 or (sizes and sizes[0] < 2):

@@ -69,19 +69,10 @@ def error(got: Any, want: Any) -> float:
 _CAPTURES, _LEAVES, _NO_GRAPH = "Pass it as context", "it computed", "without a graph in forward"
 REFUSED_BY_FUNCTIONAL: dict[tuple[str, Any], str] = {
     ("test_a_function_that_differentiates_a_part_of_itself_without_a_graph", None): _NO_GRAPH,
-    ("test_a_function_that_captures_dropout_by_closure_is_replayed", None): _CAPTURES,
-    ("test_an_auxiliary_loss_from_inside_a_function_added_to_the_main_loss", None): _LEAVES,
     ("test_a_coupling_fed_with_a_parameter_and_a_tensor", None): _CAPTURES,
-    ("test_a_function_that_returns_its_stream_a_parameter_or_a_detached_tensor", None): _CAPTURES,
     ("test_an_auxiliary_loss_from_inside_a_function_differentiated_by_itself", None): _LEAVES,
-    ("test_checkpoint_inside_a_function", True): "use use_reentrant=False",
-    ("test_conditioning_by_closure", None): _CAPTURES,
-    ("test_conditioning_on_a_computed_tensor_by_closure", None): _CAPTURES,
     ("test_only_an_auxiliary_loss_from_inside_a_function", None): _LEAVES,
-    ("test_retained_gradients_of_outputs_and_inside_functions", None): _LEAVES,
     ("test_spectral_norm_iterates_once_a_forward", nn.utils.spectral_norm): _LEAVES,  # the weight is an attribute
-    ("test_streams_without_dimensions", None): _CAPTURES,
-    ("test_tensor_hooks_see_and_change_gradients_once", None): _NO_GRAPH,
     ("test_weight_norm", nn.utils.weight_norm): _LEAVES,
 }
 

@@ -1,8 +1,66 @@
-"""One hypothesis profile for all tests, and one thread: tensors here are small."""
+"""Two ways to run the tests: the default, which is quick and repeats itself, and ``--thorough``, which is everything.
 
+By default, tests marked ``slow`` are left out, of those marked ``some(n)`` only n parameters are tried, and hypothesis
+draws the same examples every time, so that what has passed once passes again. With ``--thorough`` every test runs, and
+hypothesis draws from a seed that is new each time. The seed is printed at the start, and again at the end if a test has
+failed.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("revlib", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("revlib")
-torch.set_num_threads(1)
+COMMON = {"deadline": None, "max_examples": 60, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("default", **COMMON, derandomize=True)
+settings.register_profile("thorough", **COMMON, derandomize=False)
+settings.load_profile("default")
+torch.set_num_threads(1)  # The tensors here are small.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run every test, hypothesis with a new seed")
+
+
+@pytest.hookimpl(tryfirst=True)  # Before hypothesis reads the seed, and before pytest-xdist hands it to its workers.
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.thorough:
+        settings.load_profile("thorough")
+        if config.option.hypothesis_seed is None:
+            config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+@pytest.hookimpl(trylast=True)  # Of what -k and -m have selected.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.thorough:
+        return
+    kept = [item for item in items if not item.get_closest_marker("slow")]
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in kept:
+        if item.get_closest_marker("some"):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in by_test.values():
+        few = group[0].get_closest_marker("some").args[0]
+        last = len(group) - 1
+        spread = {group[min(i * len(group) // few + i, last)].nodeid for i in range(few)}  # So that every axis moves.
+        kept = [item for item in kept if item not in group or item.nodeid in spread]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _how_to_repeat(config: pytest.Config) -> str:
+    return f"The same examples again: pytest --thorough --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return _how_to_repeat(config) if config.option.thorough else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.option.thorough:
+        terminalreporter.write_line("Slow tests and parts of sweeps were left out; pytest --thorough runs everything.")
+    elif terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(_how_to_repeat(config))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from research import benchmark, contenders, gpu, instruments, libraries, pareto
+from research import benchmark, contenders, figures, gpu, instruments, libraries, pareto
 from research.config import Config, flags
 from research.contenders import CONTENDERS, SCHEDULERS, Contender, vit
 from research.instruments import cost, loss_of
@@ -539,3 +539,12 @@ def test_other_libraries_with_dropout(library, rate):
         found.append([p.grad.clone() for p in stack.parameters()])
     errors = [((got - want).norm() / want.norm()).item() for got, want in zip(found[1], found[0], strict=True)]
     assert max(errors) > 0.3 if rate else max(errors) < 1e-5
+
+
+def test_the_front_of_the_second_figure_has_no_spot_that_another_beats():
+    spots = {"naive": (900.0, 1.0), "reversible": (20.0, 1.36), "keep-last-1": (20.0, 1.35), "memcnn": (30.0, 1.68)}
+    assert figures._front(spots) == [
+        (20.0, 1.35, ["Reversible()", "KeepLast(1)"]),
+        (900.0, 1.0, ["plain autograd"]),
+    ]
+    assert figures._apart([100.0, 20.0, 19.0], factor=1.25) == [100.0, 20.0, 16.0]

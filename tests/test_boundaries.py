@@ -21,7 +21,7 @@ LAYERS = [
     ["engine"],
     ["schedulers"],
     ["uncompiled"],
-    ["sequence", "chunks", "recurrences"],
+    ["sequence", "chunks", "encoder", "recurrences"],
     ["models", "testing", "diagnostics", "convert"],
     ["checkpoints"],
 ]

@@ -113,6 +113,7 @@ every_noise = pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
 
 
 # ---------------------------------------------------------------------------------------------- right gradients
+@pytest.mark.some(3)
 @backends
 @every_noise
 @every_plan
@@ -156,6 +157,7 @@ def test_a_compiled_function_on_two_streams_of_a_step(scheduler):
     assert error(found[1], found[0]) < 1e-10
 
 
+@pytest.mark.some(2)
 @backends
 @every_plan
 def test_bfloat16_autocast(scheduler, backend):
@@ -178,6 +180,7 @@ def test_bfloat16_autocast(scheduler, backend):
     assert error(got, same) < 0.01
 
 
+@pytest.mark.some(2)
 @backends
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.parametrize("scheduler", [s for s in SCHEDULERS if s != Naive()], ids=repr)
@@ -221,6 +224,7 @@ def test_dropout_in_compiled_functions_is_replayed(scheduler, backend):
 
 
 # ---------------------------------------------------------------------------------------------- dynamic shapes
+@pytest.mark.some(2)
 @backends
 @pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(every=2), Budget(fraction=0.5), Naive()], ids=repr)
 @pytest.mark.parametrize(
@@ -239,6 +243,7 @@ def test_batches_of_several_sizes(scheduler, options, graphs, backend):
     assert found == graphs
 
 
+@pytest.mark.some(1)
 @every_plan
 def test_two_sizes_before_the_first_backward(scheduler):
     """The first size meets, in its repetition, a graph for all sizes that was compiled after its forward."""
@@ -281,6 +286,7 @@ def test_the_tape_is_not_compiled():
     assert counters["frames"]["total"] <= 1 and breaks() == 0
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("depth", [2, 8, 32])
 @pytest.mark.parametrize("functions", [False, True], ids=["alone", "with functions"])
 def test_a_compiled_sequence_breaks_once(depth, functions):
@@ -315,6 +321,7 @@ def test_a_whole_graph_of_a_sequence_that_recomputes_is_refused(scheduler):
         torch.compile(make(scheduler), backend="eager", fullgraph=True)(*leaves())
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("scheduler", [s for s in SCHEDULERS if s != Naive()], ids=repr)
 def test_a_compiled_sequence_recomputes(scheduler):
     """On torch 2.11 it once stored what ``Naive`` stores, and nothing said so."""
@@ -358,6 +365,7 @@ def model_trained(run: Any, parameters: Any, inputs: list[Tensor]) -> list[Any]:
     return found
 
 
+@pytest.mark.some(1)
 @backends
 @quick_models
 @pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
@@ -431,6 +439,7 @@ def test_what_compiles_again_and_what_does_not():
     assert counters["recompile_limit"] == Counter()
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("limit", "graphs"), [(8, 8), (64, 12)])
 def test_rates_of_drop_path_are_constants_of_a_graph(limit, graphs):
     """Each rate is compiled apart; from the ninth on, torch silently runs the function uncompiled. Right either way."""
@@ -470,6 +479,7 @@ def test_memory_is_flat_in_depth(backend):
 
 
 # ---------------------------------------------------------------------------------------------- a whole training step
+@pytest.mark.some(2)
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, KeepLast(1)], ids=repr)
 @pytest.mark.parametrize("functions", [False, True], ids=["alone", "with functions"])
 def test_a_compiled_training_step(scheduler, functions):
@@ -515,6 +525,7 @@ def operations(program: Any) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
+@pytest.mark.some(2)
 @every_export
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
@@ -532,6 +543,7 @@ def test_an_exported_stack_is_the_recurrence_written_down(scheduler, mode, train
         assert error(programs[1].module()(*xs), make(ByHand()).eval()(*xs)) < 1e-12
 
 
+@pytest.mark.some(1)
 @every_export
 @every_model
 def test_exported_models(name, strict):

@@ -63,7 +63,9 @@ def test_scaled_on_a_grid_unmerges_every_bit(keep, add, shape, dtype, seed):
     merged = coupling.merge(s, f)
     assert torch.equal(coupling.unmerge(merged, f), s)
     assert torch.equal(coupling.enter(merged), merged) and coupling.limit_of(dtype) == 64
-    assert error(merged, keep * s + add * f) < 1e-4
+    # Both differences are exact: of two numbers on the grid, and of a number and the nearest one on the grid.
+    grid = 64 * 2.0 ** -{torch.float32: 24, torch.float64: 53}[dtype]
+    assert ((merged - keep * s) - add * f).abs().max() <= grid / 2
 
 
 @pytest.mark.parametrize(
@@ -290,6 +292,7 @@ class Unbind(nn.Module):
         return x.unbind(-2)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("recipe", [midpoint, leapfrog, momentum, columns, "affine"])
 def test_memory_is_flat_in_depth(recipe):
     def make(depth):

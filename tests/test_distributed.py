@@ -474,6 +474,7 @@ def refuse_synced_norm_on_cpu() -> None:
 REFUSALS = {"DDP": refuse_synced_norm_on_cpu, "FSDP": refuse_sharded_pairs}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("all_for", [1, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_processes_train_as_one(tmp_path, family, all_for):

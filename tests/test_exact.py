@@ -93,6 +93,7 @@ def test_gradients_are_those_of_naive_bit_for_bit(case, scheduler, amp, seed):
     assert same(observed(stack, scheduler, *arguments), observed(stack, Naive(), *arguments))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize("depth", [1, 192])
 def test_a_deep_vit(amp, depth):

@@ -187,6 +187,7 @@ def peak(transform, depth, scheduler, rows=2048):
     return live.peak / streams[0].nbytes
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "transform",
     [
@@ -443,6 +444,7 @@ inductor = pytest.param("inductor", marks=pytest.mark.slow)
 in_one_graph = pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 breaks its graph at Functional()")
 
 
+@pytest.mark.some(1)
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
@@ -458,6 +460,7 @@ def test_forward_and_backward_as_one_graph_each(backend, coupling):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
@@ -472,6 +475,7 @@ def test_any_batch_size_in_two_graphs(backend):
     assert counter.frame_count == 2  # one for the first size, and one for all others
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 def test_autocast_in_one_graph():
@@ -516,6 +520,7 @@ def test_context_and_shared_modules_in_one_graph():
     assert error(scene(True), scene(False)) < 1e-10
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 def test_training_then_evaluating_is_two_graphs_and_swapping_the_scheduler_one_more():
@@ -555,6 +560,7 @@ def test_whole_models_per_sample(name):
     assert error(scene(Functional()), scene(Naive())) < 1e-10
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", MODELS)
@@ -650,6 +656,7 @@ def test_dropout_breaks_the_graph_and_is_replayed():
     assert error(scene(True), scene(False)) < 1e-10
 
 
+@pytest.mark.some(1)
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
@@ -687,6 +694,7 @@ def test_a_compiled_backward_notices_draws_that_tracing_does_not_show(backend):
         total.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", ["dropout", "rand"])
 def test_without_fullgraph_functions_that_draw_are_replayed(name):

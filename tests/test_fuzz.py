@@ -4,8 +4,8 @@ After every action both worlds must look the same: outputs, gradients, parameter
 random number. Where an action edits something between forward and backward, the other scheduler may also refuse; what
 it may say then is listed in ``REFUSALS``, and belongs to the forward passes that were edited.
 
-The short profile runs with all tests. ``REVLIB_FUZZ_EXAMPLES=2000 pytest -m slow tests/test_fuzz.py`` runs more, at
-random; a failure prints its program and a ``@reproduce_failure`` line.
+The short profile runs by default. ``REVLIB_FUZZ_EXAMPLES=2000 pytest --thorough tests/test_fuzz.py`` runs more of them,
+at random; a failure prints its program and a ``@reproduce_failure`` line.
 """
 
 import contextlib

@@ -9,7 +9,6 @@ from common import Counter, every_recomputing_scheduler, every_scheduler, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
 from revlib.core import tape
@@ -73,10 +72,9 @@ def test_everything_dies_with_the_outputs_after_backward(alive, scheduler):
 def test_backward_releases_activations_while_the_outputs_live(alive, scheduler):
     stack, xs = watched_net(alive, scheduler), leaves()
     outputs = stack(*xs)
-    own = [alive.watch("an output", y) for y in outputs]
     loss(outputs).backward()
+    assert "an activation of Linear" in alive.names(), "nothing was watched"
     assert {name for name in alive() if "activation" in name} == set()
-    assert len(own) == 2
 
 
 @every_recomputing_scheduler
@@ -251,7 +249,7 @@ def test_an_optimizers_step_frees_nothing_late(scheduler):
         gc.enable()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)  # each collects the garbage of the whole process
 @given(st.integers(1, 6), st.booleans(), st.sampled_from([Reversible(), Checkpoint(), Naive()]))
 def test_training_leaves_as_many_bytes_as_it_found(depth, retain_graph, scheduler):
     stack, xs = net(scheduler, lambda: mlp(dropout=0.2), depth=depth), leaves(16, 4)
@@ -354,6 +352,7 @@ PASSES = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("differentiate", PASSES.values(), ids=PASSES)
 def test_memory_is_flat_in_depth_however_one_differentiates(differentiate):
     shallow, deep = (peak_of(Reversible(), depth, differentiate) for depth in (4, 32))
@@ -404,4 +403,3 @@ def test_functions_are_not_kept_alive_by_the_graph_of_others():
     del captured, total
     gc.collect()
     assert ref() is None
-    assert len(tree_leaves(xs)) == 2

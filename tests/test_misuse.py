@@ -1,5 +1,6 @@
 """Misuse is an error that names the culprit, never a silently wrong gradient; and healthy stacks raise no alarm."""
 
+import importlib
 import itertools
 import math
 import random
@@ -31,41 +32,6 @@ from revlib.schedulers import Plan, Scheduler
 
 
 # ---------------------------------------------------------------------------------------------- edits since forward
-@every_recomputing_scheduler
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_output_edited_in_place(scheduler, which):
-    if scheduler == Checkpoint() and which == 1:
-        pytest.skip("checkpointing does not need the last output; see the next test")
-    outputs = net(scheduler)(*leaves())
-    total = loss(outputs)
-    with torch.no_grad():
-        outputs[which].add_(1)
-    with pytest.raises(RuntimeError, match="inplace operation"):
-        total.backward()
-
-
-def test_an_output_that_nobody_needs_may_be_edited_in_place():
-    found = []
-    for scheduler in (ByHand(), Checkpoint()):
-        torch.manual_seed(0)
-        stack, xs = net(scheduler), leaves()
-        outputs = stack(*xs)
-        total = sum(y.sum() for y in outputs)
-        with torch.no_grad():
-            outputs[1].zero_()
-        total.backward()
-        found.append(grads(*xs, stack))
-    assert error(found[1], found[0]) < 1e-10
-
-
-def test_the_error_for_an_edited_output_says_what_to_do():
-    outputs = net(Reversible())(*leaves())
-    with torch.no_grad():
-        outputs[0].add_(1)
-    with pytest.raises(RuntimeError, match=r"an output of a reversible sequence.* edit a clone"):
-        sum(y.sum() for y in outputs).backward()
-
-
 @pytest.mark.parametrize("name", ["F of block 0", "G of block 2"])
 @every_recomputing_scheduler
 def test_a_parameter_edited_in_place(scheduler, name):
@@ -75,51 +41,6 @@ def test_a_parameter_edited_in_place(scheduler, name):
         {"F of block 0": stack[0].F, "G of block 2": stack[2].G}[name][1].weight.mul_(1.1)
     with pytest.raises(RuntimeError, match=rf"parameter 'weight' of {name} \(Sequential\) was modified"):
         total.backward()
-
-
-@every_recomputing_scheduler
-def test_an_optimizer_step_before_backward(scheduler):
-    stack, xs = net(scheduler), leaves()
-    optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
-    first, second = loss(stack(*xs)), loss(stack(*xs))
-    first.backward()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="step the optimizer only after backward"):
-        second.backward()
-
-
-class Buffered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("gain", torch.ones(4))
-
-    def forward(self, x):
-        return self.linear(x).tanh() * self.gain
-
-
-@every_recomputing_scheduler
-def test_a_buffer_edited_in_place(scheduler):
-    stack, xs = net(scheduler, Buffered), leaves()
-    total = loss(stack(*xs))
-    stack[1].F.gain.mul_(2)
-    with pytest.raises(RuntimeError, match=r"buffer 'gain' of F of block 1 \(Buffered\) was modified"):
-        total.backward()
-
-
-@every_scheduler
-def test_a_buffer_replaced_after_forward_is_not_what_forward_saw(scheduler):
-    found = []
-    for replaced in (False, True):
-        torch.manual_seed(0)
-        stack, xs = net(scheduler, Buffered), leaves()
-        total = loss(stack(*xs))
-        if replaced:
-            stack[1].F.gain = 2 * stack[1].F.gain
-        total.backward()
-        found.append(grads(*xs, stack))
-        assert torch.equal(stack[1].F.gain, torch.full((4,), 1.0 + replaced, dtype=stack[1].F.gain.dtype))
-    assert error(*found) < 1e-10
 
 
 class Conditioned(nn.Module):
@@ -177,20 +98,6 @@ def test_a_function_that_edits_its_context_in_place(scheduler):
     stack = ReversibleSequence([(nn.Identity(), Counting())], scheduler=scheduler)
     with pytest.raises(RuntimeError, match=r"G of block 0 \(Counting\) edited a stream or a context tensor in place"):
         stack(*leaves(), n={"calls": torch.zeros(())})
-
-
-@every_scheduler
-def test_a_function_that_edits_in_place_what_its_own_gradient_needs(scheduler):
-    """Plain autograd refuses: the slope of the hyperbolic tangent is computed from its result, which is gone."""
-
-    def f(linear, x):
-        h = linear(x).tanh()
-        h.add_(x)
-        return h.sin()
-
-    total = loss(net(scheduler, lambda: Lambda(f, nn.Linear(4, 4)))(*leaves()))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
 
 
 @every_recomputing_scheduler
@@ -361,14 +268,6 @@ def test_no_alarm_for_an_overflow_that_grad_scaler_must_see(scheduler):
     assert not all(g.isfinite().all() for g in grads(*xs, stack))
 
 
-@every_recomputing_scheduler
-def test_no_alarm_for_a_nan_in_one_sample(scheduler):
-    xs = leaves(8, 4)
-    with torch.no_grad():
-        xs[0][3, 1] = math.nan
-    train(net(scheduler), *xs)
-
-
 @given(st.integers(0, 2**16), st.integers(1, 12), st.floats(0.25, 1e6), st.floats(0.25, 1e6))
 def test_no_alarm_for_streams_no_smaller_than_what_is_added_to_them(seed, depth, first, second):
     torch.manual_seed(seed)
@@ -431,14 +330,6 @@ def test_an_error_raised_by_a_function_is_its_own(scheduler):
 
     with pytest.raises(KeyError, match="mine"):
         reversible([(f, f)], *leaves(), scheduler=scheduler)
-
-
-@every_recomputing_scheduler
-def test_a_second_backward_without_retain_graph(scheduler):
-    total = loss(net(scheduler)(*leaves()))
-    total.backward()
-    with pytest.raises(RuntimeError, match="retain_graph=True"):
-        total.backward()
 
 
 @every_recomputing_scheduler
@@ -598,6 +489,8 @@ def test_strategies_without_hypothesis_say_how_to_install_it(unimported):
     unimported.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match=r'needs hypothesis: pip install "revlib-torch\[testing\]"'):
         _ = revlib.testing.strategies
+    with pytest.raises(ModuleNotFoundError, match=r'needs hypothesis: pip install "revlib-torch\[testing\]"'):
+        importlib.import_module("revlib.testing.strategies")
     with pytest.raises(AttributeError, match="has no attribute 'strategy'"):
         _ = revlib.testing.strategy
 

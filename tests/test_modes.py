@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 from common import (
-    ByHand,
     error,
     every_recomputing_scheduler,
     every_scheduler,
@@ -18,29 +17,13 @@ from common import (
     train,
 )
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call
 
-from revlib import Naive, Reversible, ReversibleSequence, engine
+from revlib import Reversible, ReversibleSequence, engine
 from revlib.testing import LiveBytes
 
 
 # ---------------------------------------------------------------------------------------------- without gradients
-@law
-def test_eval_mode(scheduler):
-    return train(net(scheduler, lambda: mlp(dropout=0.5)).eval(), *leaves())
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@law
-def test_no_gradients(scheduler, mode):
-    stack, xs = net(scheduler, lambda: mlp(dropout=0.5)), leaves()
-    with mode():
-        outputs = stack(*xs)
-    assert not any(y.requires_grad for y in outputs)
-    return [*outputs, torch.rand(())]
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_takes_the_memory_of_a_step_and_leaves_nothing(mode, monkeypatch):
     monkeypatch.setattr(engine, "Tape", None)
@@ -63,31 +46,6 @@ def test_training_on_streams_made_in_inference_mode(scheduler):
     return grads(x, stack)
 
 
-@every_recomputing_scheduler
-def test_a_context_tensor_made_in_inference_mode(scheduler):
-    class Conditioned(nn.Module):
-        def forward(self, x, scale):
-            return (x + scale).sin()
-
-    with torch.inference_mode():
-        scale = torch.randn(4, dtype=torch.float64)
-    found = []
-    for s in (ByHand(), scheduler):
-        torch.manual_seed(0)
-        found.append(train(ReversibleSequence([(Conditioned(), Conditioned())], scheduler=s), *leaves(), scale=scale))
-    assert error(found[1], found[0]) < 1e-10
-
-
-@law
-def test_a_scheduler_swapped_between_steps_and_after_forward(scheduler):
-    stack, xs = net(Naive()), leaves()
-    stack.scheduler = scheduler
-    total = loss(stack(*xs))
-    stack.scheduler = Naive()
-    total.backward()
-    return [*grads(*xs, stack), *train(stack, *leaves())]
-
-
 # ---------------------------------------------------------------------------------------------- function transforms
 def parameters_of(stack):
     return {k: p.detach().clone().requires_grad_() for k, p in stack.named_parameters()}
@@ -107,93 +65,6 @@ def test_functional_call_with_backward_outside(scheduler, masked):
     loss(outputs).backward()
     assert all(p.grad is None for p in stack.parameters())
     return [*outputs, *grads(*xs, *mine.values())]
-
-
-@law
-def test_functional_call_with_backward_inside(scheduler):
-    stack, xs = net(scheduler), leaves()
-    mine = parameters_of(stack)
-    return torch.autograd.grad(loss(functional_call(stack, mine, tuple(xs))), [*xs, *mine.values()])
-
-
-@law
-def test_func_grad(scheduler):
-    stack, xs = net(scheduler), [x.detach() for x in leaves()]
-    mine = dict(stack.named_parameters())
-    return torch.func.grad(lambda p, *x: loss(functional_call(stack, p, x)), argnums=(0, 1, 2))(mine, *xs)
-
-
-@law
-def test_func_grad_of_grad(scheduler):
-    stack, xs = net(scheduler, depth=1), [x.detach() for x in leaves()]
-
-    def penalty(x1, x2):
-        return torch.func.grad(lambda a, b: loss(stack(a, b)))(x1, x2).square().sum()
-
-    return torch.func.grad(penalty, argnums=(0, 1))(*xs)
-
-
-@law
-def test_vmap_over_samples(scheduler):
-    stack, xs = net(scheduler), leaves(6, 3, 4)
-    outputs = vmap(stack)(*xs)
-    loss(outputs).backward()
-    return [*outputs, *grads(*xs, stack)]
-
-
-@law
-def test_gradients_per_sample(scheduler):
-    stack, xs = net(scheduler, depth=2), [x.detach() for x in leaves(6, 4)]
-    mine = {k: p.detach() for k, p in stack.named_parameters()}
-    per_sample = torch.func.grad(lambda p, a, b: loss(functional_call(stack, p, (a[None], b[None]))))
-    return vmap(per_sample, in_dims=(None, 0, 0))(mine, *xs)
-
-
-@law
-def test_jvp(scheduler):
-    stack, xs, vs = net(scheduler), leaves(), leaves()
-    return jvp(lambda *x: stack(*x), tuple(x.detach() for x in xs), tuple(v.detach() for v in vs))
-
-
-@law
-def test_forward_mode_by_dual_tensors(scheduler):
-    stack, xs, vs = net(scheduler), leaves(), leaves()
-    with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(x, v.detach()) for x, v in zip(xs, vs, strict=True)]
-        tangents = [torch.autograd.forward_ad.unpack_dual(y).tangent for y in stack(*duals)]
-        loss(tangents).backward()
-    return [*tangents, *grads(*xs, stack)]
-
-
-@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
-@law
-def test_jacobians(scheduler, jacobian):
-    return jacobian(net(scheduler, depth=2), argnums=(0, 1))(*(x.detach() for x in leaves(2, 4)))
-
-
-@law
-def test_a_vjp_called_twice(scheduler):
-    outputs, pull = vjp(net(scheduler), *(x.detach() for x in leaves()))
-    return [outputs, pull(outputs), pull(tuple(y.sin() for y in outputs))]
-
-
-@law
-def test_jacobian_and_hessian_of_torch_autograd(scheduler):
-    stack, xs = net(scheduler, depth=1), tuple(leaves(2, 2))
-    stack = ReversibleSequence([(mlp(2), mlp(2))], scheduler=scheduler).double()
-    return [
-        torch.autograd.functional.jacobian(lambda *x: stack(*x), xs),
-        torch.autograd.functional.jacobian(lambda *x: stack(*x)[0], xs, vectorize=True),
-        torch.autograd.functional.hessian(lambda *x: loss(stack(*x)), xs),
-    ]
-
-
-@law
-def test_batched_gradients(scheduler):
-    stack, xs = net(scheduler), leaves()
-    outputs = stack(*xs)
-    basis = torch.eye(12, dtype=torch.float64).view(12, 3, 4)
-    return torch.autograd.grad(outputs[1].sin(), xs, basis, is_grads_batched=True)
 
 
 # ---------------------------------------------------------------------------------------------- threads
@@ -284,18 +155,6 @@ def test_threads_share_one_stack(scheduler):
 
 
 @every_recomputing_scheduler
-def test_backward_in_another_thread_than_forward(scheduler):
-    found = []
-    for s in (ByHand(), scheduler):
-        torch.manual_seed(0)
-        stack, xs = net(s, lambda: mlp(dropout=0.4)), leaves(16, 4)
-        total = loss(stack(*xs))
-        in_threads(1, lambda _, total=total: total.backward())
-        found.append(grads(*xs, stack))
-    assert error(found[1], found[0]) < 1e-10
-
-
-@every_recomputing_scheduler
 def test_two_threads_differentiate_one_graph(scheduler):
     torch.manual_seed(0)
     stack, xs = net(scheduler, lambda: mlp(dropout=0.4), depth=6), leaves(16, 4)
@@ -306,33 +165,3 @@ def test_two_threads_differentiate_one_graph(scheduler):
 
     alone = work(0)
     assert error(in_threads(3, work), [alone] * 3) < 1e-10
-
-
-# ---------------------------------------------------------------------------------------------- programs and shapes
-@every_scheduler
-def test_a_step_of_training_on_the_meta_device(scheduler):
-    stack = net(scheduler, lambda: mlp(dropout=0.1)).to("meta")
-    xs = [torch.empty(3, 4, dtype=torch.float64, device="meta", requires_grad=True) for _ in range(2)]
-    outputs = stack(*xs)
-    assert [y.shape for y in outputs] == [(3, 4)] * 2 and all(y.is_meta for y in outputs)
-    loss(outputs).backward()
-    assert all(g.is_meta for g in grads(*xs, stack))
-
-
-@every_scheduler
-def test_a_step_of_training_on_fake_tensors(scheduler):
-    with FakeTensorMode():
-        stack = ReversibleSequence([(mlp(dropout=0.1), mlp())] * 3, scheduler=scheduler)
-        outputs = stack(*leaves(1000, 4, dtype=torch.float32))
-        loss(outputs).backward()
-    assert [tuple(y.shape) for y in outputs] == [(1000, 4)] * 2
-    assert all(g.shape == p.shape for g, p in zip(grads(stack), stack.parameters(), strict=True))
-
-
-@law
-def test_a_pickled_state_dict_is_the_same_under_every_scheduler(scheduler):
-    stack = net(scheduler)
-    other = net(Naive())
-    other.load_state_dict(stack.state_dict())
-    other.scheduler = scheduler
-    return train(other, *leaves())

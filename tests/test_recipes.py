@@ -102,6 +102,7 @@ def test_the_driver_fits_on_a_few_pages():
 # Networks
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("model", get_args(config.ModelName))
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_every_network_trains_in_mixed_precision(tmp_path, model, precision):
@@ -286,6 +287,7 @@ def test_long_gradients_are_cut(scaled):
 # Resuming
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("precision", ["", "--amp --amp-dtype float16"])
 @pytest.mark.parametrize("stop", [1, 2])
 def test_stopping_and_resuming_changes_no_bit_of_anything(tmp_path, precision, stop):
@@ -325,6 +327,7 @@ def test_two_processes_train_as_one_with_everything(tmp_path):
 # Compiling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "functions"), [("vit", 8), ("swin", 8), ("mvit", 4), ("plain-vit", 1)])
 def test_what_is_compiled(tmp_path, monkeypatch, model, functions):
     """F and G, each of them; or a whole model of one stream. Losses are those of eager functions."""

@@ -1,6 +1,5 @@
 """Faults that a review found once, each by its smallest case."""
 
-import functools
 import gc
 import itertools
 import weakref
@@ -71,18 +70,6 @@ def test_an_optimizer_step_between_an_auxiliary_and_the_main_loss(scheduler):
         loss(outputs).backward()
 
 
-@every_scheduler
-def test_an_attribute_still_belongs_to_the_graph_of_forward_after_backward(scheduler):
-    found = []
-    for s in (Naive(), scheduler):
-        torch.manual_seed(0)
-        stack, xs = net(s, Auxiliary), leaves()
-        loss(stack(*xs)).backward(retain_graph=True)
-        sum(pair.F.aux for pair in stack).backward()
-        found.append([xs[0].grad, xs[1].grad, *(p.grad for p in stack.parameters() if p.grad is not None)])
-    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*found, strict=True))
-
-
 def test_a_stream_edited_after_an_auxiliary_loss_opened_it():
     stack, xs = net(Checkpoint(), Auxiliary), leaves()
     xs = [x + 0 for x in xs]
@@ -139,14 +126,6 @@ def test_a_buffer_that_forward_creates(scheduler):
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
 
 
-@every_scheduler
-def test_plain_functions_over_modules_count_a_batch_once(scheduler):
-    norm = nn.BatchNorm1d(4).double()
-    stack = ReversibleSequence([Step(lambda x: norm(x)), Step(norm.forward)], scheduler=scheduler)
-    loss(stack(*leaves())).backward()
-    assert norm.num_batches_tracked == 2
-
-
 def test_a_model_whose_attribute_holds_its_graph_dies_with_it():
     def model():
         stack = net(Reversible(), Auxiliary)
@@ -189,18 +168,6 @@ def test_asking_for_a_low_step_first_does_not_store_those_above_it():
             del outputs
         peaks.append(live.peak)
     assert peaks[1] < 1.1 * peaks[0]
-
-
-@every_scheduler
-def test_a_lazy_module_is_made_by_its_first_forward(scheduler):
-    found = []
-    for s in (Naive(), scheduler):
-        torch.manual_seed(0)
-        stack = ReversibleSequence([(nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5)), mlp())], scheduler=s)
-        xs = leaves(dtype=torch.float32)
-        loss(stack(*xs)).backward()
-        found.append([x.grad for x in xs])
-    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*found, strict=True))
 
 
 @every_recomputing_scheduler
@@ -419,22 +386,6 @@ def same(got, want):
 
 
 @every_recomputing_scheduler
-@pytest.mark.parametrize("layer", [1, 4], ids=["first", "last"])
-def test_a_layer_replaced_before_backward(scheduler, layer):
-    """A repetition for activations alone used the new last layer's weight, of which nothing told."""
-
-    def play(s):
-        stack, xs = net(s), leaves()
-        old, total = stack[0].G[layer], loss(stack(*xs))
-        stack[0].G[layer] = nn.Linear(old.in_features, old.out_features, dtype=torch.float64)
-        total.backward()
-        assert stack[0].G[layer] is not old
-        return [old.weight.grad, *(x.grad for x in xs)]
-
-    assert same(*by_naive(scheduler, play))
-
-
-@every_recomputing_scheduler
 def test_the_function_of_a_step_or_the_forward_of_a_module_replaced_before_backward(scheduler):
     def play(s):
         stack = ReversibleSequence([Step(mlp()), Step(mlp())], scheduler=s).double()
@@ -447,24 +398,6 @@ def test_the_function_of_a_step_or_the_forward_of_a_module_replaced_before_backw
         return [linear.weight.grad, old[1].weight.grad, *(x.grad for x in xs)]
 
     assert same(*by_naive(scheduler, play))
-
-
-def test_data_replaced_that_no_activation_depends_on():
-    stack = net(Checkpoint())
-    total = loss(stack(*leaves()))
-    stack[0].F[4].weight.data = 2 * stack[0].F[4].weight.data
-    with pytest.raises(RuntimeError, match=r"enters F of block 0 \(Sequential\)"):
-        total.backward()
-
-
-@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint()])
-def test_a_captured_tensor_edited_that_no_sampled_activation_depends_on(scheduler):
-    scales = [torch.ones(4, dtype=torch.float64) for _ in range(5)]
-    functions = [(lambda x: sum(x * s for s in scales), torch.sin)]
-    total = loss(reversible(functions, *leaves(), scheduler=scheduler))
-    scales[0].mul_(2)
-    with pytest.raises(RuntimeError, match=r"a tensor of shape \(4,\) that F of block 0 .* reads was modified"):
-        total.backward()
 
 
 @pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Checkpoint(every=2)], ids=repr)
@@ -563,59 +496,6 @@ class Keeping(nn.Module):
         return self.last
 
 
-the_norm: nn.Module
-
-
-def in_a_global():
-    global the_norm
-    the_norm = nn.BatchNorm1d(4, dtype=torch.float64)
-    return the_norm, lambda x: the_norm(x).sin()
-
-
-def behind_a_function():
-    norm = nn.BatchNorm1d(4, dtype=torch.float64)
-    inner = lambda x: norm(x)  # noqa: E731
-    return norm, lambda x: inner(x).sin()
-
-
-def behind_a_partial():
-    norm = nn.BatchNorm1d(4, dtype=torch.float64)
-    return norm, functools.partial(lambda m, x: m(x).sin(), norm)
-
-
-def in_a_list():
-    norm = nn.BatchNorm1d(4, dtype=torch.float64)
-    holder = nn.Identity()
-    holder.hidden = [norm]
-    holder.register_forward_hook(lambda m, args, x: m.hidden[0](x).sin())
-    return norm, holder
-
-
-def behind_an_attribute():
-    norm = nn.BatchNorm1d(4, dtype=torch.float64)
-    return norm, Lambda(lambda x: norm(x).sin())
-
-
-@every_recomputing_scheduler
-@pytest.mark.parametrize("make", [in_a_global, behind_a_function, behind_a_partial, in_a_list, behind_an_attribute])
-def test_statistics_of_modules_that_are_hard_to_find_count_a_batch_once(scheduler, make):
-    norm, f = make()
-    loss(reversible([Step(f)] * 2, *leaves(6, 4), scheduler=scheduler)).backward()
-    assert norm.num_batches_tracked == 2
-
-
-@every_recomputing_scheduler
-def test_backward_under_inference_mode(scheduler):
-    def play(s):
-        stack, xs = net(s), leaves()
-        total = loss(stack(*xs))
-        with torch.inference_mode():
-            total.backward()
-        return [x.grad.clone() for x in xs]
-
-    assert same(*by_naive(scheduler, play))
-
-
 class Making(nn.Module):
     """Makes a tensor of the default dtype on the default device."""
 
@@ -652,66 +532,6 @@ def test_the_default_dtype_and_the_attention_kernels_are_those_of_forward(schedu
         return [x.grad for x in xs]
 
     assert same(*by_naive(scheduler, play))
-
-
-@every_recomputing_scheduler
-def test_backward_under_another_autocast_than_half_precision_functions(scheduler):
-    """What is compared at the end was put together under it."""
-
-    def play(s):
-        stack, xs = net(s, dtype=torch.float32), leaves(8, 4, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            total = loss(stack(*xs))
-        with torch.autocast("cpu", torch.float16):
-            total.backward()
-        return xs[0].grad.norm(), xs[1].grad.norm()
-
-    got, want = by_naive(scheduler, play)
-    assert torch.allclose(torch.stack(got), torch.stack(want), rtol=0.05)  # bfloat16 has 8 bits
-
-
-def test_saved_tensors_that_are_sparse():
-    adjacency = torch.eye(3, dtype=torch.float64).to_sparse()
-    functions = [(lambda x: torch.sparse.mm(adjacency, x).sin(), torch.sin)]
-    xs = leaves()
-    loss(reversible(functions, *xs, scheduler=Checkpoint())).backward()
-    assert xs[0].grad is not None
-
-
-@every_recomputing_scheduler
-def test_jagged_streams(scheduler):
-    def play(s):
-        x = torch.nested.nested_tensor([torch.randn(n, 4) for n in (2, 3)], layout=torch.jagged, requires_grad=True)
-        y1, y2 = reversible([(torch.sin, torch.cos)] * 2, x, x * 2, scheduler=s)
-        (y1.values().square().sum() + y2.values().sin().sum()).backward()
-        return [x.grad.values()]
-
-    got, want = by_naive(scheduler, play)
-    assert torch.allclose(got[0], want[0], rtol=1e-4)  # float32
-
-
-@pytest.mark.filterwarnings("ignore")
-@every_scheduler
-def test_streams_that_have_no_views(scheduler):
-    x = torch.eye(4)
-    for other, message in (
-        (x.to_sparse(), "must be dense, got torch.sparse_coo"),
-        (
-            torch.nested.nested_tensor([x, x[:2]]),
-            "is a nested tensor that has no views; make it with layout=torch.jagged",
-        ),
-        (torch.masked.masked_tensor(x, x > 0), "is a masked tensor, which has no views; pass its data"),
-    ):
-        with pytest.raises(TypeError, match=f"stream 1 {message}"):
-            reversible([(torch.sin, torch.sin)], x, other, scheduler=scheduler)
-
-
-@pytest.mark.filterwarnings("ignore")
-@every_recomputing_scheduler
-def test_modules_compiled_by_jit_are_refused(scheduler):
-    traced = torch.jit.trace(mlp(), torch.randn(3, 4))
-    with pytest.raises(TypeError, match=r"F of block 0 .* compiled by torch.jit, .* or torch.compile"):
-        ReversibleSequence([(traced, mlp())], scheduler=scheduler)(*leaves(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("around", ["a stack", "a checkpoint"])

@@ -190,6 +190,7 @@ def test_memory_is_flat_with_the_last_steps_kept():
     assert_memory_flat(lambda depth: vits(depth, KeepLast(2)), stream(), stream(), depths=(3, 12))
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("fraction", [0.15, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("below", [Reversible(), Checkpoint(2)])
 def test_a_fraction_of_what_naive_keeps(fraction, below):
@@ -200,7 +201,7 @@ def test_a_fraction_of_what_naive_keeps(fraction, below):
     assert peak - held <= max(naive[1] - naive[0], units(stack, x, Reversible())[1] - held) + 0.1
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)  # each measures a stack of ViT blocks
 @given(st.integers(14, 150))
 def test_a_number_of_bytes(share):
     stack, x = vits(9), stream()

@@ -49,6 +49,7 @@ def test_a_fake_step_takes_the_bytes_of_a_real_one(setting, names):
         assert not {less, more} <= set(held) or held[less] < held[more]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("model", ["tiny-swin", "tiny-mvit"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_so_do_those_of_models_in_stages(model, dropout):

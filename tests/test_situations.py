@@ -3,24 +3,29 @@
 import pytest
 from situations import SITUATIONS, THEMES
 from situations.base import COUPLINGS, NOT_RUN, REFUSED, SCHEDULERS, by_hand, expected, fits, verdict
-from situations.render import README, rendered
+from situations.render import PAGE, rendered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = expected()
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(s.name, marks=SLOW if s.slow else ()) for s in SITUATIONS.values()])
-def test_situation(name):
+def cells():
+    """Every situation with every coupling under which it is run. All but the first coupling are for thorough runs."""
+    for s in SITUATIONS.values():
+        for i, coupling in enumerate(c for c in COUPLINGS if c in s.couplings):
+            yield pytest.param(s.name, coupling, marks=SLOW if s.slow or i > 0 else ())
+
+
+@pytest.mark.parametrize(("name", "coupling"), list(cells()))
+def test_situation(name, coupling):
     s, wrong = SITUATIONS[name], []
-    for coupling in s.couplings:
-        row = TABLE[name, coupling]
-        want = by_hand(s, COUPLINGS[coupling])
-        for scheduler in SCHEDULERS:
-            found, told = verdict(s, scheduler, coupling, want)
-            if found != row.verdicts[scheduler] or (found == REFUSED and not fits(told, row.pattern(scheduler))):
-                wrong.append(f"{scheduler}, {coupling}: {row.verdicts[scheduler]} expected, was {found} {told}")
-    assert not wrong, "\n".join([f"{name}:", *wrong])
+    row, want = TABLE[name, coupling], by_hand(s, COUPLINGS[coupling])
+    for scheduler in SCHEDULERS:
+        found, told = verdict(s, scheduler, coupling, want)
+        if found != row.verdicts[scheduler] or (found == REFUSED and not fits(told, row.pattern(scheduler))):
+            wrong.append(f"{scheduler}: {row.verdicts[scheduler]} expected, was {found} {told}")
+    assert not wrong, "\n".join([f"{name}, {coupling}:", *wrong])
 
 
 def test_the_table_has_every_cell_and_no_other():
@@ -43,6 +48,6 @@ def test_every_theme_is_rendered():
     assert {s.theme for s in SITUATIONS.values()} == {m.__name__.rpartition(".")[2] for m in THEMES}
 
 
-def test_the_readme_shows_the_table():
-    readme = README.read_text()
-    assert rendered(readme) == readme, "write the section with: PYTHONPATH=.:tests python -m situations"
+def test_the_page_shows_the_table():
+    page = PAGE.read_text()
+    assert rendered(page) == page, "write the page with: PYTHONPATH=.:tests python -m situations"

@@ -58,6 +58,7 @@ def test_a_wrong_scheduler_is_found_and_the_tensor_named():
         assert_same_gradients(net(Reversible()), *leaves(), schedulers=[Detaching()])
 
 
+@pytest.mark.slow
 def test_hypothesis_shrinks_a_wrong_scheduler_to_the_shallowest_stack():
     def wrong(case):
         try:
@@ -105,7 +106,8 @@ def test_live_bytes_counts_storages_from_birth_to_death():
 def test_the_footprint_of_one_multiplication():
     x = torch.randn(25, requires_grad=True)
     found = footprint(lambda t: (t.exp(),), [x])
-    assert found.held >= 100 and found.peak >= found.held, "exp saves its output"
+    assert found.held == 104, "what exp saves, its output, and the loss"
+    assert found.peak >= 300, "and backward multiplies it by a gradient into another"
 
 
 def test_a_coupling_without_its_call():

@@ -176,6 +176,7 @@ def test_the_means_do_not_depend_on_the_batch_size(n: int, size: int):
 # Resuming
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("precision", ["", "--amp", "--amp --amp-dtype float16"])
 def test_stopping_and_resuming_changes_no_bit(tmp_path, precision):
     args = "--epochs", 3, *precision.split()
@@ -187,6 +188,7 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, precision):
     assert_identical(saved(halves)["run"], saved(tmp_path / "straight")["run"])
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "place", [(train, "evaluate"), (checkpoint, "save"), (train, "draw_curves")], ids=lambda place: place[1]
 )
@@ -290,6 +292,7 @@ def torchrun(out: Path, *args: Any) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """The last batches of an epoch, of 1 training and 7 test images, deal less to one process than to the other."""
     args = "--epochs", 2, "--batch-size", 8, "--drop-path", 0, "--limit-train", 97, "--limit-test", 23

@@ -13,7 +13,8 @@ plt = pytest.importorskip("matplotlib.pyplot")
 ROOT = Path(__file__).parent.parent
 LESSON = ROOT / "research/tutorial.py"
 SOURCE = LESSON.read_text()
-README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "research/results/summary.md").read_text()
+PAGES = (ROOT / "README.md").read_text() + (ROOT / "revlib/README.md").read_text()
 CELLS = re.split(r"^# %% ?", SOURCE, flags=re.MULTILINE)[1:]
 PROSE = re.sub(r"\n# ?", " ", "\n".join(cell for cell in CELLS if cell.startswith("[markdown]")))
 SECTIONS = re.split(r"(?=^# %% \[markdown\]\n# ## \d)", SOURCE, flags=re.MULTILINE)  # the first has the imports
@@ -39,6 +40,7 @@ def argv(monkeypatch, tmp_path):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_the_lesson_runs_as_it_stands(argv, tmp_path, capsys):
     lesson = runpy.run_path(str(LESSON))
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == PICTURES
@@ -80,6 +82,7 @@ MISTAKES = {  # the sections that run, what stands there, the mistake, and the l
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_lesson_notices(mistake, argv):
     sections, right, wrong, line = MISTAKES[mistake]
@@ -98,8 +101,8 @@ def test_from_the_equations_to_a_stack_that_is_checked_takes_under_a_hundred_lin
     assert 40 < sum(len(code_lines(cell)) for cell in cells) < 100
 
 
-def test_numbers_from_elsewhere_are_those_of_the_readme():
-    rows = re.findall(r"^\|(?: 384, bfloat16 autocast)? \| (1|256) \| (\S+) \| \S+ \| (\S+) \|", README, re.MULTILINE)
+def test_numbers_from_elsewhere_are_those_of_the_results():
+    rows = re.findall(r"^\|(?: 384, bfloat16 autocast)? \| (1|256) \| (\S+) \| \S+ \| (\S+) \|", RESULTS, re.MULTILINE)
     assert [images for images, *_ in rows[:2]] == ["1", "256"]
     times = rows[0][1:] + rows[1][1:]
     assert re.search(r"1 image a step {} under .Rev.* {} under .PaR.* 256 images,.*, {} and {}\.".format(*times), PROSE)
@@ -113,4 +116,4 @@ def test_pictures_and_sections_that_the_lesson_points_to_exist():
     assert all(p.stat().st_size < 150_000 for p in committed.iterdir())
     onwards = re.search(r"Where to go on.*?\.", PROSE)[0]
     sections = re.findall(r"\*(.+?)\*", onwards)
-    assert len(sections) == 6 and all(f"\n## {section}\n" in README for section in sections)
+    assert len(sections) == 6 and all(f"\n## {section}\n" in PAGES for section in sections)

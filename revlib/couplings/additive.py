@@ -25,6 +25,14 @@ class Additive(Coupling):
 
     Source: Gomez et al., *The Reversible Residual Network*, NeurIPS 2017, its reversible block; Mangalam et al.,
     *Reversible Vision Transformers*, CVPR 2022.
+
+    Example:
+        >>> coupling = Additive()
+        >>> merged = coupling.merge(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]))
+        >>> merged
+        tensor([1.5000, 2.2500])
+        >>> coupling.unmerge(merged, torch.tensor([0.5, 0.25]))
+        tensor([1., 2.])
     """
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
@@ -95,6 +103,14 @@ class ExactAdditive(Coupling):
 
     Source: the exactness of sums on a common grid is that of fixed-point numbers; Maclaurin et al. 2015 and MacKay et
     al. 2018 keep the lost bits instead.
+
+    Example:
+        >>> coupling, f = ExactAdditive(limit=64), torch.tensor([1e-3, 1 / 3])
+        >>> s = coupling.enter(torch.tensor([0.1, 0.2]))  # on the grid
+        >>> torch.equal(coupling.unmerge(coupling.merge(s, f), f), s)
+        True
+        >>> torch.equal(Additive().unmerge(Additive().merge(s, f), f), s)  # which differ in the last bits
+        False
     """
 
     limit: float = 1024.0

@@ -26,6 +26,16 @@ class Coupling(ABC):
     ``merge`` is recorded by autograd: write it out of differentiable operations. ``unmerge`` is only ever evaluated.
     Both must return a tensor with the shape of ``s``. ``f`` is what the step's function returned: a tensor, or any
     nest of tuples, lists and dicts of tensors where the law needs several (an affine law takes a scale and a shift).
+
+    Example:
+        >>> class Difference(Coupling):
+        ...     def merge(self, s, f):
+        ...         return s - f
+        ...
+        ...     def unmerge(self, merged, f):
+        ...         return merged + f
+        >>> Difference().unmerge(Difference().merge(torch.tensor(3.0), torch.tensor(1.0)), torch.tensor(1.0))
+        tensor(3.)
     """
 
     @abstractmethod

@@ -54,6 +54,12 @@ class Scaled(Coupling):
     Not for a $|k|$ far from 1 in deep stacks, unless ``Anchored`` or ``Checkpoint`` keeps states on the way.
 
     Source: see :mod:`revlib.recurrences`, for each network.
+
+    Example:
+        >>> coupling = Scaled(keep=0.5, add=2.0)
+        >>> merged = coupling.merge(torch.tensor([4.0]), torch.tensor([1.0]))
+        >>> merged, coupling.unmerge(merged, torch.tensor([1.0]))
+        (tensor([4.]), tensor([4.]))
     """
 
     keep: float = 1.0
@@ -123,6 +129,15 @@ class Affine(Coupling):
     Source: Dinh et al., *Density estimation using Real NVP*, ICLR 2017, the affine coupling layer. The
     bound on the scale is that of common implementations; MemCNN (van de Leemput et al., *MemCNN: A Python/PyTorch
     package for creating memory-efficient invertible neural networks*, JOSS 2019) bounds with a sigmoid.
+
+    Example:
+        >>> coupling, s = Affine(bound=1.0), torch.tensor([2.0])
+        >>> nothing = torch.zeros(1), torch.zeros(1)
+        >>> coupling.merge(s, nothing)  # a function that returns zeros is the identity
+        tensor([2.])
+        >>> f = torch.tensor([0.3]), torch.tensor([0.1])
+        >>> torch.allclose(coupling.unmerge(coupling.merge(s, f), f), s)
+        True
     """
 
     bound: float = 1.0

@@ -12,6 +12,9 @@ The assertions need nothing but torch. :mod:`revlib.testing.strategies` needs hy
 
 What works on several CUDA streams is tested for races on a CPU, with :func:`assert_no_races` or, around code of your
 own, :class:`RaceChecker`.
+
+``assertions.py`` has the assertions, ``strategies.py`` what hypothesis draws, ``memory.py`` counts bytes, and
+``races.py`` finds races, on the device that ``model.py`` models.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -47,11 +50,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    try:
-        return importlib.import_module("revlib.testing.strategies")
-    except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
-            raise
-        raise ModuleNotFoundError(
-            'revlib.testing.strategies needs hypothesis: pip install "revlib-torch[testing]"', name="hypothesis"
-        ) from error
+    return importlib.import_module("revlib.testing.strategies")

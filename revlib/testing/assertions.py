@@ -59,7 +59,12 @@ def _compare(what: str, got: Mapping[str, Tensor | None], want: Mapping[str, Ten
 
 
 def assert_unmerges(coupling: Coupling, s: Tensor, f: Any, *, rtol: float | None = None) -> None:
-    """The law of a coupling: ``unmerge(merge(s, f), f)`` gives ``s`` back, in its shape."""
+    """The law of a coupling: ``unmerge(merge(s, f), f)`` gives ``s`` back, in its shape.
+
+    Example:
+        >>> from revlib import Additive
+        >>> assert_unmerges(Additive(), torch.randn(3), torch.randn(3))
+    """
     checked(coupling)
     with torch.no_grad():
         recovered = coupling.unmerge(coupling.merge(s, f), f)
@@ -72,7 +77,12 @@ def assert_inverts(
     context: Mapping[str, Any] | None = None,
     rtol: float | None = None,
 ) -> None:
-    """``stack.inverse(*stack(*streams))`` gives the streams back, in ``eval()`` mode (which is left afterwards)."""
+    """``stack.inverse(*stack(*streams))`` gives the streams back, in ``eval()`` mode (which is left afterwards).
+
+    Example:
+        >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Tanh())])
+        >>> assert_inverts(stack, torch.randn(2, 3), torch.randn(2, 3))
+    """
     modes = [(m, m.training) for m in stack.modules()]
     try:
         with torch.no_grad():
@@ -148,6 +158,10 @@ def assert_same_gradients(
         loss: maps the outputs to a scalar; a curved function of all of them unless given.
         rtol: relative error allowed in the norm of each tensor; by precision unless given: 1e-10 in float64, 1e-4 in
             float32, 0.1 in float16, 0.3 in bfloat16.
+
+    Example:
+        >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Linear(3, 3))] * 2)
+        >>> assert_same_gradients(stack, torch.randn(2, 3), torch.randn(2, 3))
     """
     rtol = _rtol(rtol, streams)
     arguments = (streams, context or {}, loss or _default_loss, seed)
@@ -167,6 +181,12 @@ def assert_memory_flat(
 
     ``make(depth)`` builds a stack; the peak at each depth may exceed that at the first by ``rtol``. Bytes are counted,
     not sampled: on a CPU the result is exact. The streams should be large beside a few hundred bytes a step.
+
+    Example:
+        >>> def make(depth):
+        ...     return ReversibleSequence([(torch.nn.Tanh(), torch.nn.Tanh()) for _ in range(depth)])
+        >>> x = torch.randn(4096, 16, requires_grad=True)
+        >>> assert_memory_flat(make, x, x, depths=(2, 8))
     """
     prints = {}
     for depth in depths:

@@ -19,6 +19,15 @@ class LiveBytes(TorchDispatchMode):
     """Within this context, ``now`` is the sum of bytes of the live storages that operations made, ``peak`` its maximum.
 
     Storages of ``known`` tensors count nothing. Memory that an operation takes and returns inside itself is not seen.
+
+    Example:
+        >>> x = torch.zeros(10)
+        >>> with LiveBytes([x]) as live:
+        ...     y = x + 1
+        ...     z = torch.cat([y, y])
+        ...     del y
+        >>> live.now, live.peak
+        (80, 120)
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -59,6 +68,10 @@ def footprint(
     """Activation bytes of ``run(*streams)`` and of the backward pass of the sum of its outputs' mean squares.
 
     Gradients are allocated beforehand, so that they do not mix with the activations that backward frees.
+
+    Example:
+        >>> footprint(lambda t: (t.exp(),), [torch.randn(25, requires_grad=True)]).held  # what exp saves, and the loss
+        104
     """
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in streams]
     known = [*leaves, *parameters]

@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    if error.name != "hypothesis":
+        raise
+    raise ModuleNotFoundError(
+        'revlib.testing.strategies needs hypothesis: pip install "revlib-torch[testing]"', name="hypothesis"
+    ) from error
 
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Plan, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence

@@ -3,7 +3,7 @@
 Each situation is one function, written as a user would write it; ``table.csv`` says what must come of it, and
 ``elsewhere.csv`` what other tests say. From the root of the repository,
 
-    PYTHONPATH=.:tests python -m situations           writes the README's section out of both,
+    PYTHONPATH=.:tests python -m situations           writes README.md in this folder out of both,
     PYTHONPATH=.:tests python -m situations --play    first plays the situations that the table does not have yet.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the table's missing rows, if asked to, and the README's section."""
+"""Writes the table's missing rows, if asked to, and the page that shows it."""
 
 import argparse
 import csv
@@ -6,7 +6,7 @@ import re
 
 from situations import SITUATIONS
 from situations.base import COUPLINGS, NOT_RUN, REFUSED, SCHEDULERS, TABLE, by_hand, expected, verdict
-from situations.render import README, rendered
+from situations.render import PAGE, rendered
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--play", action="store_true", help="play the situations that the table does not have")
@@ -37,4 +37,4 @@ if arguments.play:
         writer.writerow(["situation", "coupling", *SCHEDULERS, "error", "error under Functional()"])
         writer.writerows(rows)
 
-README.write_text(rendered(README.read_text()))
+PAGE.write_text(rendered(PAGE.read_text()))

@@ -285,6 +285,7 @@ def returns(setting: Setting):
     functions += [lambda x: x.detach().sin(), lambda x: torch.zeros(()), lambda x: (p * x).sin()]
     outputs = setting.run([setting.fit_step(f) for f in functions * 2], *xs)
     loss(outputs).backward()
+    assert not any(t._backward_hooks for t in (p, *xs)), "the user's own tensors were hooked"
     return [*outputs, *grads(*xs, p)]
 
 

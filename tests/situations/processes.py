@@ -46,11 +46,22 @@ class Interrupting(torch.autograd.Function):
         return g
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt within, also where whoever started Python has it ignored, as shells do with jobs
+    in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @situation("KeyboardInterrupt in backward; then training goes on")
 def keyboard_interrupt(setting: Setting):
     stack = setting.stack(lambda: mlp(dropout=0.2))
     raised = False
-    with nothing_left():
+    with nothing_left(), interruptible():
         x1, x2 = leaves()
         try:
             loss(stack(Interrupting.apply(x1 * 1), x2)).backward()

@@ -1,4 +1,4 @@
-"""The table as a section of the README."""
+"""The table as a section of the page beside this file, which names the functions and not their lines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from situations import SITUATIONS, THEMES
 from situations.base import COUPLINGS, NOT_APPLICABLE, NOT_RUN, REFUSED, SCHEDULERS, SUPPORTED, TABLE, Row, expected
 
-ROOT = Path(__file__).parent.parent.parent
-README = ROOT / "README.md"
+PAGE = Path(__file__).parent / "README.md"
 MARKS = "<!-- situations -->\n", "<!-- /situations -->\n"
 SIGNS = {SUPPORTED: "✓", REFUSED: "refused", NOT_APPLICABLE: "–", NOT_RUN: ""}
 
@@ -18,24 +17,22 @@ SIGNS = {SUPPORTED: "✓", REFUSED: "refused", NOT_APPLICABLE: "–", NOT_RUN: "
 def section() -> str:
     """What stands between the marks."""
     table = expected()
-    return "\n".join([_themes(table), _elsewhere(), _counts(table)])
+    return "\n".join([_counts(table), *_themes(table), _elsewhere()])
 
 
-def _themes(table: dict[tuple[str, str], Row]) -> str:
+def _themes(table: dict[tuple[str, str], Row]) -> list[str]:
     parts = []
     for module, title in THEMES.items():
         theme = module.__name__.rpartition(".")[2]
         situations = [s for s in SITUATIONS.values() if s.theme == theme]
         heads = " | ".join(f"`{s}`" for s in SCHEDULERS)
-        lines = [f"| | {heads} |", "|---|" + ":-:|" * len(SCHEDULERS)]
+        lines = [f"| | function in [{theme}.py]({theme}.py) | {heads} |", "|---|---|" + ":-:|" * len(SCHEDULERS)]
         for s in situations:
-            line = s.play.__code__.co_firstlineno
             cells = [_cell([table[s.name, c].verdicts[scheduler] for c in COUPLINGS]) for scheduler in SCHEDULERS]
             note = " (slow)" if s.slow else ""
-            lines.append(f"| [{s.name}](tests/situations/{theme}.py#L{line}){note} | {' | '.join(cells)} |")
-        summary = f"<summary>{title} ({len(situations)})</summary>"
-        parts.append("\n".join(["<details>", summary, "", *lines, "", "</details>", ""]))
-    return "\n".join(parts)
+            lines.append(f"| {s.name}{note} | `{s.play.__name__}` | {' | '.join(cells)} |")
+        parts.append("\n".join([f"## {title}", "", f"{len(situations)} situations.", "", *lines, ""]))
+    return parts
 
 
 def _cell(verdicts: list[str]) -> str:
@@ -52,20 +49,15 @@ def _cell(verdicts: list[str]) -> str:
 
 
 def _elsewhere() -> str:
-    lines = [
-        "<details>",
-        "<summary>On several processes (run by other tests, not by the matrix)</summary>",
-        "",
-        "| | |",
-    ]
-    lines.append("|---|:-:|")
+    lines = ["## On several processes", "", "Other tests play these; they are not part of the table.", ""]
+    lines += ["| | test | |", "|---|---|:-:|"]
     with (TABLE.parent / "elsewhere.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             path, _, test = row["test"].partition("::")
-            code = (ROOT / path).read_text().splitlines()
-            line = next(i for i, text in enumerate(code, 1) if text.startswith(f"def {test}("))
-            lines.append(f"| [{row['situation']}]({path}#L{line}) | {SIGNS[row['verdict']]} |")
-    return "\n".join([*lines, "", "</details>", ""])
+            code = (TABLE.parent.parent.parent / path).read_text()
+            assert f"\ndef {test}(" in code, f"elsewhere.csv names {row['test']}, which does not exist"
+            lines.append(f"| {row['situation']} | [`{test}`](../{Path(path).name}) | {SIGNS[row['verdict']]} |")
+    return "\n".join([*lines, ""])
 
 
 def _counts(table: dict[tuple[str, str], Row]) -> str:
@@ -77,8 +69,8 @@ def _counts(table: dict[tuple[str, str], Row]) -> str:
     )
 
 
-def rendered(readme: str) -> str:
-    """The README with the section as it should be."""
-    before, rest = readme.split(MARKS[0])
+def rendered(page: str) -> str:
+    """The page with the section as it should be."""
+    before, rest = page.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     return "".join([before, MARKS[0], "\n", section(), "\n", MARKS[1], after])
