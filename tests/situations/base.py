@@ -208,7 +208,7 @@ def _same_bits(got: Any, want: Any) -> bool:
     return all(torch.equal(g, w) if isinstance(w, Tensor) else g == w for g, w in pairs)
 
 
-def _raised_by_revlib(raised: BaseException) -> bool:
+def raised_by_revlib(raised: BaseException) -> bool:
     """By a ``raise`` in the library, not by what a function did."""
     last = traceback.extract_tb(raised.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(revlib.__file__).parent) and (last.line or "").startswith("raise")
@@ -221,7 +221,7 @@ def verdict(s: Situation, scheduler: str, coupling: str, want: Played) -> tuple[
     got = play(s, SCHEDULERS[scheduler], COUPLINGS[coupling])
     if got.raised is not None:
         told = f"{type(got.raised).__name__}: {got.raised}"
-        if _raised_by_revlib(got.raised):
+        if raised_by_revlib(got.raised):
             return REFUSED, told
         same = want.raised is not None and type(got.raised) is type(want.raised)
         return NOT_APPLICABLE if same else "broken", told
