@@ -69,7 +69,7 @@ def _copied(found: Any) -> Any:
 def _names(listed: str) -> set[str]:
     """Schedulers by name, the kind for short: all of those of a kind without arguments are meant."""
     found = set()
-    for word in listed.replace("=0.5", "").split():
+    for word in listed.split():
         matching = {n for n, kind in _KINDS.items() if n == word or (kind == word and n != "Checkpoint(every=2)")}
         assert matching, f"no scheduler is called {word!r}"
         found |= matching
