@@ -61,6 +61,10 @@ class Stage(Setting):
         """From here on, whatever is refused."""
         self.kept.append((look, _copied(look())))
 
+    def forward_is_over(self) -> None:
+        """A refusal comes too late from here on."""
+        self.kept.append((lambda: "over", "running"))
+
 
 def _copied(found: Any) -> Any:
     return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else copy.copy(v), found)
