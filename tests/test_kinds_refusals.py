@@ -70,7 +70,7 @@ def routed(stage: Stage, wrap: Callable[[nn.Module], nn.Module]) -> list[Any]:
     return [*outputs, *grads(*xs, *(p for p in stack.parameters() if p.requires_grad))]
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_compiled_functions_with_context(stage: Stage):
     try:
         return routed(stage, lambda m: torch.compile(m, backend="eager"))
@@ -78,41 +78,41 @@ def test_compiled_functions_with_context(stage: Stage):
         torch._dynamo.reset()
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_averaged_models_with_context(stage: Stage):
     return routed(stage, AveragedModel)
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_torchs_checkpoint_wrapper_with_context(stage: Stage):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
     return routed(stage, functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_torchs_offload_wrapper_with_context(stage: Stage):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import offload_wrapper
 
     return routed(stage, offload_wrapper)
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_data_parallel_with_context(stage: Stage):
     return routed(stage, nn.DataParallel)
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_a_wrapper_of_ones_own_with_context(stage: Stage):
     return routed(stage, Passing)
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_wrappers_in_wrappers_with_context(stage: Stage):
     return routed(stage, lambda m: Passing(AveragedModel(Passing(m))))
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_a_forward_decorated_without_wraps(stage: Stage):
     """As decorators of mixed precision and of profilers often are."""
 
@@ -128,7 +128,7 @@ def test_a_forward_decorated_without_wraps(stage: Stage):
     return routed(stage, wrap)
 
 
-@scene("11", broken=RECOMPUTING + " Functional")
+@scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_a_partial_of_a_module_with_context(stage: Stage):
     """A module that calls a partial of another, which it has registered."""
 

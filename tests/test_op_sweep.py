@@ -13,7 +13,9 @@ within it.
 from __future__ import annotations
 
 import contextlib
-import warnings
+import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -37,15 +39,37 @@ SCHEDULERS: dict[str, Scheduler] = {
     "Anchored(3)": Anchored(3),
 }
 MOST = 6  # samples of one operation, evenly spaced among those that torch has
-
-# ---------------------------------------------------------------------------------------------- what is left out
-SKIPPED_OPERATIONS: dict[str, str] = {}
-SKIPPED_MODULES: dict[str, str] = {}
+TOLERANCE = {  # relative
+    **{torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3},
+    **{torch.bfloat16: 0.1, torch.float16: 0.05},
+}
 
 # ---------------------------------------------------------------------------------------------- what disagrees
-# The case, the schedulers that disagree, and the cause. A test fails where the list says too much or too little.
-DISAGREEING: dict[str, tuple[set[str], str]] = {}
+# A case is named with the schedulers under which it does not agree, and why. It fails where that is no longer so.
+EARLY = "issue 15 item 8: the repetition stops within the kernel, which then has not written the noise that was saved"
+UNWRITTEN = "issue 15 item 8: a part of what is saved is never written, and is compared nevertheless"
+SPARSE = "issue 15 item 15: a sparse result has no view, by which gradients are intercepted"
+FAR = "its result is a hundred million times its stream, from which the stream does not come back: refused, and rightly"
+_EXACT = ("Checkpoint()", "Anchored(3)")
+DISAGREEING: dict[str, tuple[tuple[str, ...], str]] = {
+    "nn_functional_rrelu": (_EXACT, EARLY),
+    "nn_functional_rrelu_": (_EXACT, UNWRITTEN),  # its noise, in eval mode
+    **dict.fromkeys(["nn_functional_ctc_loss", "nn_CTCLoss_train", "nn_CTCLoss_eval"], (_EXACT, UNWRITTEN)),
+    "sparse_sampled_addmm": (tuple(SCHEDULERS), SPARSE),
+    **dict.fromkeys(["pow", "float_power", "special_erfcx"], (("Reversible()",), FAR)),
+    **{f"polygamma_polygamma_n_{n}{edit}": (("Reversible()",), FAR) for n in range(5) for edit in ("", "_")},
+    "special_polygamma_special_polygamma_n_0": (("Reversible()",), FAR),
+}
 
+# ---------------------------------------------------------------------------------------------- what is left out
+SKIPPED = {  # besides operations that have no gradient, of which torch's list says so
+    "torch_ops_aten__flash_attention_forward": "runs on a GPU only",
+    "torch_ops_aten__efficient_attention_forward": "runs on a GPU only",
+    "nn_functional_batch_norm_without_cudnn": "runs on a GPU only; the same on a CPU is nn_functional_batch_norm",
+    "nn_functional_one_hot": "takes integers",
+    "nn_Embedding_train": "takes integers, which are no stream",
+    "nn_Embedding_eval": "takes integers, which are no stream",
+}
 
 # ---------------------------------------------------------------------------------------------- cases
 class Case(NamedTuple):
@@ -137,16 +161,29 @@ def fitted(result: Any, x: Tensor) -> Tensor:
     return total
 
 
+JUNK = itertools.cycle([3.0, -7.0, 11.0, -1.0])
+
+
+def litter(x: Tensor) -> None:
+    """Leave other numbers in free memory each time, so that nothing depends on what a kernel does not write."""
+    left = [torch.full_like(x, next(JUNK)) for _ in range(5)]
+    del left
+
+
 def played(case: Case, scheduler: Scheduler) -> list[Tensor | None]:
     """Outputs and gradients of two pairs, and buffers."""
     streams = [case.stream.detach().clone().requires_grad_() for _ in range(2)]
     fn, stream = case.fn, case.stream.detach()
-    wave = lambda x: 0.1 * x.sin()  # noqa: E731
+
+    def wave(x: Tensor) -> Tensor:  # sines of complex numbers grow without bounds
+        return 0.1 * x if x.is_complex() else 0.1 * x.sin()
 
     def first(x: Tensor) -> Tensor:
+        litter(x)
         return fitted(fn(x), x)
 
     def last(x: Tensor) -> Tensor:  # in the operation's domain, exactly
+        litter(x)
         return fitted(fn(stream + (x - x.detach())), x)
 
     outputs = reversible([(first, wave), (wave, last)], *streams, scheduler=scheduler)
@@ -163,34 +200,36 @@ def played(case: Case, scheduler: Scheduler) -> list[Tensor | None]:
     ]
 
 
+def _plain(t: Tensor) -> Tensor:
+    t = t.detach() if t.layout is torch.strided else t.detach().to_dense()
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+
+
+def size(t: Tensor) -> float:
+    t = _plain(t)
+    return t.masked_fill(~t.isfinite(), 0.0).norm().item()
+
+
 def distance(got: Tensor | None, want: Tensor | None, scale: float) -> float:
     """Relative to the tensor's own size, or a thousandth of the largest; NaN and infinity must meet the same."""
     if got is None or want is None:
-        return 0.0 if got is want else float("inf")
-    if got.layout is not torch.strided or want.layout is not torch.strided:
-        got, want = got.to_dense(), want.to_dense()
+        return 0.0 if got is want else math.inf
     if got.shape != want.shape or got.dtype != want.dtype:
-        return float("inf")
-    got, want = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (got, want))
+        return math.inf
+    got, want = _plain(got), _plain(want)
     special = ~want.isfinite()
     if not torch.equal(special, ~got.isfinite()):
-        return float("inf")
-    got, want = got.masked_fill(special, 0.0), want.masked_fill(special, 0.0)
-    return (got - want).norm().item() / max(want.norm().item(), 1e-3 * scale, 1e-300)
+        return math.inf
+    gap = (got - want).masked_fill(special, 0.0)
+    return gap.norm().item() / max(size(want), 1e-3 * scale, 1e-300)
 
 
-def disagreement(make: Callable[[], Case | None], scheduler: Scheduler, limit: float) -> str | None:
-    """What differs from plain autograd, in words; nothing where the case does not run there either."""
+def disagreement(make: Callable[[], Case], scheduler: Scheduler, limit: float) -> str:
+    """What differs from plain autograd, in words, if anything."""
     torch.manual_seed(0)
     case = make()
-    if case is None:
-        return None
-    try:
-        torch.manual_seed(1)
-        want = played(case, ByHand())
-    except Exception:  # not differentiable with these arguments, or out of its domain
-        return None
-    RAN.append(1)
+    torch.manual_seed(1)
+    want = played(case, ByHand())
     torch.manual_seed(0)
     case = make()
     torch.manual_seed(1)
@@ -198,12 +237,9 @@ def disagreement(make: Callable[[], Case | None], scheduler: Scheduler, limit: f
         got = played(case, scheduler)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    scale = max((t.detach().abs().nan_to_num(0, 0, 0).double().norm().item() for t in want if t is not None and not t.is_complex() and t.layout is torch.strided), default=1.0)
+    scale = max((size(t) for t in want if t is not None), default=1.0)
     far = max(distance(g, w, scale) for g, w in zip(got, want, strict=True))
-    return None if far <= limit else f"{far:.2g} from plain autograd"
-
-
-RAN: list[int] = []
+    return "" if far <= limit else f"{far:.2g} from plain autograd"
 
 
 def chosen(samples: Iterator[Any]) -> list[Any]:
@@ -213,22 +249,7 @@ def chosen(samples: Iterator[Any]) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
-def operations() -> Iterator[tuple[str, Callable[[], Iterator[Callable[[], Case | None]]], torch.dtype]]:
-    """Name, a function that makes the cases, and the dtype; with variants that edit their first argument."""
-    for op in op_db:
-        dtype = precision(op.supported_backward_dtypes("cpu")) if op.supports_autograd else None
-        if dtype is None:
-            continue
-        for suffix, variant in (("", op.op), ("_", op.inplace_variant)):
-            if variant is not None and (not suffix or op.supports_inplace_autograd):
-                name = f"{op.formatted_name}{suffix}"
-                yield name, (lambda op=op, v=variant, s=suffix, d=dtype: of_samples(op, v, d, inplace=bool(s))), dtype
-
-
-def of_samples(op: Any, variant: Any, dtype: torch.dtype, *, inplace: bool) -> Iterator[Callable[[], Case | None]]:
-    for sample in chosen(op.sample_inputs("cpu", dtype, requires_grad=True)):
-        if not (inplace and sample.broadcasts_input):
-            yield lambda sample=sample: of_operation(op, variant, sample, inplace=inplace)
+Makers = Callable[[], list[Callable[[], Case]]]
 
 
 def precision(dtypes: Any) -> torch.dtype | None:
@@ -237,17 +258,94 @@ def precision(dtypes: Any) -> torch.dtype | None:
     return next((d for d in order if d in dtypes), None)
 
 
-def modules() -> Iterator[tuple[str, Callable[[], Iterator[Callable[[], Case | None]]], torch.dtype]]:
-    for info in module_db:
-        dtype = precision(info.dtypes)
+def operations() -> Iterator[tuple[str, Makers, torch.dtype]]:
+    """Of each its name, its cases and their dtype; also the variants that edit their first argument."""
+    for op in op_db:
+        dtype = precision(op.supported_backward_dtypes("cpu")) if op.supports_autograd else None
         if dtype is None:
             continue
+        for suffix, variant in (("", op.op), ("_", op.inplace_variant)):
+            if variant is not None and (not suffix or op.supports_inplace_autograd):
+                makers = functools.partial(of_samples, op, variant, dtype, inplace=bool(suffix))
+                yield f"{op.formatted_name}{suffix}", makers, dtype
+
+
+def of_samples(op: Any, variant: Any, dtype: torch.dtype, *, inplace: bool) -> list[Callable[[], Case]]:
+    torch.manual_seed(0)
+    makers = [
+        functools.partial(of_operation, op, variant, sample, inplace=inplace)
+        for sample in chosen(op.sample_inputs("cpu", dtype, requires_grad=True))
+        if not (inplace and sample.broadcasts_input)
+    ]
+    return [make for make in makers if make() is not None and _runs(make)]  # type: ignore[misc]
+
+
+def _runs(make: Callable[[], Any]) -> bool:
+    """One sample of as_strided looks beyond the memory of a copy."""
+    if "as_strided_partial_views" not in make.args[0].formatted_name:  # type: ignore[attr-defined]
+        return True
+    with contextlib.suppress(RuntimeError):
+        played(make(), ByHand())
+        return True
+    return False
+
+
+def modules() -> Iterator[tuple[str, Makers, torch.dtype]]:
+    for info in module_db:
+        dtype = precision(info.dtypes)
+        assert dtype is not None
         for training in (True, False):
             name = f"{info.formatted_name}_{'train' if training else 'eval'}"
-            yield name, (lambda info=info, d=dtype, t=training: of_inputs(info, d, training=t)), dtype
+            yield name, functools.partial(of_inputs, info, dtype, training=training), dtype
 
 
-def of_inputs(info: Any, dtype: torch.dtype, *, training: bool) -> Iterator[Callable[[], Case | None]]:
+def of_inputs(info: Any, dtype: torch.dtype, *, training: bool) -> list[Callable[[], Case]]:
+    torch.manual_seed(0)
     inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
-    for sample in chosen(inputs):
-        yield lambda sample=sample: of_module(info, sample, dtype, training=training)
+    return [functools.partial(of_module, info, sample, dtype, training=training) for sample in chosen(inputs)]  # type: ignore[misc]
+
+
+OPERATIONS = {name: rest for name, *rest in operations() if name not in SKIPPED}
+MODULES = {name: rest for name, *rest in modules() if name not in SKIPPED}
+
+
+def sweep(makers: Makers, dtype: torch.dtype) -> dict[str, str]:
+    """By scheduler, what the first sample that disagrees says."""
+    made, found = makers(), {}
+    assert made, "torch describes no sample of it that has a stream"
+    for name, scheduler in SCHEDULERS.items():
+        told = next(filter(None, (disagreement(make, scheduler, TOLERANCE[dtype]) for make in made)), "")
+        if told:
+            found[name] = told
+    return found
+
+
+def check(name: str, found: dict[str, str]) -> None:
+    schedulers, cause = DISAGREEING.get(name, ((), ""))
+    surprising = {s: told for s, told in found.items() if s not in schedulers}
+    assert not surprising, f"{name} differs from plain autograd: {surprising}"
+    agreeing = set(schedulers) - set(found)
+    assert not agreeing, f"{name} agrees under {agreeing} by now: take it off the list ({cause})"
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    makers, dtype = OPERATIONS[name]
+    check(name, sweep(makers, dtype))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name):
+    makers, dtype = MODULES[name]
+    check(name, sweep(makers, dtype))
+
+
+def test_the_sweep_is_complete():
+    """Every case that is left out, or that disagrees, exists; the numbers are those that we tell."""
+    names = {*OPERATIONS, *MODULES}
+    assert DISAGREEING.keys() <= names
+    every = {op.formatted_name for op in op_db} | {name for name, *_ in modules()}
+    assert SKIPPED.keys() <= every and not SKIPPED.keys() & names
+    left = {op.formatted_name for op in op_db if op.supports_autograd} - names - SKIPPED.keys()
+    assert not left, f"differentiable, and neither played nor left out for a reason: {left}"
+    assert len(OPERATIONS) * len(SCHEDULERS) > 1_900 and len(MODULES) * len(SCHEDULERS) > 600
