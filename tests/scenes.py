@@ -1,13 +1,15 @@
 """Scenes: pieces of a researcher's code, played under every scheduler and compared with plain autograd.
 
-A scene is a function of a :class:`Stage`, which it asks for stacks, and returns all that a user sees of it: outputs,
-gradients, parameters, buffers, counts. ``@scene`` makes a test of it, for each scheduler: what it returns there must be
-what it returns by hand, without the engine. A scene may let a scheduler refuse instead. Then revlib itself must raise,
-in words that match, and what the scene declared :meth:`Stage.intact` must be as it was before.
+A scene is a function of a :class:`Stage`, which it asks for stacks. It returns all that a user
+sees: outputs, gradients, parameters, buffers, counts. ``@scene`` makes a test of it for each
+scheduler: what it returns there must be what it returns by hand, without the engine. A scene may
+let a scheduler refuse instead. Then revlib itself must raise an error whose words match, and what
+the scene has declared :meth:`Stage.intact` must be as it was before.
 
-What fails today is named with the issue, strictly, by how it fails: ``wrong`` returns something else, ``refused`` raises
-revlib's error where the right answer is asked for, or one that says something else, and ``broken`` ends in an error that
-is not revlib's. A fix turns these into failures of the test until the mark is removed.
+What fails today is marked strictly with the item of the issue, by how it fails. ``wrong`` returns
+something else. ``refused`` raises revlib's error where the right answer is asked for, or with a
+message that does not say what it should. ``broken`` ends in an error that is not revlib's. After
+a fix the test fails until the mark is taken away.
 """
 
 from __future__ import annotations
@@ -39,15 +41,15 @@ RECOMPUTING = "Reversible PaReprop Checkpoint Checkpoint(every=2) Anchored KeepL
 INEXACT = "Reversible PaReprop Checkpoint(every=2) Anchored KeepLast Budget"
 
 
-class Unlike(AssertionError):
+class Unlike(AssertionError):  # noqa: N818
     """A scheduler returned something else than plain autograd does."""
 
 
-class Foreign(Exception):
+class Foreign(Exception):  # noqa: N818
     """An error that is not revlib's, where plain autograd raises none."""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """revlib's own error, where the right answer is wanted, or with a message that does not help."""
 
 
@@ -74,7 +76,11 @@ def _names(listed: str) -> set[str]:
     """Schedulers by name, the kind for short: all of those of a kind without arguments are meant."""
     found = set()
     for word in listed.split():
-        matching = {n for n, kind in _KINDS.items() if n == word or (kind == word and n != "Checkpoint(every=2)")}
+        matching = {
+            n
+            for n, kind in _KINDS.items()
+            if n == word or (kind == word and n != "Checkpoint(every=2)")
+        }
         assert matching, f"no scheduler is called {word!r}"
         found |= matching
     return found
@@ -115,7 +121,11 @@ def scene(
         refusing: the schedulers that may.
         without: schedulers under which there is nothing to play.
     """
-    fails = {name: kind for kind, listed in ((Unlike, wrong), (Refused, refused), (Foreign, broken)) for name in _names(listed)}
+    fails = {
+        name: kind
+        for kind, listed in ((Unlike, wrong), (Refused, refused), (Foreign, broken))
+        for name in _names(listed)
+    }
     may = _names(refusing) if refusal is not None else set()
     told = {Unlike: "silently wrong", Refused: "refused", Foreign: "an error that is not revlib's"}
 
@@ -141,11 +151,15 @@ def scene(
                 if not raised_by_revlib(raised):
                     raise Foreign(f"{type(raised).__name__}: {raised}") from raised
                 name = next(n for n, s in SCHEDULERS.items() if s == scheduler)
-                if name not in may or not re.search(refusal or "", str(raised), re.DOTALL | re.IGNORECASE):
+                if name not in may or not re.search(
+                    refusal or "", str(raised), re.DOTALL | re.IGNORECASE
+                ):
                     raise Refused(f"{type(raised).__name__}: {raised}") from raised
                 for look, before in stage.kept:
                     if not _same(look(), before):
-                        raise Unlike(f"refused, but only after {before} had become {look()}") from raised
+                        raise Unlike(
+                            f"refused, but only after {before} had become {look()}"
+                        ) from raised
                 return
             try:
                 far = error(got, want)
@@ -173,5 +187,9 @@ def _same(found: Any, before: Any) -> bool:
 def share_no_storage(*holders: Tensor | nn.Module) -> int:
     """How many of the gradients lie in the memory of another: none, under autograd."""
     leaves = [t for h in holders for t in (h.parameters() if isinstance(h, nn.Module) else [h])]
-    found = [t.grad.untyped_storage().data_ptr() for t in {id(t): t for t in leaves}.values() if t.grad is not None]
+    found = [
+        t.grad.untyped_storage().data_ptr()
+        for t in {id(t): t for t in leaves}.values()
+        if t.grad is not None
+    ]
     return len(found) - len(set(found))

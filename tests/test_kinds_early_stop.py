@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 from common import ByHand, Lambda, error, grads, leaves, loss, net
-from scenes import INEXACT, RECOMPUTING, Stage, Unlike, scene
+from scenes import Stage, Unlike, scene
 from situations.base import train, train_on
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from revlib import Checkpoint, KeepLast
-
-__all__ = ["INEXACT", "RECOMPUTING"]
 
 # ---------------------------------------------------------------------------------------------- within an operation
 JUNK = iter(float(10**i % 997 + 1) for i in range(10**9))
@@ -41,6 +39,7 @@ def test_a_random_leaky_relu_last(stage: Stage):
 @scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
 def test_a_random_leaky_relu_in_eval_mode(stage: Stage):
     """Where the noise is never written, and never read."""
+
     def make():
         layer = nn.Linear(4, 4)
         layer.register_forward_pre_hook(lambda m, args: litter((16, 4)))
@@ -66,7 +65,10 @@ def test_a_random_leaky_relu_before_a_view(stage: Stage):
 
 @scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
 def test_a_random_leaky_relu_of_the_stream_itself(stage: Stage):
-    return train_on([leaves(16, 4) for _ in range(2)], stage.stack(lambda: Lambda(lambda x: F.rrelu(x, training=True))))
+    return train_on(
+        [leaves(16, 4) for _ in range(2)],
+        stage.stack(lambda: Lambda(lambda x: F.rrelu(x, training=True))),
+    )
 
 
 @scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
@@ -79,12 +81,23 @@ def test_a_random_leaky_relu_alone_in_a_branch(stage: Stage):
     return train(stage.stack(lambda: Lambda(branches, nn.Linear(4, 4))), 16, 4)
 
 
-def temporal(m: nn.Module, x: Tensor, lengths: Any = (3, 2), reduction: str = "none", zero_infinity: bool = False):
+def temporal(
+    m: nn.Module,
+    x: Tensor,
+    lengths: Any = (3, 2),
+    reduction: str = "none",
+    zero_infinity: bool = False,
+):
     """A CTC loss of what the stream predicts, as a gate: batches of 2 of 12 steps, with 4 classes."""
     targets = torch.tensor([[1, 2, 1], [3, 1, 2]])
     log_probs = m(x).log_softmax(-1)
     litter((2, 12, 7))
-    found = F.ctc_loss(log_probs, targets, (12, 9), lengths, reduction=reduction, zero_infinity=zero_infinity) / 100
+    found = (
+        F.ctc_loss(
+            log_probs, targets, (12, 9), lengths, reduction=reduction, zero_infinity=zero_infinity
+        )
+        / 100
+    )
     return found.view(1, -1, 1) if reduction == "none" else found
 
 
@@ -298,7 +311,9 @@ def test_an_except_that_cleans_up_and_goes_on(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refusal="Functional", refusing="Functional")  # which does not see what another thread computes
+@scene(
+    "12", refusal="Functional", refusing="Functional"
+)  # which does not see what another thread computes
 def test_a_worker_thread(stage: Stage):
     """Executors hand exceptions on; where nobody asks, they are lost."""
 
@@ -325,7 +340,7 @@ def test_a_generator(stage: Stage):
             found = slow()
         yield found
 
-    return caught(stage, lambda fast, slow: list(parts(fast, slow))[0])
+    return caught(stage, lambda fast, slow: next(parts(fast, slow)))
 
 
 @scene("12")

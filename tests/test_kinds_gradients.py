@@ -1,4 +1,4 @@
-"""Gradients that are right once, or for most, and wrong for somebody: shared memory, and parameters reached otherwise."""
+"""Gradients that share memory, and gradients of parameters that a function reaches otherwise."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from revlib import ExactAdditive
 Pass = Callable[[], Any]
 
 
-def edited(run: Pass, *holders: Tensor | nn.Module, stepped: Sequence[Tensor] | None = None) -> list[Any]:
+def edited(
+    run: Pass, *holders: Tensor | nn.Module, stepped: Sequence[Tensor] | None = None
+) -> list[Any]:
     """What becomes of the gradients of one micro-batch: added up, clipped, and edited by hooks in place.
 
     Those ``stepped`` are also edited themselves when their gradient is there; all, unless told.
     """
-    learned = [t for h in holders for t in (h.parameters() if isinstance(h, nn.Module) else [h]) if t.requires_grad]
+    learned = [
+        t
+        for h in holders
+        for t in (h.parameters() if isinstance(h, nn.Module) else [h])
+        if t.requires_grad
+    ]
 
     def fresh() -> None:
         for t in learned:
@@ -114,7 +121,11 @@ def test_a_context_tensor_of_the_streams_shape(stage: Stage):
             return self.body(x) + prompt
 
     stack = stage.stack(Conditioned)
-    prompt, table, x = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
+    prompt, table, x = (
+        nn.Parameter(torch.randn(3, 4)),
+        nn.Parameter(torch.randn(3, 4)),
+        torch.randn(3, 4),
+    )
     return edited(lambda: stack(x + table, x - table, prompt=prompt), prompt, table)
 
 
@@ -152,7 +163,10 @@ def test_a_sum_of_two_tables(stage: Stage):
     class Tables(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rows, self.columns = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3))
+            self.rows, self.columns = (
+                nn.Parameter(torch.randn(4, 3)),
+                nn.Parameter(torch.randn(4, 3)),
+            )
 
         def forward(self, x):
             return self.rows + self.columns + x.detach().sin()
@@ -266,8 +280,6 @@ def test_a_parameter_returned_to_streams_of_several_stacks(stage: Stage):
     first, second = stage.stack(Offset, depth=1), stage.stack(Offset, depth=1)
     table, x = nn.Parameter(torch.randn(1, 4, 3)), torch.randn(1, 4, 3)
     return edited(lambda: second(*first(x + table, x)), table, first, second)
-
-
 
 
 # ---------------------------------------------------------------------------------------------- reached by another way
@@ -467,7 +479,9 @@ def test_a_custom_function_that_is_not_given_the_weights(stage: Stage):
         def backward(ctx, g):
             x, w = ctx.saved_tensors
             grad = g.t() @ x
-            ctx.layer.weight.grad = grad if ctx.layer.weight.grad is None else ctx.layer.weight.grad + grad
+            ctx.layer.weight.grad = (
+                grad if ctx.layer.weight.grad is None else ctx.layer.weight.grad + grad
+            )
             return g @ w, None
 
     class Layer(nn.Module):
@@ -514,4 +528,3 @@ def test_a_parameter_list_read_once(stage: Stage):
             return sum(F.linear(x, w).tanh() for w in self.weights)
 
     return gradients_of(stage, Experts)
-

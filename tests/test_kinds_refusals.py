@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from common import ByHand, Lambda, grads, leaves, loss, mlp
-from scenes import INEXACT, RECOMPUTING, Foreign, Refused, Stage, scene
+from scenes import RECOMPUTING, Foreign, Refused, Stage, scene
 from situations.base import raised_by_revlib, train
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
@@ -20,8 +20,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from revlib import Checkpoint, Coupling, ExactAdditive, Functional, Reversible, ReversibleSequence
 from revlib.schedulers import Scheduler
-
-__all__ = ["INEXACT", "RECOMPUTING"]
 
 
 # ---------------------------------------------------------------------------------------------- wrappers
@@ -85,9 +83,14 @@ def test_averaged_models_with_context(stage: Stage):
 
 @scene("11", broken="Naive " + RECOMPUTING + " Functional")
 def test_torchs_checkpoint_wrapper_with_context(stage: Stage):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointImpl,
+        checkpoint_wrapper,
+    )
 
-    return routed(stage, functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
+    return routed(
+        stage, functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    )
 
 
 @scene("11", broken="Naive " + RECOMPUTING + " Functional")
@@ -155,16 +158,22 @@ def test_functions_that_really_take_any_context(stage: Stage):
         def forward(self, x, **context):
             return self.linear(x) * context["gain"] + context.get("shift", 0.0)
 
-    stack, xs, gain = stage.sequence((Reading(), Reading())), leaves(), torch.rand(4, requires_grad=True)
+    stack, xs, gain = (
+        stage.sequence((Reading(), Reading())),
+        leaves(),
+        torch.rand(4, requires_grad=True),
+    )
     if isinstance(stage.scheduler, ByHand):  # which routes by name
         for f in (stack[0].F, stack[0].G):
-            f.forward = functools.partial(lambda f, x, gain, shift: Reading.forward(f, x, gain=gain, shift=shift), f)
+            f.forward = functools.partial(
+                lambda f, x, gain, shift: Reading.forward(f, x, gain=gain, shift=shift), f
+            )
     outputs = stack(*xs, gain=gain, shift=torch.ones(4))
     loss(outputs).backward()
     return [*outputs, *grads(*xs, gain, stack)]
 
 
-# ---------------------------------------------------------------------------------------------- harmless under Functional
+# ---------------------------------------------------------------------------------------------- harmless
 class Keeping(nn.Module):
     """Keeps something that it computed, and nobody differentiates."""
 
@@ -297,7 +306,9 @@ def test_a_graph_break_without_fullgraph(stage: Stage):
 
     torch._dynamo.reset()
     stack, xs = stage.stack(Breaking, depth=1), leaves()
-    run = stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
+    run = (
+        stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
+    )
     try:
         outputs = run(*xs)
         loss(outputs).backward()
@@ -321,7 +332,9 @@ def test_a_print_in_a_compiled_function(stage: Stage):
 
     torch._dynamo.reset()
     stack, xs = stage.stack(Printing, depth=1), leaves()
-    run = stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
+    run = (
+        stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
+    )
     try:
         outputs = run(*xs)
         loss(outputs).backward()
@@ -343,7 +356,9 @@ def switching(stage: Stage, off: Callable[[], Any], on: Callable[[], Any]) -> li
 
 @scene("16", refused="Functional")
 def test_set_grad_enabled_bare(stage: Stage):
-    return switching(stage, lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True))
+    return switching(
+        stage, lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True)
+    )
 
 
 @scene("16")
@@ -354,7 +369,9 @@ def test_no_grad_entered_and_left_by_hand(stage: Stage):
 
 @scene("16", refused="Functional")
 def test_the_private_switch_of_grad_mode(stage: Stage):
-    return switching(stage, lambda: torch._C._set_grad_enabled(False), lambda: torch._C._set_grad_enabled(True))
+    return switching(
+        stage, lambda: torch._C._set_grad_enabled(False), lambda: torch._C._set_grad_enabled(True)
+    )
 
 
 @scene("16")
@@ -383,7 +400,11 @@ def test_inference_mode_inside(stage: Stage):
 def forbidden(stage: Stage, forward: bool, backward: bool) -> list[Any]:
     """The message is the user's own; where revlib needs hooks in backward, its error must say that it does."""
     stack, xs = stage.stack(mlp), leaves()
-    forbid = lambda which: disable_saved_tensors_hooks("no hooks, said the user") if which else contextlib.nullcontext()  # noqa: E731
+
+    def forbid(which):
+        no_hooks = disable_saved_tensors_hooks("no hooks, said the user")
+        return no_hooks if which else contextlib.nullcontext()
+
     with forbid(forward):
         outputs = stack(*xs)
     total = loss(outputs)
@@ -445,7 +466,9 @@ class Wrapped(Tensor):
     @staticmethod
     def __new__(cls, inner, requires_grad=None):
         wants = inner.requires_grad if requires_grad is None else requires_grad
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=wants)
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, requires_grad=wants
+        )
 
     def __init__(self, inner, requires_grad=None):
         self.inner = inner.detach()
@@ -462,7 +485,11 @@ class Wrapped(Tensor):
         return tree_map(lambda t: Wrapped(t) if isinstance(t, Tensor) else t, result)
 
 
-@scene("15", broken=RECOMPUTING + " Functional", refusal=r"stream \d.*Wrapped.*(__tensor_flatten__|Naive)")
+@scene(
+    "15",
+    broken=RECOMPUTING + " Functional",
+    refusal=r"stream \d.*Wrapped.*(__tensor_flatten__|Naive)",
+)
 def test_streams_of_a_wrapper_that_does_not_flatten(stage: Stage):
     xs = [Wrapped(torch.randn(3, 4), requires_grad=True) for _ in range(2)]
     outputs = stage.run([(torch.sin, torch.cos)] * 2, *xs)
@@ -486,7 +513,9 @@ def told(run: Callable[[], Any], *words: str) -> None:
 
 def streams(*xs: Any) -> Callable[[Scheduler], None]:
     def run(scheduler):
-        stack = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], scheduler=scheduler)
+        stack = ReversibleSequence(
+            [(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], scheduler=scheduler
+        )
         loss(stack(*xs)).backward()
 
     return run
@@ -514,7 +543,9 @@ def proxied(scheduler: Scheduler) -> None:
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stack = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4))], scheduler=scheduler)
+            self.stack = ReversibleSequence(
+                [(nn.Linear(4, 4), nn.Linear(4, 4))], scheduler=scheduler
+            )
 
         def forward(self, x):
             return self.stack(x, x)
@@ -532,29 +563,62 @@ MISLEADING: dict[str, tuple[Callable[[Scheduler], None], tuple[str, ...]]] = {
     "a tuple as a stream": (streams((X, X)), ("stream 0", "tensor", "tuple", "seq(*")),
     "a list as a stream": (streams([X, X], X), ("stream 0", "tensor", "list", "seq(*")),
     "a dict as a stream": (streams({"x": X}, X), ("stream 0", "tensor", "dict")),
-    "the outputs of another stack as one": (streams((X, X), X), ("stream 0", "tensor", "tuple", "seq(*")),
-    "an array as a stream": (streams(np.zeros((3, 4)), X), ("stream 0", "tensor", "ndarray", "torch.from_numpy")),
+    "the outputs of another stack as one": (
+        streams((X, X), X),
+        ("stream 0", "tensor", "tuple", "seq(*"),
+    ),
+    "an array as a stream": (
+        streams(np.zeros((3, 4)), X),
+        ("stream 0", "tensor", "ndarray", "torch.from_numpy"),
+    ),
     "None as a stream": (streams(X, None), ("stream 1", "tensor", "NoneType")),
     "a proxy as a stream": (proxied, ("stream 0", "Proxy", "fx", "leaf")),
-    "8-bit floats as streams, e4m3": (streams(X.to(torch.float8_e4m3fn), X), ("stream 0", "float8_e4m3fn", "bfloat16")),
-    "8-bit floats as streams, e5m2": (streams(X, X.to(torch.float8_e5m2)), ("stream 1", "float8_e5m2", "bfloat16")),
+    "8-bit floats as streams, e4m3": (
+        streams(X.to(torch.float8_e4m3fn), X),
+        ("stream 0", "float8_e4m3fn", "bfloat16"),
+    ),
+    "8-bit floats as streams, e5m2": (
+        streams(X, X.to(torch.float8_e5m2)),
+        ("stream 1", "float8_e5m2", "bfloat16"),
+    ),
     "quantised streams": (
         streams(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), X),
         ("stream 0", "qint8", "dequantize"),
     ),
-    "a coupling that returns a tuple": (merging(lambda s, f: (s + f, f)), ("Odd()", "merge", "tensor", "tuple")),
-    "a coupling that returns a list": (merging(lambda s, f: [s + f]), ("Odd()", "merge", "tensor", "list")),
-    "a coupling that returns nothing": (merging(lambda s, f: None), ("Odd()", "merge", "tensor", "NoneType")),
-    "a coupling that returns a number": (merging(lambda s, f: 1.0), ("Odd()", "merge", "tensor", "float")),
-    "a coupling that returns integers": (merging(lambda s, f: (s + f).long()), ("Odd()", "merge", "int64")),
+    "a coupling that returns a tuple": (
+        merging(lambda s, f: (s + f, f)),
+        ("Odd()", "merge", "tensor", "tuple"),
+    ),
+    "a coupling that returns a list": (
+        merging(lambda s, f: [s + f]),
+        ("Odd()", "merge", "tensor", "list"),
+    ),
+    "a coupling that returns nothing": (
+        merging(lambda s, f: None),
+        ("Odd()", "merge", "tensor", "NoneType"),
+    ),
+    "a coupling that returns a number": (
+        merging(lambda s, f: 1.0),
+        ("Odd()", "merge", "tensor", "float"),
+    ),
+    "a coupling that returns integers": (
+        merging(lambda s, f: (s + f).long()),
+        ("Odd()", "merge", "int64"),
+    ),
 }
 RIGHT = {"a dict as a stream", "None as a stream"}  # today; the others mislead
-TODAY = pytest.mark.xfail(strict=True, raises=(Refused, Foreign), reason="issue 15 item 15: an error that misleads")
+TODAY = pytest.mark.xfail(
+    strict=True, raises=(Refused, Foreign), reason="issue 15 item 15: an error that misleads"
+)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Functional()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("what", [pytest.param(w, marks=() if w in RIGHT else TODAY) for w in MISLEADING])
+@pytest.mark.parametrize(
+    "scheduler", [Reversible(), Checkpoint(), Functional()], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize(
+    "what", [pytest.param(w, marks=() if w in RIGHT else TODAY) for w in MISLEADING]
+)
 def test_errors_say_what_was_given_and_what_to_do(what, scheduler):
     run, words = MISLEADING[what]
     told(lambda: run(scheduler), *words)
@@ -623,7 +687,9 @@ def selective_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:
 
 
 def sequential_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:
-    return checkpoint_sequential([lambda args: f(*args), lambda args: args], 2, args, use_reentrant=False)
+    return checkpoint_sequential(
+        [lambda args: f(*args), lambda args: args], 2, args, use_reentrant=False
+    )
 
 
 def nested_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:
@@ -680,5 +746,3 @@ def test_an_exact_stack_within_two_checkpoints(stage: Stage):
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_an_inexact_one(stage: Stage):
     return within(stage, 4, no_checkpoint)
-
-

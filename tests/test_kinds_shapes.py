@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from common import ByHand, Lambda, error, grads, leaves, loss, mlp
-from scenes import INEXACT, RECOMPUTING, Stage, scene
+from scenes import INEXACT, Stage, scene
 from torch import Tensor, nn
 
 from revlib import Checkpoint, ExactAdditive, Reversible, ReversibleSequence
-
-__all__ = ["INEXACT", "RECOMPUTING"]
 
 # What the message must say: that the input came back with rounding errors, and what helps.
 HELPS = r"round.*(ExactAdditive|Checkpoint).*(ExactAdditive|Checkpoint)"
@@ -43,12 +41,22 @@ def above(m: nn.Module, x: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, rows, m(x[rows]).tanh())
 
 
-@scene("7", refused="Reversible PaReprop Anchored KeepLast Budget Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_rows_above_a_threshold(stage: Stage):
     return tied(stage, above)
 
 
-@scene("7", refused="Reversible PaReprop Anchored KeepLast Budget Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_tokens_by_their_expert(stage: Stage):
     """Top-1 of two, between which many tokens are undecided."""
 
@@ -63,7 +71,12 @@ def test_tokens_by_their_expert(stage: Stage):
     return tied(stage, run)
 
 
-@scene("7", refused="Reversible PaReprop Anchored KeepLast Budget Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_a_boolean_mask(stage: Stage):
     def run(m, x):
         mask = x > THIRD
@@ -72,7 +85,12 @@ def test_a_boolean_mask(stage: Stage):
     return tied(stage, run)
 
 
-@scene("7", refused="Reversible PaReprop Anchored KeepLast Budget Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_distinct_values(stage: Stage):
     """As of pooling by voxel or by cluster."""
 
@@ -84,7 +102,12 @@ def test_distinct_values(stage: Stage):
     return tied(stage, run)
 
 
-@scene("7", refused="Reversible PaReprop Anchored KeepLast Budget Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_buckets_by_hash(stage: Stage):
     """Locality-sensitive hashing, whose buckets are attended one by one."""
 
@@ -100,7 +123,12 @@ def test_buckets_by_hash(stage: Stage):
     return tied(stage, run)
 
 
-@scene("7", refused="Reversible PaReprop Anchored KeepLast Budget Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_iterations_until_converged(stage: Stage):
     """A solver that stops by the size of a residual, which lands on its limit."""
 
@@ -114,7 +142,13 @@ def test_iterations_until_converged(stage: Stage):
     return tied(stage, run)
 
 
-@scene("7", broken="Reversible PaReprop Anchored KeepLast Budget", refused="Functional", refusal=HELPS, refusing=INEXACT + " Functional")
+@scene(
+    "7",
+    broken="Reversible PaReprop Anchored KeepLast Budget",
+    refused="Functional",
+    refusal=HELPS,
+    refusing=INEXACT + " Functional",
+)
 def test_tokens_dropped_by_their_score(stage: Stage):
     """Pruned, padded to the longest again."""
 
@@ -131,7 +165,7 @@ def test_rows_above_a_threshold_with_an_exact_coupling(stage: Stage):
     return tied(stage, above)
 
 
-# ---------------------------------------------------------------------------------------------- experts, as they are used
+# ---------------------------------------------------------------------------------------------- mixtures of experts
 class MoE(nn.Module):
     """Top-1 of 8 experts, each on the tokens that it is given."""
 
@@ -139,7 +173,8 @@ class MoE(nn.Module):
         super().__init__()
         self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, count, bias=False)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(count)
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(count)
         )
 
     def forward(self, x):
@@ -153,7 +188,9 @@ class MoE(nn.Module):
 
 
 def dense(width: int = 32) -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+    )
 
 
 def steps_of_experts(stack: ReversibleSequence) -> list[str]:
@@ -172,7 +209,9 @@ def steps_of_experts(stack: ReversibleSequence) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coupling, scheduler", [(ExactAdditive(), Reversible()), (None, Checkpoint())], ids=str)
+@pytest.mark.parametrize(
+    ("coupling", "scheduler"), [(ExactAdditive(), Reversible()), (None, Checkpoint())], ids=str
+)
 def test_experts_with_what_helps(coupling, scheduler):
     torch.manual_seed(0)
     stack = ReversibleSequence([(dense(), MoE()) for _ in range(16)], coupling, scheduler)
@@ -195,7 +234,9 @@ def test_an_exact_step_whose_counts_differ_is_told_otherwise():
     calls = iter(range(100))
 
     def fickle(m, x):
-        return torch.zeros_like(x).index_add(0, torch.arange(next(calls) + 1), m(x[: 1 + next(calls) // 2]).tanh()[:1])
+        return torch.zeros_like(x).index_add(
+            0, torch.arange(next(calls) + 1), m(x[: 1 + next(calls) // 2]).tanh()[:1]
+        )
 
     stack = ReversibleSequence([(Lambda(fickle, nn.Linear(4, 4)), mlp())], ExactAdditive())
     with pytest.raises((RuntimeError, IndexError)) as told:

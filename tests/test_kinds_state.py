@@ -1,4 +1,4 @@
-"""What a function changes when it runs, so that a second run is unlike the first: layers, containers, buffers, weights."""
+"""What a function changes when it runs: layers, containers, statistics, buffers, weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from situations.base import everything, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["INEXACT", "RECOMPUTING"]
 
-
-def trained(stage: Stage, make: Callable[[], nn.Module], *shape: int, steps: int = 4, **context: Any) -> list[Any]:
+def trained(
+    stage: Stage, make: Callable[[], nn.Module], *shape: int, steps: int = 4, **context: Any
+) -> list[Any]:
     """So many steps with an optimizer that learns what there is when it steps."""
     stack, found = stage.stack(make), []
     for _ in range(steps):
@@ -45,7 +45,9 @@ REGISTERED = "Functional.*parameter"  # what is not there before forward is no a
 class Building(nn.Module):
     """Builds what it needs when it first sees its input."""
 
-    def __init__(self, build: Callable[[nn.Module, Tensor], None], use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(
+        self, build: Callable[[nn.Module, Tensor], None], use: Callable[[nn.Module, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.build, self.use, self.ready = build, use, False
 
@@ -258,7 +260,12 @@ class Holding(nn.Module):
         return self.use(self, x)
 
 
-def holding(stage: Stage, kept: Callable[[], Any], use: Callable[[Any, Tensor], Any], look: Callable[[Any], Any]) -> Any:
+def holding(
+    stage: Stage,
+    kept: Callable[[], Any],
+    use: Callable[[Any, Tensor], Any],
+    look: Callable[[Any], Any],
+) -> Any:
     """Training, and what its states say at the end."""
     stack = stage.stack(lambda: Holding(kept(), use))
     parts = [f for pair in stack for f in pair]
@@ -316,7 +323,9 @@ def test_a_default_dict(stage: Stage):
         kept["steps"].append(len(kept["steps"]))
         return len(kept["steps"])
 
-    return holding(stage, lambda: collections.defaultdict(list), counted(read), lambda kept: len(kept["steps"]))
+    return holding(
+        stage, lambda: collections.defaultdict(list), counted(read), lambda kept: len(kept["steps"])
+    )
 
 
 @scene("3", refused=RECOMPUTING + " Functional", refusal=NAMED)
@@ -325,7 +334,9 @@ def test_a_plain_object(stage: Stage):
         kept.calls += 1
         return kept.calls
 
-    return holding(stage, lambda: types.SimpleNamespace(calls=0), counted(read), lambda kept: kept.calls)
+    return holding(
+        stage, lambda: types.SimpleNamespace(calls=0), counted(read), lambda kept: kept.calls
+    )
 
 
 @scene("3", refused=RECOMPUTING + " Functional", refusal=NAMED)
@@ -413,7 +424,9 @@ def test_a_nested_container(stage: Stage):
         kept["a"][0]["calls"] += 1
         return kept["a"][0]["calls"]
 
-    return holding(stage, lambda: {"a": [{"calls": 0}]}, counted(read), lambda kept: kept["a"][0]["calls"])
+    return holding(
+        stage, lambda: {"a": [{"calls": 0}]}, counted(read), lambda kept: kept["a"][0]["calls"]
+    )
 
 
 @scene("3", refused=RECOMPUTING + " Functional", refusal=NAMED)
@@ -502,7 +515,10 @@ def test_a_default_argument(stage: Stage):
         return linear(x * 0.97 ** calls[0])
 
     use.__defaults__[0][0] = 0
-    return [*train(stage.stack(lambda: Lambda(use, nn.Linear(4, 4))), steps=3), use.__defaults__[0][0]]
+    return [
+        *train(stage.stack(lambda: Lambda(use, nn.Linear(4, 4))), steps=3),
+        use.__defaults__[0][0],
+    ]
 
 
 @scene("3", refused=RECOMPUTING + " Functional", refusal=NAMED)
@@ -567,7 +583,9 @@ def test_a_list_of_tensors_under_bfloat16(stage: Stage):
         old, m.kept[0] = m.kept[0], x.detach()
         return m.linear(x + 0.3 * old)
 
-    stack = stage.stack(lambda: Holding([torch.zeros(3, 4, dtype=torch.float32)], use), depth=3).float()
+    stack = stage.stack(
+        lambda: Holding([torch.zeros(3, 4, dtype=torch.float32)], use), depth=3
+    ).float()
     found = []
     for _ in range(4):
         xs = leaves(dtype=torch.float32)
@@ -582,7 +600,9 @@ def test_a_list_of_tensors_under_bfloat16(stage: Stage):
 UNKNOWN = "statistic|running_mean|num_batches_tracked|buffer|BatchNorm"
 
 
-def statistics(stage: Stage, functions: list[Any], tracking: nn.Module, **context: Any) -> list[Any]:
+def statistics(
+    stage: Stage, functions: list[Any], tracking: nn.Module, **context: Any
+) -> list[Any]:
     """One step, and what a norm has counted. Twice is wrong, and a refusal must come before."""
     stack = stage.sequence(*functions)
     xs = leaves(6, 4)
@@ -691,7 +711,7 @@ def test_norms_of_many_domains(stage: Stage):
 
 @scene("4", wrong=RECOMPUTING, refusal=UNKNOWN)
 def test_a_norm_in_a_named_tuple(stage: Stage):
-    Parts = collections.namedtuple("Parts", "norm")  # noqa: PYI024
+    Parts = collections.namedtuple("Parts", "norm")
     norm, f = nn.BatchNorm1d(4), Using(lambda m: m.parts.norm)
     f.parts = Parts(norm)
     return statistics(stage, [(f, nn.Linear(4, 4))], norm)
@@ -742,7 +762,7 @@ def test_a_norm_that_a_property_looks_up(stage: Stage):
 
 @scene("4", wrong=RECOMPUTING, refusal=UNKNOWN)
 def test_a_norm_of_a_callable_object(stage: Stage):
-    class Callable_:
+    class Normalising:
         def __init__(self, norm):
             self.norm = norm
 
@@ -750,7 +770,7 @@ def test_a_norm_of_a_callable_object(stage: Stage):
             return self.norm(x).tanh()
 
     norm, xs = nn.BatchNorm1d(4), leaves(6, 4)
-    outputs = stage.run([(Callable_(norm), torch.sin)], *xs)
+    outputs = stage.run([(Normalising(norm), torch.sin)], *xs)
     stage.intact(lambda: everything(norm))
     loss(outputs).backward()
     return [*outputs, *grads(*xs, norm), *everything(norm)]
@@ -1124,7 +1144,10 @@ def test_a_parameter_that_forward_decays(stage: Stage):
     class Annealed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear, self.temperature = nn.Linear(4, 4), nn.Parameter(torch.ones(()), requires_grad=False)
+            self.linear, self.temperature = (
+                nn.Linear(4, 4),
+                nn.Parameter(torch.ones(()), requires_grad=False),
+            )
 
         def forward(self, x):
             with torch.no_grad():
@@ -1176,4 +1199,6 @@ def test_a_shared_weight_that_every_step_edits(stage: Stage):
             return self.linear(x.sin())
 
     linear = nn.Linear(4, 4)
-    return train(stage.sequence((Clamped(linear), Clamped(linear)), (Clamped(linear), Clamped(linear))))
+    return train(
+        stage.sequence((Clamped(linear), Clamped(linear)), (Clamped(linear), Clamped(linear)))
+    )

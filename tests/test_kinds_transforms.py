@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from common import Lambda, error, grads, leaves, loss, mlp
-from scenes import INEXACT, RECOMPUTING, Foreign, Stage, Unlike, scene
+from scenes import RECOMPUTING, Foreign, Stage, Unlike, scene
 from situations.base import SCHEDULERS
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -18,13 +18,13 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from revlib import Naive, ReversibleSequence
 from revlib.schedulers import Scheduler
 
-__all__ = ["INEXACT", "RECOMPUTING"]
-
 # ---------------------------------------------------------------------------------------------- torch.func inside
 REASON = r"torch\.func|transform|higher.order"
 
 
-def inside(stage: Stage, run: Callable[..., Tensor], *modules: Callable[[], nn.Module]) -> list[Any]:
+def inside(
+    stage: Stage, run: Callable[..., Tensor], *modules: Callable[[], nn.Module]
+) -> list[Any]:
     made = modules or (lambda: nn.Linear(4, 4),)
     stack = stage.sequence(*((Lambda(run, *(m() for m in made)), mlp()) for _ in range(2)))
     xs, found = leaves(), []
@@ -43,13 +43,20 @@ def test_one_step_of_an_inner_model(stage: Stage):
     class Training(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w, self.k, self.v = nn.Parameter(0.1 * torch.randn(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.w, self.k, self.v = (
+                nn.Parameter(0.1 * torch.randn(4, 4)),
+                nn.Linear(4, 4),
+                nn.Linear(4, 4),
+            )
 
         def forward(self, x):
             k, v = self.k(x), self.v(x)
             return k @ (self.w - 0.1 * grad(lambda w: (k @ w - v).square().mean())(self.w))
 
-    stack, xs = stage.sequence((Training(), nn.Linear(4, 4)), (Training(), nn.Linear(4, 4))), leaves()
+    stack, xs = (
+        stage.sequence((Training(), nn.Linear(4, 4)), (Training(), nn.Linear(4, 4))),
+        leaves(),
+    )
     outputs = stack(*xs)
     stage.forward_is_over()
     loss(outputs).backward()
@@ -288,7 +295,10 @@ WRONG: dict[Any, set[str]] = {exported_by_tracing: _OTHERS}  # with operations o
 
 
 def _marks(trace: Any, scheduler: str) -> list[Any]:
-    for failing, kind, told in ((BROKEN, Foreign, "an error that is not revlib's"), (WRONG, Unlike, "another graph")):
+    for failing, kind, told in (
+        (BROKEN, Foreign, "an error that is not revlib's"),
+        (WRONG, Unlike, "another graph"),
+    ):
         if scheduler in failing.get(trace, ()):
             return [pytest.mark.xfail(strict=True, raises=kind, reason=f"issue 15 item 13: {told}")]
     return []
@@ -296,7 +306,9 @@ def _marks(trace: Any, scheduler: str) -> list[Any]:
 
 def _cells() -> list[Any]:
     cells = [(trace, *named) for trace in TRACERS for named in SCHEDULERS.items()]
-    return [pytest.param(t, s, marks=_marks(t, name), id=f"{t.__name__}-{name}") for t, name, s in cells]
+    return [
+        pytest.param(t, s, marks=_marks(t, name), id=f"{t.__name__}-{name}") for t, name, s in cells
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,13 +1,13 @@
 """Every operation and every module that torch tests, as a function of a stack, against plain autograd.
 
-torch describes each of its differentiable operations (``op_db``) and modules (``module_db``) with sample inputs, for its
-own tests. Each becomes the function of a step here, and outputs, gradients, buffers and the next random number must be
-those of the same recurrence without revlib. A hundred thousand lines of kernels save their tensors for backward in some
-way; this finds the ways that a repetition does not follow.
+torch describes its differentiable operations (``op_db``) and its modules (``module_db``) with sample
+inputs, for its own tests. Each becomes the function of a step here. Outputs, gradients, buffers and
+the next random number must be those of the same recurrence without revlib. Every kernel saves
+tensors for backward in some way of its own; the sweep finds those that a repetition does not follow.
 
-Two of four steps run the operation. The first one gets its input as backward recovers it, with rounding errors where the
-scheduler inverts; the last one gets it exactly, and runs the operation last, so that a repetition that stops early stops
-within it.
+Two of four steps run the operation. The first one gets its input as backward recovers it, with
+rounding errors where the scheduler inverts. The last one gets it exactly, and runs the operation
+last, so that a repetition that stops early stops within it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib import Anchored, Checkpoint, Reversible, reversible
 from revlib.schedulers import Scheduler
 
-pytest.importorskip("expecttest", reason="torch's own tests, which describe its operations, need it")
+pytest.importorskip(
+    "expecttest", reason="torch's own tests, which describe its operations, need it"
+)
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
@@ -47,17 +49,25 @@ TOLERANCE = {  # relative
 # ---------------------------------------------------------------------------------------------- what disagrees
 # A case is named with the schedulers under which it does not agree, and why. It fails where that is no longer so.
 EARLY = "issue 15 item 8: the repetition stops within the kernel, which then has not written the noise that was saved"
-UNWRITTEN = "issue 15 item 8: a part of what is saved is never written, and is compared nevertheless"
+UNWRITTEN = (
+    "issue 15 item 8: a part of what is saved is never written, and is compared nevertheless"
+)
 SPARSE = "issue 15 item 15: a sparse result has no view, by which gradients are intercepted"
 FAR = "its result is a hundred million times its stream, from which the stream does not come back: refused, and rightly"
 _EXACT = ("Checkpoint()", "Anchored(3)")
 DISAGREEING: dict[str, tuple[tuple[str, ...], str]] = {
     "nn_functional_rrelu": (_EXACT, EARLY),
     "nn_functional_rrelu_": (_EXACT, UNWRITTEN),  # its noise, in eval mode
-    **dict.fromkeys(["nn_functional_ctc_loss", "nn_CTCLoss_train", "nn_CTCLoss_eval"], (_EXACT, UNWRITTEN)),
+    **dict.fromkeys(
+        ["nn_functional_ctc_loss", "nn_CTCLoss_train", "nn_CTCLoss_eval"], (_EXACT, UNWRITTEN)
+    ),
     "sparse_sampled_addmm": (tuple(SCHEDULERS), SPARSE),
     **dict.fromkeys(["pow", "float_power", "special_erfcx"], (("Reversible()",), FAR)),
-    **{f"polygamma_polygamma_n_{n}{edit}": (("Reversible()",), FAR) for n in range(5) for edit in ("", "_")},
+    **{
+        f"polygamma_polygamma_n_{n}{edit}": (("Reversible()",), FAR)
+        for n in range(5)
+        for edit in ("", "_")
+    },
     "special_polygamma_special_polygamma_n_0": (("Reversible()",), FAR),
 }
 
@@ -70,6 +80,7 @@ SKIPPED = {  # besides operations that have no gradient, of which torch's list s
     "nn_Embedding_train": "takes integers, which are no stream",
     "nn_Embedding_eval": "takes integers, which are no stream",
 }
+
 
 # ---------------------------------------------------------------------------------------------- cases
 class Case(NamedTuple):
@@ -106,7 +117,9 @@ def _fresh(value: Any) -> Any:
     return tree_map(copied, value)
 
 
-def of_operation(op: Any, variant: Callable[..., Any], sample: Any, *, inplace: bool) -> Case | None:
+def of_operation(
+    op: Any, variant: Callable[..., Any], sample: Any, *, inplace: bool
+) -> Case | None:
     """The sample's first tensor is the stream; all others are captured."""
     arguments = _fresh((sample.input, *sample.args)), _fresh(dict(sample.kwargs))
     flat = tree_leaves(arguments)
@@ -139,7 +152,9 @@ def of_module(info: Any, sample: Any, dtype: torch.dtype, *, training: bool) -> 
         args, kwargs = tree_map(lambda t: x if next(count) == place else t, arguments)
         return module(*args, **kwargs)
 
-    others = [t for i, t in enumerate(flat) if i != place and isinstance(t, Tensor) and t.requires_grad]
+    others = [
+        t for i, t in enumerate(flat) if i != place and isinstance(t, Tensor) and t.requires_grad
+    ]
     return Case(Lambda(fn, module), flat[place], others, module)
 
 
@@ -148,7 +163,12 @@ def fitted(result: Any, x: Tensor) -> Tensor:
 
     Else a sum with growing weights, none of which autograd saves: the operation stays the last to save anything.
     """
-    if isinstance(result, Tensor) and result.shape == x.shape and result.dtype == x.dtype and not result.is_sparse:
+    if (
+        isinstance(result, Tensor)
+        and result.shape == x.shape
+        and result.dtype == x.dtype
+        and not result.is_sparse
+    ):
         return result
     total = torch.zeros((), dtype=x.dtype)
     for t in tree_leaves(result):
@@ -187,7 +207,10 @@ def played(case: Case, scheduler: Scheduler) -> list[Tensor | None]:
         return fitted(fn(stream + (x - x.detach())), x)
 
     outputs = reversible([(first, wave), (wave, last)], *streams, scheduler=scheduler)
-    total = sum(((i + 1) * torch.view_as_real(y) if y.is_complex() else (i + 1) * y).sin().sum() for i, y in enumerate(outputs))
+    total = sum(
+        ((i + 1) * torch.view_as_real(y) if y.is_complex() else (i + 1) * y).sin().sum()
+        for i, y in enumerate(outputs)
+    )
     total.backward()
     parameters, buffers = [], []
     if case.module is not None:
@@ -270,7 +293,9 @@ def operations() -> Iterator[tuple[str, Makers, torch.dtype]]:
                 yield f"{op.formatted_name}{suffix}", makers, dtype
 
 
-def of_samples(op: Any, variant: Any, dtype: torch.dtype, *, inplace: bool) -> list[Callable[[], Case]]:
+def of_samples(
+    op: Any, variant: Any, dtype: torch.dtype, *, inplace: bool
+) -> list[Callable[[], Case]]:
     torch.manual_seed(0)
     makers = [
         functools.partial(of_operation, op, variant, sample, inplace=inplace)
@@ -301,8 +326,13 @@ def modules() -> Iterator[tuple[str, Makers, torch.dtype]]:
 
 def of_inputs(info: Any, dtype: torch.dtype, *, training: bool) -> list[Callable[[], Case]]:
     torch.manual_seed(0)
-    inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
-    return [functools.partial(of_module, info, sample, dtype, training=training) for sample in chosen(inputs)]  # type: ignore[misc]
+    inputs = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+    )
+    return [
+        functools.partial(of_module, info, sample, dtype, training=training)
+        for sample in chosen(inputs)
+    ]  # type: ignore[misc]
 
 
 OPERATIONS = {name: rest for name, *rest in operations() if name not in SKIPPED}
@@ -314,7 +344,9 @@ def sweep(makers: Makers, dtype: torch.dtype) -> dict[str, str]:
     made, found = makers(), {}
     assert made, "torch describes no sample of it that has a stream"
     for name, scheduler in SCHEDULERS.items():
-        told = next(filter(None, (disagreement(make, scheduler, TOLERANCE[dtype]) for make in made)), "")
+        told = next(
+            filter(None, (disagreement(make, scheduler, TOLERANCE[dtype]) for make in made)), ""
+        )
         if told:
             found[name] = told
     return found
