@@ -280,6 +280,16 @@ def holding(
     return found
 
 
+def scaled(read: Callable[[Any], float]) -> Callable[[Any, Tensor], Tensor]:
+    """A function that scales its result by its state, which no saved tensor shows."""
+
+    def use(m, x):
+        count = read(m.kept)
+        return m.linear(x) * 0.9**count
+
+    return use
+
+
 def counted(read: Callable[[Any], float]) -> Callable[[Any, Tensor], Tensor]:
     """A function that first reads and changes its state, then computes with it."""
 
@@ -306,6 +316,33 @@ def test_a_count_in_a_list(stage: Stage):
         return kept[0]
 
     return holding(stage, lambda: [0], counted(read), lambda kept: kept[0])
+
+
+@scene("3", refused=INEXACT + " Functional", wrong="Checkpoint", refusal=NAMED)
+def test_a_count_in_a_dict_that_scales_the_result(stage: Stage):
+    def read(kept):
+        kept["calls"] += 1
+        return kept["calls"]
+
+    return holding(stage, lambda: {"calls": 0}, scaled(read), lambda kept: kept["calls"])
+
+
+@scene("3", refused=INEXACT + " Functional", wrong="Checkpoint", refusal=NAMED)
+def test_a_plain_object_that_scales_the_result(stage: Stage):
+    def read(kept):
+        kept.calls += 1
+        return kept.calls
+
+    return holding(
+        stage, lambda: types.SimpleNamespace(calls=0), scaled(read), lambda kept: kept.calls
+    )
+
+
+@scene("3", refused=INEXACT + " Functional", wrong="Checkpoint", refusal=NAMED)
+def test_a_schedule_that_scales_the_result(stage: Stage):
+    return holding(
+        stage, lambda: iter(range(1, 99)), scaled(next), lambda kept: kept.__length_hint__()
+    )
 
 
 @scene("3", refused=RECOMPUTING + " Functional", refusal=NAMED)
