@@ -80,7 +80,7 @@ _SEPARATE = _Format(
     table={
         "pos_embed": "pos_embed",
         "patch_embed.": "patch_embed.",
-        "fuse.": "pre_q_fuse.fuse_fn.",
+        "fusion.": "pre_q_fuse.fuse_fn.",
         "F.0.": "F.norm.",  # of RevViT
         "F.1.qkv.": "F.attn.q. F.attn.k. F.attn.v.",
         "F.1.proj.": "F.attn.proj.",

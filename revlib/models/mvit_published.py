@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models.mvitv2 import MultiScaleAttention, PatchEmbed
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from revlib.couplings import Coupling
 from revlib.models.base import Scheduled
 from revlib.models.stage import PooledAttention, RevStage, patch_grid
+from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
-from revlib.sequence import ReversibleSequence
 
 __all__ = ["PublishedRevMViT", "StageTransition"]
 
@@ -39,12 +39,12 @@ class StageTransition(nn.Module):
 
     def __init__(self, F: PooledAttention, G: nn.Module, dim: int, drop_path: float) -> None:
         super().__init__()
-        self.fuse, self.F, self.G, self.drop_path = Mlp(dim, 2 * dim), F, G, DropPath(drop_path)
+        self.fusion, self.F, self.G, self.drop_path = Mlp(dim, 2 * dim), F, G, DropPath(drop_path)
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         attn: Any = self.F.attn
         height, width = feat_size
-        x = x + self.fuse(x)
+        x = x + self.fusion(x)
         heads = rearrange(x, "b (h w) (heads c) -> (b heads) c h w", h=height, w=width, heads=attn.num_heads)
         pooled = attn.pool_q(heads)
         residual = attn.norm_q(rearrange(pooled, "(b heads) c h w -> b (h w) heads c", heads=attn.num_heads))
@@ -113,7 +113,7 @@ class PublishedRevMViT(Scheduled):
                 F = PooledAttention(_norm(dim), attn, nn.Identity(), size)
                 transition = StageTransition(F, _mlp(dim, mlp_ratio), dim, next(rates))
                 size = (size[0] // 2, size[1] // 2)
-            pairs = ReversibleSequence((), coupling, scheduler)
+            pairs = Blocks((), coupling, scheduler)
             for _ in range(depth - (i > 0)):
                 rate = next(rates)
                 F = PooledAttention(_norm(dim), _attention(dim, heads, size, kv), DropPath(rate), size)
@@ -137,7 +137,7 @@ class PublishedRevMViT(Scheduled):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, N, num_features) to (B, num_classes), or to the pooled features before the classifier."""
-        x = reduce(x, "batch patches features -> batch features", "mean")
+        x = x.mean(1)
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:

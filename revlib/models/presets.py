@@ -24,6 +24,7 @@ from torch import nn
 
 from revlib.models.fusion import ConcatMlp
 from revlib.models.mvit import RevMViT
+from revlib.models.sizes import checkpoint_of_mvit, checkpoint_of_swin, checkpoint_of_vit
 from revlib.models.swin import RevSwin
 from revlib.models.vit import RevViT
 
@@ -54,10 +55,18 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
+    RevViT: checkpoint_of_vit,
+    RevSwin: checkpoint_of_swin,
+    RevMViT: checkpoint_of_mvit,
+}
+
+
 def _cfg(name: str, model: type[nn.Module]) -> dict[str, Any]:
     """What timm notes of a model: no weights, and what its images are like."""
     return {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True, "pool_size": None,
+        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True,
+        "pool_size": None if model is not RevSwin else (4, 4) if name.endswith("cifar10") else (7, 7),
         "crop_pct": 0.9, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj", "classifier": "head.fc" if model is RevMViT else "head",
         **(CIFAR10 if name.endswith("cifar10") else {}),
@@ -79,7 +88,10 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     arguments = defaults | sizes | kwargs
     levels = len(arguments["depths"]) if "depths" in arguments else arguments["depth"]
     features = {"out_indices": min(levels, 4), "feature_cls": "getter"}  # of the last four, unless told
-    return build_model_with_cfg(checked, name, pretrained, feature_cfg=features, **(sizes | kwargs))
+    filter_fn = FILTERS[model]
+    return build_model_with_cfg(
+        checked, name, pretrained, feature_cfg=features, pretrained_filter_fn=filter_fn, **(sizes | kwargs)
+    )
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
