@@ -12,7 +12,7 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Layer, Scheduled
+from revlib.models.base import Layer, Scheduled, TimmModel
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import resize_mvit
 from revlib.models.stage import PooledAttention, RevStage, patch_grid
@@ -114,6 +114,8 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
             self.feature_info[i]["module"] = f"stages.{i}"
             feat_size = inner
+
+    get_intermediate_layers = TimmModel.get_intermediate_layers
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Take images of another size: tables of relative positions are resampled to it."""

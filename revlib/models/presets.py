@@ -20,8 +20,10 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import nn
 
+from revlib.models.base import TimmModel
 from revlib.models.fusion import ConcatMlp
 from revlib.models.mvit import RevMViT
 from revlib.models.sizes import checkpoint_of_mvit, checkpoint_of_swin, checkpoint_of_vit
@@ -83,15 +85,24 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     def checked(**given: Any) -> nn.Module:
         if unknown := [argument for argument in given if argument not in defaults]:
             raise TypeError(f"{name} takes no argument {unknown[0]!r}; {model.__name__} takes {', '.join(defaults)}")
-        return model(**given)
+        built = model(**given)
+        if features["feature_cls"] == "fx" and isinstance(built, TimmModel):
+            for i in feature_take_indices(levels, features["out_indices"])[0]:
+                built.taps[i].register_forward_hook(_listen)  # so that the trace has this map
+        return built
 
     arguments = defaults | sizes | kwargs
     levels = len(arguments["depths"]) if "depths" in arguments else arguments["depth"]
-    features = {"out_indices": min(levels, 4), "feature_cls": "getter"}  # of the last four, unless told
+    features: dict[str, Any] = {"out_indices": min(levels, 4), "feature_cls": "getter"}  # the last four
+    if kwargs.get("features_only"):
+        features |= {name: kwargs.pop(name) for name in list(features) if name in kwargs}
     filter_fn = FILTERS[model]
     return build_model_with_cfg(
         checked, name, pretrained, feature_cfg=features, pretrained_filter_fn=filter_fn, **(sizes | kwargs)
     )
+
+
+def _listen(*args: Any) -> None: ...
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revlib.models.tracing import NotScripted, noted, register_notrace_module, traced
+from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
 from revlib.step import exporting
@@ -42,7 +42,6 @@ class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes wi
         return self, mlp
 
 
-@register_notrace_module
 class RevStage(NotScripted):
     """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
 
@@ -59,7 +58,9 @@ class RevStage(NotScripted):
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         if traced(x):
-            return noted(self, (x, feat_size))
+            both = noted(self, (x, feat_size))
+            after = both[1]
+            return both[0], after  # the features last, as what a trace knows by the name of the stage
         if tuple(feat_size) != self.feat_size:
             raise ValueError(
                 f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
