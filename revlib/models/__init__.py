@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 from revlib.models import presets
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
 from revlib.models.mvit import RevMViT
+from revlib.models.mvit_kinetics import PublishedRevMViTVideo
 from revlib.models.mvit_published import PublishedRevMViT
 from revlib.models.swin import RevSwin
 from revlib.models.vit import RevViT
@@ -53,6 +54,7 @@ __all__ = [
     "ConcatMlp",
     "Mean",
     "PublishedRevMViT",
+    "PublishedRevMViTVideo",
     "RevMViT",
     "RevMViTVideo",
     "RevSwin",
