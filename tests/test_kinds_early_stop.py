@@ -137,7 +137,7 @@ class Noisy(torch.autograd.Function):
         return g * (2 + 0 * ctx.saved_tensors[0])
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_tensor_written_after_it_was_saved(stage: Stage):
     """By memory that torch shares with NumPy. Plain autograd differentiates what is there in backward."""
 
@@ -208,7 +208,7 @@ def caught(stage: Stage, run: Callable[..., Any]) -> list[Any]:
     return train(stage.stack(lambda: Fast(run)))
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_a_bare_except(stage: Stage):
     def run(fast, slow):
         try:
@@ -219,7 +219,7 @@ def test_a_bare_except(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_an_except_of_base_exceptions(stage: Stage):
     def run(fast, slow):
         try:
@@ -230,7 +230,7 @@ def test_an_except_of_base_exceptions(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_suppressed_exceptions(stage: Stage):
     def run(fast, slow):
         found = None
@@ -241,7 +241,7 @@ def test_suppressed_exceptions(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_a_finally_that_returns(stage: Stage):
     def run(fast, slow):
         found = None
@@ -253,7 +253,7 @@ def test_a_finally_that_returns(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_a_context_manager_that_swallows(stage: Stage):
     class Swallowing:
         def __enter__(self):
@@ -271,7 +271,7 @@ def test_a_context_manager_that_swallows(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_tries_again_after_any_failure(stage: Stage):
     def run(fast, slow):
         for _ in range(3):
@@ -284,7 +284,7 @@ def test_tries_again_after_any_failure(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", broken="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_an_error_wrapped_in_another(stage: Stage):
     """What a function raises in place of the stop is told to the user as its own error."""
 
@@ -331,7 +331,7 @@ def test_a_worker_thread(stage: Stage):
     return caught(stage, run)
 
 
-@scene("12", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("12")
 def test_a_generator(stage: Stage):
     def parts(fast, slow):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from revlib.core.guard import FirstRun, StepGuard
 from revlib.core.plan import Treatment
 from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, evaluate, merge
-from revlib.tensors import like_strided
+from revlib.tensors import is_parameter, like_strided
 
 __all__ = ["StepRecord"]
 
@@ -47,6 +48,8 @@ class StepRecord:
             0  # the function saved so many of them, and then the coupling the others
         )
         self.differentiable = False  # whether a gradient may enter the function through its result
+        self.rounded = False  # whether it runs again on inputs that have rounding errors
+        self.may_stop = False  # whether a repetition may stop at the last tensor that is saved
 
     def living(self) -> Iterator[tuple[int, Placeholder]]:
         """The placeholders whose nodes are still in the graph, by position."""
@@ -76,6 +79,7 @@ class StepRecord:
                 leaves = (f,) if isinstance(f, Tensor) else tree_leaves(f)
                 self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
                 merged = merge(step, state[0], f)
+            self.may_stop = self._last_is_complete()
             guard.first_run_done(
                 FirstRun(state, leaves, merged, list(self.living()), self.function_saves)
             )
@@ -86,6 +90,16 @@ class StepRecord:
         guard.saved_tensors_dropped()
         return merged
 
+    def _last_is_complete(self) -> bool:
+        """Whether the last tensor that was saved had its values when it was saved.
+
+        An operation saves its inputs before its kernel runs. A kernel may still write to one of them, such as the
+        noise of RReLU, but never to a tensor that requires a gradient, nor to a parameter.
+        """
+        placeholder = self.placeholders[-1]() if self.placeholders else None
+        t = None if placeholder is None else placeholder.tensor
+        return t is not None and (t.requires_grad or is_parameter(t))
+
     def _forget_values(self) -> None:
         for ref in self.placeholders:
             placeholder = ref()
@@ -94,7 +108,14 @@ class StepRecord:
 
     # ------------------------------------------------------------------------------------------ again
     def repeat(
-        self, inputs: State, stream: Tensor | None, merged: Tensor | None, key: Key, *, fill: bool
+        self,
+        inputs: State,
+        stream: Tensor | None,
+        merged: Tensor | None,
+        key: Key,
+        *,
+        fill: bool,
+        rounded: bool,
     ) -> Tensor:
         """Run the step again on its inputs.
 
@@ -102,13 +123,14 @@ class StepRecord:
             inputs: the streams that the function reads.
             stream: the stream that the step merges away, if it is known. Otherwise it is recovered from ``merged``.
             fill: whether to refill the placeholders, for the backward pass ``key``.
+            rounded: whether the inputs have passed through an inversion that rounds; for messages.
 
         -> the stream that the step merges away.
         """
         merge_saves = len(self.placeholders) > self.function_saves
         if stream is not None and not (fill and (self.dropped or merge_saves)):
             return stream
-        step, guard, recovered = self.step, self.guard, None
+        step, guard, recovered, self.rounded = self.step, self.guard, None, rounded
         guard.check()
         try:
             guard.enter_repetition()
@@ -117,7 +139,7 @@ class StepRecord:
                 for t, r in zip(inputs, self.requires_grad[1:], strict=True)
             )
             context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
-            whole = stream is None or merge_saves or not self.dropped
+            whole = stream is None or merge_saves or not self.dropped or not self.may_stop
             part = slice(0, self.function_saves)
             f, saved = self._recompute(partial(evaluate, step, inputs, context), part, whole=whole)
             if fill:
@@ -153,6 +175,9 @@ class StepRecord:
                 result = run()
         except _StopRecomputation:
             pass
+        except Exception:
+            if len(saved.tensors) != saved.enough:
+                raise  # else the function has caught the exception that stopped it, and gone on
         finally:
             saved.over = True  # the function may have captured some of this graph, which nobody can differentiate
         if self.dropped and [(t.shape, t.dtype) for t in saved.tensors] != expected:
@@ -176,9 +201,22 @@ class StepRecord:
         )
         raise RuntimeError(
             f"{self.step.name} does not repeat: as saved tensor {i} autograd kept {kept} in forward, and {now} "
-            "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
-            "and the default random generators. Something it reads has changed since forward, or it chooses at random."
+            f"when it ran again in backward. {_ROUNDED if self.rounded else ''}Its result must depend only on its "
+            "streams, its context, its parameters and the default random generators. Something it reads has changed "
+            "since forward, or it chooses at random."
         )
+
+    @property
+    def inverts_exactly(self) -> bool:
+        """Whether inversion gives back every bit of the stream that the step merged away."""
+        return self.step.coupling.limit_of(self.dtype) < math.inf
+
+
+_ROUNDED = (
+    "Its streams were recovered by inversion, which rounds. That is enough to change what a function decides by value "
+    "(routing to experts, argmax, top-k, sorting, thresholds): use coupling=ExactAdditive(), which gives back every "
+    "bit, or scheduler=Checkpoint(), which keeps the streams. If it does not decide by value: "
+)
 
 
 class _Saved:

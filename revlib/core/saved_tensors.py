@@ -79,6 +79,7 @@ class Progress:
         self.index = -1
         self.state: State = ()
         self.recovered: set[int] = set()
+        self.rounded = False  # whether the state has passed through an inversion that rounds
 
 
 class _Save(torch.autograd.Function):

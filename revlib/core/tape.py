@@ -16,7 +16,6 @@ from revlib._torch import (
     bypass_compiler,
     graph_is_kept,
     graph_task,
-    saved_tensor_hooks,
 )
 from revlib.core.guard import Guard, StepView
 from revlib.core.plan import Treatment
@@ -61,7 +60,12 @@ class Tape:
             if treatment.dropped
             else nullcontext()
         )
-        merged = record.first_run(state, context, hooks)
+        around = surrounding_tape()
+        try:
+            _running.tape = self
+            merged = record.first_run(state, context, hooks)
+        finally:
+            _running.tape = around
         if treatment.repeated:
             self.lowest = k if self.lowest < 0 else self.lowest
             if record.differentiable and merged.grad_fn is not None:
@@ -122,6 +126,7 @@ class Tape:
         kept, shared = self.kept.nearest(k), self.progress.get(SHARED, progress)
         if kept is not None and (progress.index < k or kept <= progress.index):
             progress.index, progress.state = kept, self.kept.state(kept)
+            progress.rounded = False
             repeats_from_it = kept < len(self.records) and self.records[kept].repeated
             if consume and not repeats_from_it:
                 self.kept.drop(
@@ -129,6 +134,7 @@ class Tape:
                 )  # autograd releases the graph as it goes, and this state with it
         elif progress.index < k and shared.index >= k:
             progress.index, progress.state = shared.index, shared.state
+            progress.rounded = shared.rounded
         elif progress.index < k:
             raise RuntimeError(
                 "backward asked a reversible sequence for activations that it has released, or has not made yet. "
@@ -149,7 +155,9 @@ class Tape:
             known, inputs = state[0], state[1:]
         else:
             known, inputs, merged = self.kept.stream(k), state[:-1], state[-1]
-        stream = self.records[k].repeat(inputs, known, merged, key, fill=fill)
+        record = self.records[k]
+        stream = record.repeat(inputs, known, merged, key, fill=fill, rounded=progress.rounded)
+        progress.rounded |= known is None and not record.inverts_exactly
         progress.index, progress.state = k, (stream, *inputs)
         if fill:
             progress.recovered.add(k)
@@ -204,8 +212,12 @@ def _before_gradient(tape: weakref.ref[Tape], k: int, gradients: Any) -> None:
         alive.need(k)
 
 
+_running = threading.local()
+
+
 def surrounding_tape() -> Tape | None:
-    """The tape of the sequence that this one runs inside, as part of one of its functions. It recovers our inputs."""
-    hooks = saved_tensor_hooks()
-    owner = getattr(hooks[1], "__self__", None) if hooks else None
-    return owner if isinstance(owner, Tape) else None
+    """The tape of the sequence that this one runs inside, as part of one of its functions. It recovers our inputs.
+
+    It is found also where something stands between the two, such as :func:`torch.utils.checkpoint.checkpoint`.
+    """
+    return getattr(_running, "tape", None)

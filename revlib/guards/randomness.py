@@ -97,6 +97,9 @@ class Generators:
         self.states: list[Tensor] = []
         self.contents: list[bytes] = []
 
+    def forget(self) -> None:
+        self.turn, self.states, self.contents = -1, [], []
+
     def look(self) -> None:
         self.states = [_state(d) for d in self.devices]
         self.contents = [_bytes(state) for state in self.states]
@@ -155,3 +158,6 @@ class Randomness(Guard):
 
     def step(self, view: StepView, state: State) -> StepGuard:
         return Draws(self.generators)
+
+    def forward_done(self, state: State) -> None:
+        self.generators.forget()
