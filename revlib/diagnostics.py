@@ -133,6 +133,7 @@ def _measure(
     inverted = [k for k in reversed(range(lowest, top)) if k not in kept]
     if not inverted:
         return [], math.inf
+    steps, state = entered(steps, given)
     contexts = route(steps, m, context)
     trees = [module_tree(step) for step in steps]
     tensors = [t for t in tree_leaves((given, context)) if isinstance(t, Tensor)]
@@ -140,7 +141,7 @@ def _measure(
     randomness = Randomness(tensors)
     guards = Guards([randomness, Settings(tensors), ModuleStates()])
     devices = [d for d in randomness.devices if d.type != "cpu"]
-    state, streams, samples = entered(steps, given), dict[int, Tensor](), dict[int, Tensor]()
+    streams, samples = dict[int, Tensor](), dict[int, Tensor]()
     runs, dtypes, errors = list[StepGuard](), set[torch.dtype](), list[Tensor]()
     fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
     with fork, _untouched(f for tree in trees for f in tree.modules):

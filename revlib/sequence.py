@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from revlib.couplings import Additive, Coupling
+from revlib.couplings import Coupling, DefaultAdditive
 from revlib.schedulers import Reversible, Scheduler
 from revlib.schedulers.base import checked as _checked_scheduler
 from revlib.step import BoundStep, Pair, State, Step, retreat, route
@@ -85,12 +85,24 @@ def _check_kind(i: int, stream: Tensor) -> None:
         )
 
 
-def entered(steps: list[BoundStep], state: State) -> State:
-    """Each stream is made fit for the coupling that will merge it away first."""
-    return (
-        *(step.coupling.enter(s) for step, s in zip(steps, state, strict=False)),
-        *state[len(steps) :],
+def entered(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
+    """The steps with the couplings that they have for such streams, and the streams as they enter: each is made fit
+    for the coupling that will merge it away first."""
+    dtype = streams[0].dtype
+    if all(s.dtype is dtype for s in streams):
+        steps = [step.with_coupling(step.coupling.for_streams(dtype)) for step in steps]
+    state = (
+        *(step.coupling.enter(s) for step, s in zip(steps, streams, strict=False)),
+        *streams[len(steps) :],
     )
+    return steps, state
+
+
+def _left(steps: list[BoundStep], streams: State, state: State) -> State:
+    """The streams as they leave: in the dtype in which they entered, if a coupling widened them unasked."""
+    if not any(step.coupling.leaves_as_entered for step in steps):
+        return state
+    return tuple(s.to(streams[0].dtype) for s in state)
 
 
 def _pair(item: Any) -> tuple[Any, Any]:
@@ -158,7 +170,7 @@ class ReversibleSequence(nn.Module):
         scheduler: Scheduler | None = None,
     ) -> None:
         super().__init__()
-        self.coupling = coupling or Additive()
+        self.coupling = coupling or DefaultAdditive()
         self.scheduler = scheduler or Reversible()
         if not isinstance(items, Iterable):
             raise TypeError(
@@ -211,15 +223,16 @@ class ReversibleSequence(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "_bound"}
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
-        steps = self.bound_steps
-        return self.scheduler.run(steps, entered(steps, checked_streams(streams)), context)
+        checked_streams(streams)
+        steps, state = entered(self.bound_steps, streams)
+        return _left(steps, streams, self.scheduler.run(steps, state, context))
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.
 
         Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode.
         """
-        return _invert(self.bound_steps, checked_streams(streams), context)
+        return _invert(self.bound_steps, streams, context)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -243,11 +256,16 @@ class ReversibleSequence(nn.Module):
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
-def _invert(steps: list[BoundStep], state: State, context: Mapping[str, Any]) -> State:
+def _invert(steps: list[BoundStep], streams: State, context: Mapping[str, Any]) -> State:
+    checked_streams(streams)
+    steps, _ = entered(steps, streams)
+    state = streams
+    if any(step.coupling.leaves_as_entered for step in steps):
+        state = tuple(s.float() for s in streams)
     contexts = route(steps, len(state), context)
     for step, routed in zip(reversed(steps), reversed(contexts), strict=True):
         state = retreat(step, state, routed)
-    return state
+    return _left(steps, streams, state)
 
 
 def reversible(
@@ -262,10 +280,11 @@ def reversible(
     ``functions`` are pairs of callables, and Steps. Gradients flow to everything they capture. What plain functions
     capture cannot be checked for edits since forward, other than by closing the loop.
     """
-    steps = _bind(functions, _checked_coupling(coupling or Additive()))
-    return _checked_scheduler(scheduler or Reversible(), "scheduler").run(
-        steps, entered(steps, checked_streams(streams)), context or {}
-    )
+    steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
+    checked_streams(streams)
+    steps, state = entered(steps, streams)
+    law = _checked_scheduler(scheduler or Reversible(), "scheduler")
+    return _left(steps, streams, law.run(steps, state, context or {}))
 
 
 def invert(
@@ -275,5 +294,5 @@ def invert(
     context: Mapping[str, Any] | None = None,
 ) -> State:
     """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``."""
-    steps = _bind(functions, _checked_coupling(coupling or Additive()))
-    return _invert(steps, checked_streams(streams), context or {})
+    steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
+    return _invert(steps, streams, context or {})

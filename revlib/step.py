@@ -45,6 +45,14 @@ class BoundStep:
         """The function whose state is read. A :class:`Step` only wraps it."""
         return self.fn.fn if isinstance(self.fn, Step) else self.fn
 
+    def with_coupling(self, coupling: Coupling) -> BoundStep:
+        """The same step with another law; always the same one for the same law."""
+        if coupling is self.coupling:
+            return self
+        if coupling not in self.memory:
+            self.memory[coupling] = BoundStep(self.fn, coupling, self.name)
+        return self.memory[coupling]
+
     def keywords(self, streams: int) -> tuple[frozenset[str], bool]:
         """The keyword names that the function takes besides its streams, and whether it takes any name at all."""
         owner = self.owner

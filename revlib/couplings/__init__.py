@@ -4,8 +4,8 @@
 lost, for which ``kernel.py`` is the CUDA kernel. ``family.py`` has the couplings that scale.
 """
 
-from revlib.couplings.additive import Additive, ExactAdditive
+from revlib.couplings.additive import Additive, DefaultAdditive, ExactAdditive
 from revlib.couplings.base import Coupling
 from revlib.couplings.family import Affine, Scaled
 
-__all__ = ["Additive", "Affine", "Coupling", "ExactAdditive", "Scaled"]
+__all__ = ["Additive", "Affine", "Coupling", "DefaultAdditive", "ExactAdditive", "Scaled"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Coupling(ABC):
     def show(self, s: Tensor) -> Tensor:
         """What the functions of steps with this coupling see of a stream; differentiable. As it is, unless defined."""
         return s
+
+    leaves_as_entered: ClassVar[bool] = False  # whether a sequence gives its streams the dtype back in which they came
+
+    def for_streams(self, dtype: torch.dtype) -> Coupling:
+        """The law that a sequence uses where all its streams have this dtype. This one, unless defined."""
+        return self
 
     def limit_of(self, dtype: torch.dtype) -> float:
         """The magnitude that merged streams of this dtype must stay below; backward raises where one has not."""

@@ -58,9 +58,10 @@ class Sampler:
 
     def __call__(self, t: Tensor) -> Tensor:
         t = local_part(t).detach()
-        places = self.places.get(t.shape)
+        key = t.shape, type(t)  # a fake tensor wants fake places
+        places = self.places.get(key)
         if places is None or places.device != t.device:
-            places = self.places[t.shape] = self._places(t)
+            places = self.places[key] = self._places(t)
         return torch.take(t, places)
 
     def _places(self, t: Tensor) -> Tensor:
