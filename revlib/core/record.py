@@ -176,8 +176,11 @@ class StepRecord:
         except _StopRecomputation:
             pass
         except Exception:
-            if len(saved.tensors) != saved.enough:
-                raise  # else the function has caught the exception that stopped it, and gone on
+            if len(saved.tensors) != saved.enough:  # else it has caught what stopped it, and gone on
+                came = [(t.shape, t.dtype) for t in saved.tensors]
+                if self.dropped and came != expected[: len(came)]:
+                    self._refuse_mismatch(came, expected)
+                raise
         finally:
             saved.over = True  # the function may have captured some of this graph, which nobody can differentiate
         if self.dropped and [(t.shape, t.dtype) for t in saved.tensors] != expected:
