@@ -78,7 +78,7 @@ def each_alone(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which autocast casts weights for each part anew, as it does when a part is run again: their
     gradients are then summed in the precision of the weights, whatever is checkpointed."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
