@@ -103,6 +103,7 @@ def timm_twin(model, drop_path_rate=0.0, class_token=False):
 
 
 def by_hand(twin, images):
+    """In one piece: compare with parts=1."""
     x, size = twin.patch_embed(images)
     if twin.cls_token is not None:
         x = torch.cat([twin.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -120,7 +121,7 @@ def by_hand(twin, images):
 
 @pytest.mark.parametrize("class_token", [False, True])
 def test_it_is_timms_model_with_reversible_stages(class_token):
-    model = build(drop_rate=0.1, drop_path_rate=0.3, class_token=class_token)
+    model = build(drop_rate=0.1, drop_path_rate=0.3, class_token=class_token, parts=1)
     twin = timm_twin(model, 0.3, class_token)
     images = torch.randn(3, 1, 16, 8)
     torch.manual_seed(1)
@@ -157,7 +158,7 @@ def test_f_and_g_are_those_of_a_timm_block(stage):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_both_streams_are_fused_after_every_stage(fusion):
-    model, seen = build(fusion=fusion).eval(), []
+    model, seen = build(fusion=fusion, parts=1).eval(), []
     for stage in model.stages:
         assert type(stage.fusion) is fusion
         stage.pairs.register_forward_hook(lambda module, args, streams: seen.append(streams))

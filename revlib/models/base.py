@@ -28,14 +28,15 @@ class Scheduled(NotScripted):
     _arguments: dict[str, Any]
 
     @property
-    def sequences(self) -> list[ReversibleSequence]:
+    def sequences(self) -> list[Any]:
         """All that the scheduler is of."""
         return [module for module in self.modules() if isinstance(module, ReversibleSequence)]
 
     @property
     def scheduler(self) -> Scheduler:
         """That of every sequence; they share the bytes of a ``Budget``."""
-        return self.sequences[0].scheduler
+        scheduler: Scheduler = self.sequences[0].scheduler
+        return scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Scheduler) -> None:

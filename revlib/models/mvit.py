@@ -13,10 +13,10 @@ from torch import nn
 
 from revlib.couplings import Coupling
 from revlib.models.base import Layer, Scheduled, TimmModel
+from revlib.models.blocks import Blocks, separable
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import resize_mvit
 from revlib.models.stage import PooledAttention, RevStage, patch_grid
-from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
 
 __all__ = ["RevMViT"]
@@ -45,6 +45,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         scheduler: of all stages; also ``model.scheduler = ...`` at any time. A ``Budget`` bounds them together.
         global_pool: "avg", "token" (the class token) or "" for none; None for "token" where there is one, else "avg".
         norm_layer, act_layer: classes, or timm's names of them. device, dtype: of parameters.
+        parts: of a batch, that the first stage, transitions and fusions take one after another in training.
 
     The defaults are minREV's on CIFAR-10; ``(224, 4, 3, 1000, 96, (2, 3, 16, 3), kv_stride=4)`` has MViTv2-B's sizes.
 
@@ -81,6 +82,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         global_pool: str | None = None,
         norm_layer: Layer = "layernorm",
         act_layer: Layer = nn.GELU,
+        parts: int = 4,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -114,6 +116,9 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
             self.feature_info[i]["module"] = f"stages.{i}"
             feat_size = inner
+        for stage in self.stages:
+            stage.parts = separable(parts, self)
+        self.stages[0].pairs.parts = stage.parts
 
     get_intermediate_layers = TimmModel.get_intermediate_layers
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from revlib.couplings import Coupling
+from revlib.models.blocks import Blocks
 from revlib.models.fusion import Mean
 from revlib.models.mvit_published import Concat, Published, init_weights
 from revlib.models.stage import PooledAttention, RevStage
-from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
 
 __all__ = ["ProjectedTransition", "PublishedRevMViTVideo"]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from revlib.couplings import Coupling
 from revlib.models.base import Scheduled
+from revlib.models.blocks import Blocks
 from revlib.models.stage import PooledAttention, RevStage, patch_grid
-from revlib.models.tracing import Blocks, traced
+from revlib.models.tracing import traced
 from revlib.schedulers import Scheduler
 
 __all__ = ["Concat", "Published", "PublishedRevMViT", "StageTransition", "init_weights"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revlib._torch import exporting, transforming
+from revlib.models.blocks import each_alone, parts_of
 from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
@@ -45,9 +46,12 @@ class RevStage(NotScripted):
     """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
 
     Transition and fusion do not invert. They are checkpointed, unless the scheduler of the pairs is ``Naive()``, and
-    but for transforms of ``torch.func``, which refuse that.
+    but for transforms of ``torch.func``, which refuse that. With ``parts`` above 1 they run, and run again in backward,
+    on so many parts of the batch, so that only one part's activations are alive.
     Shapes: (B, N, C), (height, width) to (B, N', C'), (height', width'), as timm's stage.
     """
+
+    parts: int = 1
 
     def __init__(
         self, transition: nn.Module | None, pairs: ReversibleSequence, fusion: nn.Module, feat_size: tuple[int, ...]
@@ -71,6 +75,18 @@ class RevStage(NotScripted):
         return self._ordinary(self.fusion, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
+        """A layer on tensors, and on what is no tensor and belongs to all parts."""
+        parts = parts_of(self.parts, args[0])
+        if parts == 1:
+            return self._again(layer, *args)
+        tensors = [arg.tensor_split(parts) if isinstance(arg, Tensor) else [arg] * parts for arg in args]
+        with each_alone(args[0]):
+            results = [self._again(layer, *part) for part in zip(*tensors, strict=True)]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)
+        return torch.cat([x for x, _ in results]), results[0][1]
+
+    def _again(self, layer: Callable[..., Any], *args: Any) -> Any:
         kept = isinstance(self.pairs.scheduler, Naive) or transforming()
         return layer(*args) if kept or exporting() else checkpoint(layer, *args, use_reentrant=False)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from revlib.couplings import Coupling
 from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.blocks import Blocks, separable
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import Size, grid_of, resize_swin
 from revlib.models.stage import WindowBranch
-from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
 
 __all__ = ["RevSwin"]
@@ -44,10 +44,11 @@ class RevSwin(TimmModel):
         dynamic_img_size: False refuses images of another size, as timm's Swin does unless told.
         fusion: how two streams become one between stages: see :mod:`revlib.models.fusion`.
         coupling, scheduler: of all stages, see :class:`~revlib.ReversibleSequence`; also ``model.scheduler = ...``.
+        parts: of a batch, that the first stage takes one after another in training: see :class:`Blocks`.
         device, dtype: of parameters.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). Features are (B, h, w, 2^stages embed_dim).
-    Cost: activation memory of one block at any depths, about 20 B·h·w·embed_dim elements for h·w patches at its peak.
+    Cost: activation memory of one block at any depths, about 15 B·h·w·embed_dim elements for h·w patches at its peak.
     Raises: ValueError where depths, num_heads, window_size and embed_dim do not fit each other.
     Source: Liu et al., *Swin Transformer*, ICCV 2021; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022,
     section 3.3 (stages); Zhu & Mangalam, *PaReprop*, 2023 (Rev-Swin).
@@ -78,6 +79,7 @@ class RevSwin(TimmModel):
         proj_drop_rate: float = 0.0,
         act_layer: Layer = nn.GELU,
         dynamic_img_size: bool = True,
+        parts: int = 2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -113,6 +115,7 @@ class RevSwin(TimmModel):
             self.norm, self.fc_norm = norm(self.num_features), nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
             self.reset_classifier(num_classes, global_pool)
+        self.sequences[0].parts = separable(parts, self)
         self.apply(init_weights_vit_timm)
         self.to(dtype=dtype)
 

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
-from timm.models import register_notrace_module
 from torch import Tensor, fx, nn
 
-from revlib.sequence import ReversibleSequence
 from revlib.step import State
 
-__all__ = ["Blocks", "NotScripted", "Tap", "joined", "noted", "register_notrace_module", "traced"]
+__all__ = ["NotScripted", "Tap", "joined", "noted", "traced"]
 
 
 def traced(value: Any) -> bool:
@@ -39,25 +37,6 @@ class NotScripted(nn.Module):
             f"torch.jit.script cannot compile {type(self).__name__}, whose backward is Python that inverts the stack; "
             "export it with torch.export or torch.onnx.export, or use torch.jit.trace under torch.no_grad()"
         )
-
-
-@register_notrace_module
-class Blocks(NotScripted, ReversibleSequence):
-    """The reversible sequence of a model. ``start`` and ``stop`` run a part of it, under its coupling and scheduler."""
-
-    def forward(self, *streams: Tensor, start: int | None = None, stop: int | None = None, **context: Any) -> State:
-        part = {name: at for name, at in (("start", start), ("stop", stop)) if at is not None}
-        if traced(streams[0]):
-            return noted(self, streams, {**part, **context})
-        return self[start:stop](*streams, **context) if part else super().forward(*streams, **context)
-
-    def part(self, start: int, stop: int, *streams: Tensor) -> State:
-        """Some of the blocks; all of them as a call of the module itself, so that its hooks run."""
-        if (start, stop) == (0, len(self)):
-            return self(*streams)
-        if traced(streams[0]):
-            return noted(self, streams, {"start": start, "stop": stop})
-        return self[start:stop](*streams)
 
 
 class Tap(nn.Module):

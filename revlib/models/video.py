@@ -18,9 +18,9 @@ except ImportError as error:
 
 from revlib.couplings import Coupling
 from revlib.models.base import Scheduled
+from revlib.models.blocks import Blocks
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.stage import PooledAttention, RevStage
-from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
 
 __all__ = ["RevMViTVideo"]

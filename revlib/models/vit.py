@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from revlib.couplings import Coupling
 from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.blocks import Blocks
 from revlib.models.sizes import divisible, resampled_positions, resize_vit
-from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
 
 __all__ = ["RevViT"]
