@@ -544,7 +544,7 @@ class Recorder(TorchDispatchMode):
 
     def follow(self, stack):
         """Learn from hooks what is being done: a function begins to recover its step, or its gradient arrives."""
-        for k, branch in enumerate(stack.branches, start=1):
+        for k, branch in enumerate(stack.bound_steps, start=1):
 
             def recovers(module, args, k=k):
                 self.doing[self.here().name] = f"R{k}"

@@ -1,10 +1,12 @@
 """Weights of the authors' own reversible transformers, minREV's and PySlowFast's, into the models here and back.
 
 A minREV RevViT is a ``RevViT(..., fc_norm=True)`` here, Rev-ViT-S a ``RevViT(224, 16, 3, 1000, embed_dim=384, depth=12,
-num_heads=6)``, Rev-ViT-B one with 768 and 12 of these, and Rev-MViT-B a ``PublishedRevMViT()``. The stream that
+num_heads=6)``, Rev-ViT-B one with 768 and 12 of these, Rev-MViT-B of ImageNet a ``PublishedRevMViT()``, and Rev-MViT-B
+16x4 of Kinetics a ``PublishedRevMViTVideo()``; with ``USE_MEAN_POOLING``, each with ``fc_norm=True``. The stream that
 attention is added to is first there and here, also before the head. Norms get the epsilon of the code that a checkpoint
 is from: 1e-6, but 1e-5 before MLPs and head of minREV. All give logits; PySlowFast adds a softmax in evaluation.
-Sizes are compared by shapes, which do not tell heads of a ViT nor strides: wrong ones load without an error.
+Sizes are compared by shapes, which do not tell heads of a ViT nor strides: those, and where the last norm stands, are
+compared with the configuration that PySlowFast keeps in its checkpoints; a report says so if there is none.
 
 minREV gives ``nn.MultiheadAttention`` the batch for the sequence: there a patch attends to the same patch of the other
 images. Weights fit one to one, but here, as in the paper, patches attend to patches: another function of them.
@@ -15,17 +17,16 @@ Source: github.com/karttikeya/minREV; github.com/facebookresearch/SlowFast (reve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from revlib.models import PublishedRevMViT, RevViT
+from revlib.models import PublishedRevMViT, PublishedRevMViTVideo, RevViT
+from revlib.models.pyslowfast import SlowFast, refuse_other_settings
 
 __all__ = ["Report", "load_minrev", "load_pyslowfast", "to_minrev", "to_pyslowfast"]
-
-SlowFast = RevViT | PublishedRevMViT
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ _MINREV = _Format(
     coarse=("G.0", "fc_norm"),
 )
 _SEPARATE = _Format(
-    *("PySlowFast", "RevViT or PublishedRevMViT", (RevViT, PublishedRevMViT), "rev_backbone.layers.{}."),
+    *("PySlowFast", "RevViT, PublishedRevMViT or PublishedRevMViTVideo"),
+    *((RevViT, PublishedRevMViT, PublishedRevMViTVideo), "rev_backbone.layers.{}."),
     table={
         "pos_embed": "pos_embed",
         "patch_embed.": "patch_embed.",
-        "fuse.": "pre_q_fuse.fuse_fn.",
+        "fusion.": "pre_q_fuse.fuse_fn.",
         "F.0.": "F.norm.",  # of RevViT
         "F.1.qkv.": "F.attn.q. F.attn.k. F.attn.v.",
         "F.1.proj.": "F.attn.proj.",
@@ -89,7 +91,9 @@ _SEPARATE = _Format(
         "F.attn.": "F.attn.",
         "G.0.": "G.norm.",
         "G.1.": "G.mlp.",
+        "project.": "res_proj.",  # of PublishedRevMViTVideo
         "norm.": "norm.",
+        "fc_norm.": "norm.",
         "head.": "head.projection.",
     },
 )
@@ -106,10 +110,23 @@ def load_minrev(model: RevViT, checkpoint: Mapping[str, Any], *, keep_classifier
     return _load(_MINREV, model, checkpoint, keep_classifier)
 
 
-def load_pyslowfast(model: SlowFast, checkpoint: Mapping[str, Any], *, keep_classifier: bool = False) -> Report:
-    """Load a Rev-ViT or Rev-MViT of PySlowFast, with fused or separate qkv, as :func:`load_minrev` does."""
+def load_pyslowfast(
+    model: SlowFast,
+    checkpoint: Mapping[str, Any],
+    *,
+    keep_classifier: bool = False,
+    config: str | Mapping[str, Any] | None = None,
+) -> Report:
+    """Load a Rev-ViT or Rev-MViT of PySlowFast, with fused or separate qkv, as :func:`load_minrev` does.
+
+    ``config`` is its configuration, YAML or a mapping, by default what the checkpoint holds as "cfg".
+    Raises: ValueError also where that is of another network, in heads, strides or pooling.
+    """
     fused = any(".attn.qkv." in name for name in _tensors(checkpoint))
-    return _load(_FUSED if fused else _SEPARATE, model, checkpoint, keep_classifier)
+    known = isinstance(model, _SEPARATE.kinds) and refuse_other_settings(model, config or checkpoint.get("cfg"))
+    report = _load(_FUSED if fused else _SEPARATE, model, checkpoint, keep_classifier)
+    missing = "" if known else ", without a configuration to compare heads, strides and pooling with"
+    return replace(report, title=report.title + missing)
 
 
 def to_minrev(model: RevViT) -> dict[str, Tensor]:
@@ -118,7 +135,10 @@ def to_minrev(model: RevViT) -> dict[str, Tensor]:
 
 
 def to_pyslowfast(model: SlowFast, *, separate_qkv: bool = True) -> dict[str, Tensor]:
-    """A state_dict for PySlowFast's MViT, as :func:`to_minrev`; its checkpoints hold it as "model_state"."""
+    """A state_dict for PySlowFast's MViT, as :func:`to_minrev`; its checkpoints hold it as "model_state".
+
+    PySlowFast's ``MVIT.USE_MEAN_POOLING`` must be what ``fc_norm`` is here, and ``MVIT.NUM_HEADS`` the heads.
+    """
     return _save(_SEPARATE if separate_qkv else _FUSED, model)
 
 
@@ -136,11 +156,12 @@ def _names(fmt: _Format, model: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 def _split(tensor: Tensor, names: list[str]) -> tuple[Tensor, ...]:
     """Our parameter as theirs. Their pools convolve in time too, one frame long."""
-    return (tensor.unsqueeze(2) if any(".pool_" in name for name in names) else tensor).chunk(len(names) or 1)
+    flat = tensor.ndim == 4 and any(".pool_" in name for name in names)
+    return (tensor.unsqueeze(2) if flat else tensor).chunk(len(names) or 1)
 
 
-def _join(tensors: list[Tensor], names: list[str]) -> Tensor:
-    return torch.cat(tensors).squeeze(2) if ".pool_" in names[0] else torch.cat(tensors)
+def _join(tensors: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(tensors).reshape(like.shape)
 
 
 def _norms(fmt: _Format, model: nn.Module) -> Iterator[tuple[str, nn.LayerNorm, float]]:
@@ -163,7 +184,7 @@ def _load(fmt: _Format, model: nn.Module, checkpoint: Mapping[str, Any], keep_cl
         if missing or not sought:
             ours_left.append((name, ", ".join(missing) or "no such thing in this format"))
         elif not wrong:
-            new[name] = _join([theirs[n] for n in sought], sought)
+            new[name] = _join([theirs[n] for n in sought], ours[name])
             matched.append((name, ", ".join(sought)))
     title = f"{fmt.name} checkpoint for a {type(model).__name__}" + ", which keeps its head" * keep_classifier
     report = Report(title, tuple(matched), tuple(ours_left), tuple(sorted(left)), tuple(misshapen))

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
 
-from revlib import loop, streams
-from revlib.held import ModuleState
-from revlib.modules import modules_of
-from revlib.replay import Autocast, Randomness
+from revlib import cuda_streams
+from revlib._torch import in_transform, is_fake, tree_leaves, tree_map
+from revlib.core import Guards, StepGuard, StepView, first_run, repetition
+from revlib.guards import ModuleStates, Randomness, Settings
+from revlib.guards.modules import module_tree
+from revlib.guards.recovery_check import Comparison, default_tolerance, relative_errors
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence, checked_streams, entered
-from revlib.step import Branch, State, evaluate, merge, retreat, route
+from revlib.step import BoundStep, State, evaluate, merge, retreat, route
 
 __all__ = ["Drift", "DriftMonitor"]
 
@@ -75,11 +75,15 @@ class DriftMonitor:
         scheduler: Scheduler | None = None,
     ) -> None:
         if not isinstance(every, int) or every < 1:
-            raise ValueError(f"DriftMonitor(every=...) takes a whole number from 1 up, got {every!r}")
+            raise ValueError(
+                f"DriftMonitor(every=...) takes a whole number from 1 up, got {every!r}"
+            )
         self.every, self.warn_above, self.scheduler = every, warn_above, scheduler
         self.history: list[Drift] = []
         self._forwards, self._above = 0, False
-        self._handle = stack.register_forward_pre_hook(self._before, with_kwargs=True)  # the stack owns us: no cycle
+        self._handle = stack.register_forward_pre_hook(
+            self._before, with_kwargs=True
+        )  # the stack owns us: no cycle
 
     def remove(self) -> None:
         """Stop watching; the history stays."""
@@ -94,68 +98,75 @@ class DriftMonitor:
             lines.append(f"{k:>4}  {latest[k].error:>7.1e}  {error:>7.1e}  {forward:>10}  {name}")
         return "\n".join(lines if latest else [*lines, "nothing has been inverted yet"])
 
-    @torch.compiler.disable
     def _before(self, stack: Any, args: tuple[Any, ...], context: dict[str, Any]) -> None:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if not (stack.training and torch.is_grad_enabled()) or transformed or streams.driver.capturing():
+        transformed = in_transform()
+        if (
+            not (stack.training and torch.is_grad_enabled())
+            or transformed
+            or cuda_streams.driver.capturing()
+        ):
             return
         forward, self._forwards = self._forwards, self._forwards + 1
-        if forward % self.every or any(is_lazy(p) or isinstance(p, FakeTensor) for p in stack.parameters()):
+        if forward % self.every or any(is_lazy(p) or is_fake(p) for p in stack.parameters()):
             return
         scheduler = self.scheduler or stack.scheduler
-        found, tolerated = _measure(stack.branches, checked_streams(args), context, scheduler)
+        found, tolerated = _measure(stack.bound_steps, checked_streams(args), context, scheduler)
         self.history += (Drift(forward, *f) for f in found)
         threshold = tolerated / 10 if self.warn_above is None else self.warn_above
         worst = max(found, key=lambda f: f[2], default=(0, "", 0.0))
         was, self._above = self._above, worst[2] > threshold
         if self._above and not was:
-            warnings.warn(_ADVICE.format(forward, *worst, threshold), stacklevel=6)  # the call of the stack
+            warnings.warn(
+                _ADVICE.format(forward, *worst, threshold), stacklevel=6
+            )  # the call of the stack
 
 
 @torch.no_grad()
 def _measure(
-    branches: list[Branch], given: State, context: Mapping[str, Any], scheduler: Scheduler
+    steps: list[BoundStep], given: State, context: Mapping[str, Any], scheduler: Scheduler
 ) -> tuple[list[tuple[int, str, float]], float]:
     """-> step, name and error of each stream that backward would invert; and what it would tolerate."""
-    m, plan = len(given), scheduler.plan(len(branches))
+    m, plan = len(given), scheduler.plan(len(steps))
     kept = {*plan.streams, *(i for j in plan.states for i in range(j, j + m))}
     top = max(plan.states, default=0)
     lowest = min((k for k in range(top) if k not in plan.activations), default=top)
     inverted = [k for k in reversed(range(lowest, top)) if k not in kept]
     if not inverted:
         return [], math.inf
-    contexts = route(branches, m, context)
-    modules = [modules_of(b.owner) for b in branches]
+    contexts = route(steps, m, context)
+    trees = [module_tree(step) for step in steps]
     tensors = [t for t in tree_leaves((given, context)) if isinstance(t, Tensor)]
-    tensors += [p for ms in modules for f in ms for p in f._parameters.values() if p is not None]
-    randomness, autocast = Randomness(tensors), Autocast(tensors)
+    tensors += [p for tree in trees for p in tree.parameters if p is not None]
+    randomness = Randomness(tensors)
+    guards = Guards([randomness, Settings(tensors), ModuleStates()])
     devices = [d for d in randomness.devices if d.type != "cpu"]
-    state, shelf, samples = entered(branches, given), dict[int, Tensor](), dict[int, Tensor]()
-    runs, dtypes, errors = list[tuple[ModuleState, dict[Any, Tensor]]](), set[torch.dtype](), list[Tensor]()
+    state, streams, samples = entered(steps, given), dict[int, Tensor](), dict[int, Tensor]()
+    runs, dtypes, errors = list[StepGuard](), set[torch.dtype](), list[Tensor]()
     fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
-    with fork, _untouched(f for ms in modules for f in ms), autocast.replaying():
-        for k, branch in enumerate(branches[:top]):
+    with fork, _untouched(f for tree in trees for f in tree.modules):
+        for k, step in enumerate(steps[:top]):
             s, *inputs = state
-            shelf |= {k: s} if k in kept else {}
+            streams |= {k: s} if k in kept else {}
             samples |= {k: _sample(s)} if k in inverted else {}
-            runs.append((ModuleState(modules[k]), {}))
-            with randomness.recording(runs[k][1]):
-                f = evaluate(branch, tuple(inputs), tree_map(lambda leaf: leaf, contexts[k]))
-            runs[k][0].seal()
-            state = (*inputs, merge(branch, s, f))
+            runs.append(guards.step(StepView(k, step, {}, True, False), state))
+            with first_run(runs[k]):
+                f = evaluate(step, tuple(inputs), tree_map(lambda leaf: leaf, contexts[k]))
+            state = (*inputs, merge(step, s, f))
             dtypes.update(t.dtype for t in (s, state[-1], *tree_leaves(f)))
         for k in reversed(range(inverted[-1], top)):
             if k in inverted:
-                with randomness.replaying(runs[k][1]), runs[k][0].bound():
-                    s = retreat(branches[k], state, tree_map(lambda leaf: leaf, contexts[k]))[0].to(samples[k].dtype)
-                wide = loop.wide(s)
-                gap, size = (_sample(s).to(wide) - samples[k]).norm(), samples[k].to(wide).norm()
-                errors.append(torch.where(gap == 0, gap, gap / size).nan_to_num(math.inf).to(given[0].device))
-            state = (s if k in inverted else shelf[k], *state[:-1])
+                with repetition(runs[k]):
+                    s = retreat(steps[k], state, tree_map(lambda leaf: leaf, contexts[k]))[0].to(
+                        samples[k].dtype
+                    )
+                comparison = Comparison(steps[k].name, samples[k], _sample(s))
+                errors.append(relative_errors([comparison], 1.0).to(given[0].device))
+            state = (s if k in inverted else streams[k], *state[:-1])
     tolerated = scheduler.tolerance
     if tolerated is None or tolerated == math.inf:
-        tolerated = loop.default_tolerance(dtypes, given[0].device.type != "cpu")
-    return [(k, branches[k].name, e) for k, e in zip(inverted, torch.stack(errors).tolist(), strict=True)], tolerated
+        tolerated = default_tolerance(dtypes, given[0].device.type != "cpu")
+    found = torch.cat(errors).tolist()
+    return [(k, steps[k].name, error) for k, error in zip(inverted, found, strict=True)], tolerated
 
 
 def _sample(t: Tensor) -> Tensor:
@@ -170,7 +181,13 @@ def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
     copies: dict[int, Tensor] = {}  # modules may share a buffer
     try:
         for f, _, buffers in before:
-            f._buffers.update({k: copies.setdefault(id(b), b.clone()) for k, b in buffers.items() if b is not None})
+            f._buffers.update(
+                {
+                    k: copies.setdefault(id(b), b.clone())
+                    for k, b in buffers.items()
+                    if b is not None
+                }
+            )
         yield
     finally:
         for f, attributes, buffers in before:

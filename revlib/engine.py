@@ -1,137 +1,157 @@
-"""The engine: runs a stack under a plan that says what forward keeps; backward recovers the rest.
+"""The engine: a stack's forward under a plan, put together from the core and the guards that watch it.
 
-The graph is the one that naive autograd builds. Forward only runs dropped steps under
-:func:`torch.autograd.graph.saved_tensors_hooks`, so that the graph keeps empty holders instead of tensors, and a
-:class:`~revlib.tape.Tape` fills them when backward asks. Hooks, closures, double backward, ``autograd.grad``, frozen
-parameters and partial losses need no special case here, because nothing about the graph is special.
+The core is the mechanism (:mod:`revlib.core`), and knows no guard. The guards (:mod:`revlib.guards`) each know one
+thing that a repetition depends on. This is the one place where both meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from revlib import loop
-from revlib.modules import modules_of
-from revlib.record import Record, Weight
-from revlib.replay import Autocast, Randomness
-from revlib.step import Branch, State, advance, exporting, route
-from revlib.streams import Pace
-from revlib.tape import Tape
+from revlib import cuda_streams
+from revlib._torch import (
+    exporting,
+    forward_mode_active,
+    in_transform,
+    missing,
+    saved_tensor_hooks_allowed,
+    tree_leaves,
+    tree_map,
+)
+from revlib.core import Guard, Guards, Plan, Tape, surrounding_tape
+from revlib.guards import (
+    Edits,
+    Measure,
+    ModuleStates,
+    Randomness,
+    RecoveryCheck,
+    Settings,
+    StepCost,
+    raise_pending,
+)
+from revlib.guards.modules import parameters_of
+from revlib.look_ahead import LookAheadTape
+from revlib.step import BoundStep, State, advance, route
 
-__all__ = ["Extras", "Plan", "run"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What forward keeps: the activations of these steps, and these whole states. Backward recovers the rest.
-
-    Step k leads from state k to state k + 1, so a stack of n steps has the states 0, ..., n. A step whose activations
-    are not kept is repeated from state k if that is kept, and is otherwise undone, together with all steps between,
-    from the nearest state above that is kept or already recovered. Stream k is the one that step k merges away: a step
-    whose stream is kept need not be inverted, so its function stops as soon as its activations are back.
-    """
-
-    activations: Collection[int] = ()
-    states: Collection[int] = ()
-    streams: Collection[int] = ()
-
-    def check(self, length: int) -> None:
-        for k in range(length):
-            if k not in self.activations and not any(k <= j <= length for j in self.states):
-                raise ValueError(
-                    f"the plan of this scheduler keeps neither the activations of step {k} nor any of the states "
-                    f"{k}, ..., {length}, so backward could not recover the step; keep state {length}, the last."
-                )
+__all__ = ["PassOptions", "Plan", "run"]
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What a scheduler may want besides: how far backward may err, a side stream for it, and to be told things."""
+class PassOptions:
+    """What a scheduler may want besides its plan."""
 
-    tolerance: float | None = None
-    pace: Pace | None = None
-    weights: list[Weight] | None = None  # forward adds what each step would take to keep
-    backward: Callable[[], None] | None = None  # called when backward reaches the stack
+    tolerance: float | None = None  # how far backward may err, relatively
+    look_ahead: cuda_streams.LookAheadPolicy | None = None  # a side stream, and when to use it
+    costs: list[StepCost] | None = (
+        None  # forward adds what the activations of each step would take to keep
+    )
+    on_backward: Callable[[], None] | None = None  # called when backward reaches the stack
 
 
 def run(
-    branches: Sequence[Branch], state: State, context: Mapping[str, Any], plan: Plan, extras: Extras | None = None
+    steps: Sequence[BoundStep],
+    state: State,
+    context: Mapping[str, Any],
+    plan: Plan,
+    options: PassOptions | None = None,
 ) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in everything they use."""
-    contexts = route(branches, len(state), context)
-    if torch.is_grad_enabled() and not exporting():
-        extras = extras or Extras()
-        state = _run(branches, state, contexts, plan, extras)
-        if extras.backward is not None:
-            _notify(extras.backward, state)
-        return state
-    return advance(branches, state, contexts)
-
-
-@torch.compiler.disable
-def _notify(backward: Callable[[], None], state: State) -> None:
-    for s in state:
-        if s.requires_grad and not s.is_leaf:
-            s.register_hook(torch.compiler.disable(lambda _: backward()))
-
-
-def _hooks_impossible() -> bool:
-    """Function transforms and forward-mode differentiation do not go through saved tensors."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    )
-
-
-def _run(branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, extras: Extras) -> State:
-    if all(k in plan.activations for k in range(len(branches))):
-        return advance(branches, state, contexts)
-    return _taped(branches, state, contexts, plan, extras)
-
-
-@torch.compiler.disable  # the hooks run in backward, where a compiled frame could not be recompiled
-def _taped(
-    branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], plan: Plan, extras: Extras
-) -> State:
-    modules = [modules_of(b.owner) for b in branches]
-    parameters = [p for ms in modules for m in ms for p in m._parameters.values() if p is not None]
-    if _hooks_impossible() or any(is_lazy(p) for p in parameters):  # a lazy module's first call is unlike its second
-        return advance(branches, state, contexts)
-    loop.raise_pending(wait=False)
-    plan.check(len(branches))
-    tensors = [*state, *parameters, *(t for t in tree_leaves(contexts) if isinstance(t, Tensor))]
-    tape = Tape(
-        len(state),
-        len(branches),
-        Randomness(tensors),
-        Autocast(tensors),
-        extras.tolerance,
-        pace=extras.pace,
-        weights=extras.weights,
-    )
-    copies = tree_map(lambda leaf: leaf, contexts)  # containers of our own: functions may append to the user's
-    below = False  # backward needs the state before this step, to recover those below it
-    for k, (branch, context) in enumerate(zip(branches, contexts, strict=True)):
-        dropped = k not in plan.activations
-        if k in plan.states:
-            tape.shelf.put(k, state)
-        if k in plan.streams:
-            tape.shelf.put(k, state[:1])
-        known = k in tape.shelf
-        # Backward evaluates a step to refill its holders, or to get past it.
-        record = Record(branch, copies[k], modules[k], dropped, known, guarded=dropped or (below and not known))
-        below = (dropped or below) and k not in plan.states
-        state = tape.advance(record, state, context)
-    if len(branches) in plan.states:
-        tape.shelf.put(len(branches), state)
-    tape.end(state)
+    contexts = route(steps, len(state), context)
+    if not torch.is_grad_enabled() or exporting():
+        return advance(steps, state, contexts)
+    options = options or PassOptions()
+    if all(k in plan.activations for k in range(len(steps))) or not _can_record(steps):
+        state = advance(steps, state, contexts)
+    else:
+        state = _record(steps, state, contexts, plan, options)
+    if options.on_backward is not None:
+        for s in state:
+            if s.requires_grad and not s.is_leaf:
+                s.register_hook(partial(_notify, options.on_backward))
     return state
+
+
+def _notify(call: Callable[[], None], gradient: Tensor) -> None:
+    call()
+
+
+def _can_record(steps: Sequence[BoundStep]) -> bool:
+    """Function transforms and forward-mode differentiation do not go through saved tensors, and the first call of a
+    lazy module is unlike its second."""
+    if in_transform() or forward_mode_active() or not saved_tensor_hooks_allowed():
+        return False
+    kinds = {type(p) for step in steps for p in parameters_of(step)}
+    return not any(issubclass(k, (UninitializedParameter, UninitializedBuffer)) for k in kinds)
+
+
+def _record(
+    steps: Sequence[BoundStep],
+    state: State,
+    contexts: list[dict[str, Any]],
+    plan: Plan,
+    options: PassOptions,
+) -> State:
+    if missing():
+        raise RuntimeError(
+            f"torch {torch.__version__} lacks {', '.join(missing())}, which recomputation needs; use a version that "
+            "this release of revlib was tested with (2.11 to 2.14), or scheduler=Naive()"
+        )
+    raise_pending(wait=False)
+    plan.check(len(steps))
+    guard, recovery = _guards(steps, state, contexts, options)
+    tape = _tape(state, guard, options)
+    tape.recovery = recovery  # type: ignore[attr-defined]
+    # Containers of our own, since functions may append to the user's.
+    copies = [tree_map(lambda leaf: leaf, context) if context else context for context in contexts]
+    treatments = plan.treatments(len(steps), len(state))
+    for k, (step, context, copy, treatment) in enumerate(
+        zip(steps, contexts, copies, treatments, strict=True)
+    ):
+        if k in plan.states:
+            tape.kept.keep(k, state)
+        if k in plan.streams:
+            tape.kept.keep(k, state[:1])
+        state = tape.run(step, state, context, copy, treatment)
+    if len(steps) in plan.states:
+        tape.kept.keep(len(steps), state)
+    guard.forward_done(state)
+    return state
+
+
+def _tape(state: State, guard: Guard, options: PassOptions) -> Tape:
+    policy, device = options.look_ahead, state[0].device
+    if policy is None or not all(
+        cuda_streams.driver.serves(s) and s.device == device for s in state
+    ):
+        return Tape(len(state), guard)
+    return LookAheadTape(len(state), guard, policy, device)
+
+
+def _guards(
+    steps: Sequence[BoundStep],
+    state: State,
+    contexts: Sequence[dict[str, Any]],
+    options: PassOptions,
+) -> tuple[Guards, RecoveryCheck]:
+    """Everything that is watched, in the order in which it is entered."""
+    tensors = [*state, *(p for step in steps for p in parameters_of(step) if p is not None)]
+    tensors += [t for t in tree_leaves(contexts) if isinstance(t, Tensor)]
+    outer = surrounding_tape()
+    recovery = RecoveryCheck(len(steps), options.tolerance, getattr(outer, "recovery", None))
+    guards: list[Guard] = [
+        Randomness(tensors),
+        Settings(tensors),
+        ModuleStates(),
+        Edits(recovery),
+        recovery,
+    ]
+    if options.costs is not None:
+        guards.append(Measure(options.costs))
+    return Guards(guards), recovery

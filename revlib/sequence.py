@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import is_
 from typing import Any, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from revlib.couplings import Additive, Coupling
 from revlib.schedulers import Reversible, Scheduler
 from revlib.schedulers.base import checked as _checked_scheduler
-from revlib.step import Branch, Pair, State, Step, retreat, route
+from revlib.step import BoundStep, Pair, State, Step, retreat, route
 from revlib.step import checked as _checked_coupling
 
 __all__ = ["ReversibleSequence", "invert", "reversible"]
@@ -19,18 +20,18 @@ __all__ = ["ReversibleSequence", "invert", "reversible"]
 Functions = Iterable[Any]  # of (F, G) pairs and Steps
 
 
-def _branches(items: Iterable[Any], coupling: Coupling) -> list[Branch]:
-    branches = []
+def _bind(items: Iterable[Any], coupling: Coupling) -> list[BoundStep]:
+    steps = []
     for i, item in enumerate(items):
         if isinstance(item, Step):
-            branches.append(Branch(item, item.coupling, f"step {i} ({_name(item.fn)})"))
+            steps.append(BoundStep(item, item.coupling, f"step {i} ({_name(item.fn)})"))
         else:
             F, G = _pair(item)
             if isinstance(item, Pair) and type(item) is not Pair:
                 _refuse_sharded(item, i)
-            branches.append(Branch(F, coupling, f"F of block {i} ({_name(F)})"))
-            branches.append(Branch(G, coupling, f"G of block {i} ({_name(G)})"))
-    return branches
+            steps.append(BoundStep(F, coupling, f"F of block {i} ({_name(F)})"))
+            steps.append(BoundStep(G, coupling, f"G of block {i} ({_name(G)})"))
+    return steps
 
 
 def _refuse_sharded(pair: Pair, i: int) -> None:
@@ -43,15 +44,23 @@ def _refuse_sharded(pair: Pair, i: int) -> None:
 
 
 def _name(fn: Callable[..., Any]) -> str:
-    return type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
+    return (
+        type(fn).__name__
+        if isinstance(fn, nn.Module)
+        else getattr(fn, "__name__", type(fn).__name__)
+    )
 
 
 def checked_streams(streams: tuple[Any, ...]) -> State:
     for i, stream in enumerate(streams):
         if not isinstance(stream, Tensor):
-            raise TypeError(f"stream {i} must be a tensor, got {type(stream).__name__}; pass context by keyword")
+            raise TypeError(
+                f"stream {i} must be a tensor, got {type(stream).__name__}; pass context by keyword"
+            )
         if not (stream.is_floating_point() or stream.is_complex()):
-            raise TypeError(f"stream {i} must be floating-point, got {stream.dtype}; cast or embed it first")
+            raise TypeError(
+                f"stream {i} must be floating-point, got {stream.dtype}; cast or embed it first"
+            )
         _check_kind(i, stream)
     if len(streams) < 2:
         raise TypeError(
@@ -67,14 +76,21 @@ def _check_kind(i: int, stream: Tensor) -> None:
     if stream.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"stream {i} must be dense, got {stream.layout}; call its to_dense() first")
     if stream.is_nested and stream.layout is torch.strided:
-        raise TypeError(f"stream {i} is a nested tensor that has no views; make it with layout=torch.jagged")
+        raise TypeError(
+            f"stream {i} is a nested tensor that has no views; make it with layout=torch.jagged"
+        )
     if isinstance(stream, torch.masked.MaskedTensor):
-        raise TypeError(f"stream {i} is a masked tensor, which has no views; pass its data, and the mask as context")
+        raise TypeError(
+            f"stream {i} is a masked tensor, which has no views; pass its data, and the mask as context"
+        )
 
 
-def entered(branches: list[Branch], state: State) -> State:
+def entered(steps: list[BoundStep], state: State) -> State:
     """Each stream is made fit for the coupling that will merge it away first."""
-    return (*(b.coupling.enter(s) for b, s in zip(branches, state, strict=False)), *state[len(branches) :])
+    return (
+        *(step.coupling.enter(s) for step, s in zip(steps, state, strict=False)),
+        *state[len(steps) :],
+    )
 
 
 def _pair(item: Any) -> tuple[Any, Any]:
@@ -136,7 +152,10 @@ class ReversibleSequence(nn.Module):
     """
 
     def __init__(
-        self, items: Functions = (), coupling: Coupling | None = None, scheduler: Scheduler | None = None
+        self,
+        items: Functions = (),
+        coupling: Coupling | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         super().__init__()
         self.coupling = coupling or Additive()
@@ -170,20 +189,37 @@ class ReversibleSequence(nn.Module):
         self._scheduler = _checked_scheduler(scheduler, "scheduler")
 
     @property
-    def branches(self) -> list[Branch]:
-        """The steps as the engine sees them."""
-        return _branches(self, self.coupling)
+    def bound_steps(self) -> list[BoundStep]:
+        """The steps as the engine sees them. They are made again only when the items or the couplings have changed."""
+        if torch.compiler.is_compiling():  # which would have to guard what is remembered
+            return _bind(self, self.coupling)
+        key: list[Any] = [self.coupling]
+        for item in self:
+            key += (
+                item,
+                *item._modules.values(),
+                item.__dict__.get("fn"),
+                item.__dict__.get("coupling"),
+            )
+        known = self.__dict__.get("_bound")
+        if known is None or len(known[0]) != len(key) or not all(map(is_, known[0], key)):
+            known = self.__dict__["_bound"] = key, _bind(self, self.coupling)
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of functions, which a copy finds out for itself."""
+        return {k: v for k, v in self.__dict__.items() if k != "_bound"}
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
-        branches = self.branches
-        return self.scheduler.run(branches, entered(branches, checked_streams(streams)), context)
+        steps = self.bound_steps
+        return self.scheduler.run(steps, entered(steps, checked_streams(streams)), context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.
 
         Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode.
         """
-        return _invert(self.branches, checked_streams(streams), context)
+        return _invert(self.bound_steps, checked_streams(streams), context)
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -197,16 +233,20 @@ class ReversibleSequence(nn.Module):
     def __getitem__(self, index: slice) -> ReversibleSequence: ...
     def __getitem__(self, index: int | slice) -> Any:
         items = list(self)
-        return type(self)(items[index], self.coupling, self.scheduler) if isinstance(index, slice) else items[index]
+        return (
+            type(self)(items[index], self.coupling, self.scheduler)
+            if isinstance(index, slice)
+            else items[index]
+        )
 
     def extra_repr(self) -> str:
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
-def _invert(branches: list[Branch], state: State, context: Mapping[str, Any]) -> State:
-    contexts = route(branches, len(state), context)
-    for branch, routed in zip(reversed(branches), reversed(contexts), strict=True):
-        state = retreat(branch, state, routed)
+def _invert(steps: list[BoundStep], state: State, context: Mapping[str, Any]) -> State:
+    contexts = route(steps, len(state), context)
+    for step, routed in zip(reversed(steps), reversed(contexts), strict=True):
+        state = retreat(step, state, routed)
     return state
 
 
@@ -222,9 +262,9 @@ def reversible(
     ``functions`` are pairs of callables, and Steps. Gradients flow to everything they capture. What plain functions
     capture cannot be checked for edits since forward, other than by closing the loop.
     """
-    branches = _branches(functions, _checked_coupling(coupling or Additive()))
+    steps = _bind(functions, _checked_coupling(coupling or Additive()))
     return _checked_scheduler(scheduler or Reversible(), "scheduler").run(
-        branches, entered(branches, checked_streams(streams)), context or {}
+        steps, entered(steps, checked_streams(streams)), context or {}
     )
 
 
@@ -235,5 +275,5 @@ def invert(
     context: Mapping[str, Any] | None = None,
 ) -> State:
     """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``."""
-    branches = _branches(functions, _checked_coupling(coupling or Additive()))
-    return _invert(branches, checked_streams(streams), context or {})
+    steps = _bind(functions, _checked_coupling(coupling or Additive()))
+    return _invert(steps, checked_streams(streams), context or {})

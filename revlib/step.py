@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from revlib._torch import tree_leaves, versions_of
 from revlib.couplings import Additive, Coupling
-from revlib.tensors import version_of
 
 __all__ = [
-    "Branch",
+    "BoundStep",
     "Pair",
     "State",
     "Step",
     "advance",
     "checked",
     "evaluate",
-    "exporting",
     "merge",
     "retreat",
     "route",
@@ -30,17 +28,30 @@ __all__ = [
 State = tuple[Tensor, ...]
 
 
-class Branch(NamedTuple):
-    """What the engine sees of a step: a function, the law that merges its result, and a name for messages."""
+class BoundStep:
+    """A step as the engine sees it: a function, the law that merges its result, and a name for messages.
 
-    fn: Callable[..., Any]
-    coupling: Coupling
-    name: str
+    A sequence makes its bound steps once and uses them in every forward, so that what is found out about a function
+    need not be found out again: ``memory`` belongs to the guards, which check that what they remember still holds.
+    """
+
+    def __init__(self, fn: Callable[..., Any], coupling: Coupling, name: str) -> None:
+        self.fn, self.coupling, self.name = fn, coupling, name
+        self.memory: dict[Any, Any] = {}
+        self._keywords: tuple[Any, tuple[frozenset[str], bool]] | None = None
 
     @property
     def owner(self) -> Callable[..., Any]:
-        """Whose state the function reads: a Step only wraps."""
+        """The function whose state is read. A :class:`Step` only wraps it."""
         return self.fn.fn if isinstance(self.fn, Step) else self.fn
+
+    def keywords(self, streams: int) -> tuple[frozenset[str], bool]:
+        """The keyword names that the function takes besides its streams, and whether it takes any name at all."""
+        owner = self.owner
+        target = owner.forward if isinstance(owner, nn.Module) else owner
+        if self._keywords is None or self._keywords[0] != (target, streams):
+            self._keywords = (target, streams), _keywords(target, streams)
+        return self._keywords[1]
 
 
 class Step(nn.Module):
@@ -96,72 +107,66 @@ def checked(coupling: Coupling) -> Coupling:
     return coupling
 
 
-# ---------------------------------------------------------------------------------------------- context
-def _named_parameters(fn: Callable[..., Any], streams: int) -> tuple[frozenset[str], bool]:
-    """The keyword names that ``fn`` takes besides its streams, and whether it takes any name at all."""
-    if isinstance(fn, Step):
-        fn = fn.fn
+# ------------------------------------------------------------------------------------------ context
+def _keywords(target: Callable[..., Any], streams: int) -> tuple[frozenset[str], bool]:
     try:
-        parameters = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters.values()
+        parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return frozenset(), False
     kinds = inspect.Parameter
-    positional = [p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
-    rest = positional[streams:] + [p for p in parameters if p.kind is kinds.KEYWORD_ONLY]
+    by_position = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    rest = [p for p in parameters if p.kind in by_position][streams:]
+    rest += [p for p in parameters if p.kind is kinds.KEYWORD_ONLY]
     names = frozenset(p.name for p in rest if p.kind is not kinds.POSITIONAL_ONLY)
     return names, any(p.kind is kinds.VAR_KEYWORD for p in parameters)
 
 
-def route(branches: Sequence[Branch], streams: int, context: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The part of ``context`` that each branch names. A name that no branch takes is an error."""
+def route(
+    steps: Sequence[BoundStep], streams: int, context: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The part of ``context`` that each step's function names. A name that no function takes is an error."""
     if not context:
-        return [{} for _ in branches]
-    taken = [_named_parameters(b.fn, streams - 1) for b in branches]
+        return [{} for _ in steps]
+    taken = [step.keywords(streams - 1) for step in steps]
     unknown = [k for k in context if not any(k in names or every for names, every in taken)]
     if unknown:
         known = sorted(set().union(*(names for names, _ in taken)))
         these = f"the names they take are {known}" if known else "they take streams alone"
         raise TypeError(
-            f"context argument {unknown[0]!r} is taken by none of the {len(branches)} functions of this sequence; "
+            f"context argument {unknown[0]!r} is taken by none of the {len(steps)} functions of this sequence; "
             f"{these}. Name it in the signature of a function that uses it."
         )
     return [{k: v for k, v in context.items() if every or k in names} for names, every in taken]
 
 
-def exporting() -> bool:
-    """Whether a program is being exported. Under ``torch.compile``, torch 2.11 takes its own function for this as true
-    throughout, and would then run every stack with its activations stored."""
-    return torch.compiler._is_exporting_flag
-
-
-# ---------------------------------------------------------------------------------------------- the steps
-def _versions(tensors: Sequence[Any]) -> list[int]:
-    return [version_of(t) if isinstance(t, Tensor) else -1 for t in tensors]
-
-
-def evaluate(branch: Branch, inputs: State, context: Mapping[str, Any]) -> Any:
+# ------------------------------------------------------------------------------------------ running a step
+def evaluate(step: BoundStep, inputs: State, context: Mapping[str, Any]) -> Any:
     """``f(inputs)``, refusing a function that edits its inputs or its context in place."""
-    inputs = tuple(branch.coupling.show(s) for s in inputs)
-    if torch.compiler.is_compiling():  # versions cannot be traced
-        return branch.fn(*inputs, **context)
-    watched = [*inputs, *(tree_leaves(dict(context)) if context else ())]
-    before = _versions(watched)
+    inputs = tuple(map(step.coupling.show, inputs))
+    if torch.compiler.is_compiling():  # version counters cannot be traced
+        return step.fn(*inputs, **context)
+    watched = inputs
+    if context:
+        watched = (*inputs, *(t for t in tree_leaves(dict(context)) if isinstance(t, Tensor)))
+    before = versions_of(watched)
     try:
-        f = branch.fn(*inputs, **context)
+        f = step.fn(*inputs, **context)
     except TypeError as error:
-        _refuse_signature(branch, inputs, context, error)
+        _refuse_signature(step, inputs, context, error)
         raise
-    if _versions(watched) != before:
+    if versions_of(watched) != before:
         raise RuntimeError(
-            f"{branch.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
+            f"{step.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
             "clone the tensor before editing it, or use an out-of-place operation."
         )
     return f
 
 
-def _refuse_signature(branch: Branch, inputs: State, context: Mapping[str, Any], error: TypeError) -> None:
+def _refuse_signature(
+    step: BoundStep, inputs: State, context: Mapping[str, Any], error: TypeError
+) -> None:
     """Says so where ``error`` is of a call that the function's own signature does not allow."""
-    fn = branch.owner
+    fn = step.owner
     try:
         signature = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
     except (TypeError, ValueError):
@@ -171,51 +176,62 @@ def _refuse_signature(branch: Branch, inputs: State, context: Mapping[str, Any],
     except TypeError as mismatch:
         names = f" and {', '.join(sorted(context))}" if context else ""
         raise TypeError(
-            f"{branch.name} was called with {len(inputs)} of {len(inputs) + 1} streams, all but its own,{names} but "
+            f"{step.name} was called with {len(inputs)} of {len(inputs) + 1} streams, all but its own,{names} but "
             f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence"
         ) from error
 
 
-def merge(branch: Branch, s: Tensor, f: Any) -> Tensor:
+def merge(step: BoundStep, s: Tensor, f: Any) -> Tensor:
     """The new stream; its shape and kind must be those of the stream it replaces."""
-    leaves = [f] if isinstance(f, Tensor) else tree_leaves(f)
-    if not leaves or not all(isinstance(t, Tensor) for t in leaves):
-        raise TypeError(f"{branch.name} must return a tensor to merge into its stream, got {type(f).__name__}")
-    if not all(t.is_floating_point() or t.is_complex() for t in leaves):
-        raise TypeError(
-            f"{branch.name} must return floating-point tensors, got {[t.dtype for t in leaves]}; cast its result."
-        )
+    if not (isinstance(f, Tensor) and f.is_floating_point()):
+        leaves = tree_leaves(f)
+        if not leaves or not all(isinstance(t, Tensor) for t in leaves):
+            raise TypeError(
+                f"{step.name} must return a tensor to merge into its stream, got {type(f).__name__}"
+            )
+        if not all(t.is_floating_point() or t.is_complex() for t in leaves):
+            raise TypeError(
+                f"{step.name} must return floating-point tensors, got {[t.dtype for t in leaves]}; cast its result."
+            )
     try:
-        merged = branch.coupling.merge(s, f)
+        merged = step.coupling.merge(s, f)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        shapes = [tuple(t.shape) for t in leaves]
         raise ValueError(
-            f"{branch.name} returned shape {shapes} in a {type(f).__name__}, which {branch.coupling} does not merge "
+            f"{step.name} returned shape {_shapes(f)} in a {type(f).__name__}, which {step.coupling} does not merge "
             f"into its stream of shape {tuple(s.shape)}"
         ) from error
     if merged.shape != s.shape:
         raise ValueError(
-            f"{branch.name} must return what merges into its stream of shape {tuple(s.shape)}; "
-            f"merged with {[tuple(t.shape) for t in leaves]} the stream would become {tuple(merged.shape)}"
+            f"{step.name} must return what merges into its stream of shape {tuple(s.shape)}; "
+            f"merged with {_shapes(f)} the stream would become {tuple(merged.shape)}"
         )
     if torch.compiler.is_compiling():
         return merged
-    if merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype):
-        raise TypeError(f"{branch.name} would turn its {s.dtype} stream into {merged.dtype}; cast its result.")
+    same = merged.dtype is s.dtype
+    if not same and (
+        merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype)
+    ):
+        raise TypeError(
+            f"{step.name} would turn its {s.dtype} stream into {merged.dtype}; cast its result."
+        )
     return merged
 
 
-def advance(branches: Sequence[Branch], state: State, contexts: Sequence[dict[str, Any]]) -> State:
+def _shapes(f: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tree_leaves(f)]
+
+
+def advance(steps: Sequence[BoundStep], state: State, contexts: Sequence[dict[str, Any]]) -> State:
     """All steps in order, as an ordinary differentiable function."""
-    for branch, context in zip(branches, contexts, strict=True):
+    for step, context in zip(steps, contexts, strict=True):
         s, *inputs = state
-        state = (*inputs, merge(branch, s, evaluate(branch, tuple(inputs), context)))
+        state = (*inputs, merge(step, s, evaluate(step, tuple(inputs), context)))
     return state
 
 
-def retreat(branch: Branch, state: State, context: Mapping[str, Any]) -> State:
+def retreat(step: BoundStep, state: State, context: Mapping[str, Any]) -> State:
     """The state before a step, from the state after it: the step's inverse, as an ordinary differentiable function."""
     *inputs, merged = state
-    return (branch.coupling.unmerge(merged, evaluate(branch, tuple(inputs), context)), *inputs)
+    return (step.coupling.unmerge(merged, evaluate(step, tuple(inputs), context)), *inputs)

@@ -1,57 +1,61 @@
-"""What torch does not say about tensors in one word."""
+"""Questions about tensors that torch answers in more than one word."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["DTensor", "counts", "laid_out", "learned", "local", "origin", "row", "storage", "there", "version_of"]
+from revlib._torch import is_traceable_wrapper_subclass, view_base
 
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # torch built without distributed
-
-    class DTensor(Tensor): ...  # type: ignore[no-redef]
-
-
-def version_of(t: Tensor) -> int:
-    """How often a tensor has been edited in place; -1 for an inference tensor, which does not count."""
-    return -1 if t.is_inference() else t._version  # where compiled code made it, torch 2.11 has a version nonetheless
+__all__ = [
+    "has_dense_memory",
+    "is_dtensor",
+    "is_integral",
+    "is_parameter",
+    "like_strided",
+    "local_part",
+    "sum_dtype",
+]
 
 
-def local(t: Tensor) -> Tensor:
-    """A plain tensor to measure: what this process holds of one that is spread, the first part of one that wraps."""
+def is_dtensor(t: Tensor | None) -> bool:
+    """Whether a tensor is spread over processes. Without the module that makes such tensors there are none."""
+    if t is None or type(t) is Tensor or type(t) is nn.Parameter:
+        return False
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(t, distributed.DTensor)
+
+
+def local_part(t: Tensor) -> Tensor:
+    """A plain tensor to measure: this process's part of a distributed one, the first part of a wrapper subclass."""
     if type(t) is Tensor or type(t) is nn.Parameter:
         return t
-    if isinstance(t, DTensor):
+    if is_dtensor(t):
         return t.detach().to_local()  # type: ignore[attr-defined]
-    if is_traceable_wrapper_subclass(t):  # jagged tensors, for one
-        return local(getattr(t, t.__tensor_flatten__()[0][0])).detach()
+    if is_traceable_wrapper_subclass(t):  # such as a jagged tensor
+        return local_part(getattr(t, t.__tensor_flatten__()[0][0])).detach()
     return t
 
 
-def origin(t: Tensor) -> Tensor:
-    """What it is a view of, or itself."""
-    return t if t._base is None else t._base
+def is_parameter(t: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    if type(t) is not Tensor and isinstance(
+        t, nn.Parameter
+    ):  # asking that of a plain tensor is slow
+        return True
+    base = view_base(t)
+    return base is not t and type(base) is not Tensor and isinstance(base, nn.Parameter)
 
 
-def learned(t: Tensor) -> bool:
-    """Whether it is a parameter, or a view of one."""
-    return _is_parameter(t) or _is_parameter(t._base)
+def is_integral(t: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, which have no gradient: seeds and indices."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
-def _is_parameter(t: Tensor | None) -> bool:
-    return type(t) is not Tensor and isinstance(t, nn.Parameter)  # asking that of a tensor is slow
-
-
-def row(t: Tensor) -> Tensor:
-    """The first."""
-    return t[:1] if t.ndim else t
-
-
-def there(t: Tensor) -> bool:
-    """Whether it is dense, and its memory not freed, as FSDP's is of weights between uses."""
+def has_dense_memory(t: Tensor) -> bool:
+    """Whether a tensor is dense and its memory is there; FSDP frees that of weights between their uses."""
     if t.layout is not torch.strided:
         return False
     try:
@@ -60,23 +64,17 @@ def there(t: Tensor) -> bool:
         return True
 
 
-def counts(t: Tensor) -> bool:
-    """Whether it holds whole numbers, which nobody differentiates: seeds, indices."""
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+def sum_dtype(t: Tensor) -> torch.dtype:
+    """A dtype of at least single precision, for sums over a tensor."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
-def storage(t: Tensor) -> int:
-    """What tensors share that share memory; negative for those that have none."""
-    try:
-        return t.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return -id(t)
+def like_strided(t: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``t`` with these strides, as far as a fresh tensor can have them.
 
-
-def laid_out(t: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """With these strides, as far as a fresh tensor can have them: kernels, and what they save, depend on the layout.
-
-    Expanded dimensions are expanded again. Not where elements overlap otherwise, nor where they lie far apart.
+    The kernels that run on a stream, and what they save, depend on its strides, so a recovered stream gets those of
+    the original. Expanded dimensions are expanded again. A tensor whose elements overlap in another way, or lie far
+    apart, stays as it is.
     """
     if t.stride() == stride:
         return t
@@ -88,4 +86,8 @@ def laid_out(t: Tensor, stride: tuple[int, ...]) -> Tensor:
     if reach > 8 * count:
         return t
     once = t[tuple(slice(None) if d else slice(1) for d in stride)]
-    return torch.empty_strided(once.shape, stride, dtype=t.dtype, device=t.device).copy_(once).expand(t.shape)
+    return (
+        torch.empty_strided(once.shape, stride, dtype=t.dtype, device=t.device)
+        .copy_(once)
+        .expand(t.shape)
+    )

@@ -72,7 +72,7 @@ def compiled(model: nn.Module, backend: Any = "aot_eager", **options: Any) -> An
     """The same, with F and G of each of its stacks compiled."""
     for stack in model.modules():
         if isinstance(stack, ReversibleSequence):
-            for branch in stack.branches:
+            for branch in stack.bound_steps:
                 branch.fn.compile(backend=backend, **options)
     return model
 

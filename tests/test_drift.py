@@ -13,8 +13,9 @@ import torch
 from common import Lambda, grads, leaves, loss, mlp, net, vit_block
 from torch import nn
 
-from revlib import Additive, Anchored, Checkpoint, ExactAdditive, KeepLast, Naive, Reversible, ReversibleSequence, loop
+from revlib import Additive, Anchored, Checkpoint, ExactAdditive, KeepLast, Naive, Reversible, ReversibleSequence
 from revlib.diagnostics import DriftMonitor
+from revlib.guards import recovery_check
 from revlib.schedulers import Plan, Scheduler
 from revlib.testing import LiveBytes
 
@@ -117,7 +118,7 @@ def test_a_known_error_builds_up():
 def test_it_measures_what_backward_recovers(scheduler, autocast, monkeypatch):
     """The streams are small enough for samples to be whole, so both see the same numbers."""
     seen = []
-    monkeypatch.setattr(loop, "close", lambda witnesses, *_: seen.extend(witnesses))
+    monkeypatch.setattr(recovery_check, "compare_recovered", lambda witnesses, *_: seen.extend(witnesses))
     torch.manual_seed(0)
     stack = net(scheduler, lambda: narrow(8), depth=6, dtype=torch.float32)
     monitor = DriftMonitor(stack, warn_above=1.0)
@@ -171,7 +172,7 @@ def test_a_stream_that_comes_back_as_nan_is_infinitely_wrong():
 # ---------------------------------------------------------------------------------------------- what it leaves alone
 def counted(stack):
     calls = []
-    for branch in stack.branches:
+    for branch in stack.bound_steps:
         branch.fn.register_forward_hook(lambda *_: calls.append(1))
     return calls
 

@@ -78,7 +78,7 @@ def test_any_result_unmerges_from_any_stream_on_the_grid(seed, power, scale, dty
 @given(strategies.cases(dtype=torch.float32), precisions)
 def test_inversion_gives_back_every_bit(case, amp):
     stack = made_exact(case.stack).eval()
-    entered = [ExactAdditive().enter(x) if i < len(stack.branches) else x for i, x in enumerate(case.streams)]
+    entered = [ExactAdditive().enter(x) if i < len(stack.bound_steps) else x for i, x in enumerate(case.streams)]
     with torch.no_grad(), torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
         recovered = stack.inverse(*stack(*case.streams, **case.context), **case.context)
     assert same(recovered, entered)

@@ -722,7 +722,7 @@ def test_without_fullgraph_a_graph_break_within_a_function_is_refused():
 def test_what_was_made_for_a_graph_does_not_run_without_one():
     stack = net(Functional())
     with pytest.raises(RuntimeError, match="did not fit into one graph"):
-        functional._apply(stack.branches, tuple(leaves()), [{}] * 6, None, None, buffers=True)
+        functional.autograd_function._apply(stack.bound_steps, tuple(leaves()), [{}] * 6, None, None, buffers=True)
 
 
 GLOBAL = torch.ones(4, requires_grad=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
+from revlib.core import tape
 from revlib.testing import LiveBytes, assert_memory_flat, footprint
 
 
@@ -25,9 +26,9 @@ def alive(monkeypatch):
         refs.append((name, weakref.ref(thing.untyped_storage() if isinstance(thing, torch.Tensor) else thing)))
         return thing
 
-    for kind in ("Tape", "Record"):
-        make = getattr(engine, kind)
-        monkeypatch.setattr(engine, kind, lambda *args, make=make, kind=kind, **kw: watch(kind, make(*args, **kw)))
+    for module, kind in ((engine, "Tape"), (tape, "StepRecord")):
+        make = getattr(module, kind)
+        monkeypatch.setattr(module, kind, lambda *args, make=make, kind=kind, **kw: watch(kind, make(*args, **kw)))
     gc.collect()
     gc.disable()
     found = lambda: sorted({name for name, ref in refs if ref() is not None})  # noqa: E731

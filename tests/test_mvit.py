@@ -159,9 +159,9 @@ def test_f_and_g_are_those_of_a_timm_block(stage):
 def test_both_streams_are_fused_after_every_stage(fusion):
     model, seen = build(fusion=fusion).eval(), []
     for stage in model.stages:
-        assert type(stage.fuse) is fusion
+        assert type(stage.fusion) is fusion
         stage.pairs.register_forward_hook(lambda module, args, streams: seen.append(streams))
-        stage.fuse.register_forward_hook(lambda module, args, fused: seen.append((args, fused)))
+        stage.fusion.register_forward_hook(lambda module, args, fused: seen.append((args, fused)))
         if stage.transition is not None:
             stage.transition.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     features = model.forward_features(torch.randn(2, 1, 16, 8))

@@ -203,8 +203,8 @@ def test_arguments_reach_the_model(name):
 
 
 def test_what_they_cannot_take_is_an_error():
-    with pytest.raises(TypeError, match=r"rev_mvit_base takes no argument 'global_pool'; RevMViT takes img_size, "):
-        build("rev_mvit_base", global_pool="avg")
+    with pytest.raises(TypeError, match=r"rev_mvit_base takes no argument 'qk_norm'; RevMViT takes img_size, "):
+        build("rev_mvit_base", qk_norm=True)
     with pytest.raises(TypeError, match="rev_vit_small takes no argument 'class_token'; RevViT takes img_size, "):
         build("rev_vit_small", class_token=True)
     for name in ("rev_vit_small", "rev_swin_tiny"):

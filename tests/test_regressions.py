@@ -20,6 +20,7 @@ from revlib import (
     Checkpoint,
     Coupling,
     ExactAdditive,
+    Functional,
     Naive,
     Reversible,
     ReversibleSequence,
@@ -553,3 +554,36 @@ def test_a_budget_that_is_run_again_by_somebody_else(around):
         return [x.grad for x in xs]
 
     assert same(*by_naive(Budget(fraction=0.5), play))
+
+
+class Offset(nn.Module):
+    """Learns nothing but an offset of its stream's own shape, as prompt and position tuning do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.offset = nn.Linear(4, 4).requires_grad_(False), nn.Parameter(torch.zeros(1, 3, 4))
+
+    def forward(self, x):
+        return self.layer(x) + self.offset
+
+
+@pytest.mark.parametrize("streams", ["sums", "leaves"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [Naive(), Reversible(), Checkpoint(), Anchored(2), Budget(fraction=0.5), Functional()],
+    ids=lambda s: type(s).__name__,
+)
+def test_no_two_leaves_share_the_memory_of_their_gradients(scheduler, streams):
+    torch.manual_seed(0)
+    stack = ReversibleSequence([(Offset(), Offset()) for _ in range(2)], scheduler=scheduler)
+    table, x = nn.Parameter(torch.randn(1, 3, 4)), torch.randn(1, 3, 4)
+    all_leaves = [table, *(p for p in stack.parameters() if p.requires_grad)]
+    after = []
+    for _ in range(2):
+        y = stack(table, x) if streams == "leaves" else stack(x + table, x)
+        (y[0] * y[1]).sum().backward()
+        after.append([p.grad.clone() for p in all_leaves])
+        memory = [p.grad.untyped_storage().data_ptr() for p in all_leaves]
+        assert len(set(memory)) == len(memory)
+    for once, twice in zip(*after, strict=True):
+        torch.testing.assert_close(twice, 2 * once)

@@ -102,7 +102,7 @@ def test_auxiliary_losses_in_any_order(scheduler, order, retain):
 def counted(stack):
     """Put counters of whole evaluations into the functions of a stack."""
     ends = []
-    for k, branch in enumerate(stack.branches):
+    for k, branch in enumerate(stack.bound_steps):
         branch.fn.register_forward_hook(lambda *_, k=k: ends.append(k))
     return ends
 
@@ -227,14 +227,14 @@ def test_nothing_fits_but_the_last_step_is_kept_all_the_same():
 def kept_steps(stack, *streams):
     """Runs forward, backward; -> which steps were not evaluated again."""
     again, handles = set(), []
-    for k, branch in enumerate(stack.branches):
+    for k, branch in enumerate(stack.bound_steps):
         handles.append(branch.fn.register_forward_pre_hook(lambda *_, k=k: again.add(k)))
     outputs = stack(*streams)
     again.clear()
     loss(outputs).backward()
     for handle in handles:
         handle.remove()
-    return sorted(set(range(len(stack.branches))) - again)
+    return sorted(set(range(len(stack.bound_steps))) - again)
 
 
 def test_a_budget_adapts_to_shapes():
@@ -289,7 +289,7 @@ def test_stages_share_a_budget_and_the_last_come_first(calls):
     assert model.second.scheduler is model.first.scheduler
     again = set()
     for name, module in (("first", model.first), ("second", model.second)):
-        for k, branch in enumerate(module.branches):
+        for k, branch in enumerate(module.bound_steps):
             branch.fn.register_forward_pre_hook(lambda *_, name=name, k=k: again.add((name, k)))
     outputs = model(x)
     again.clear()

@@ -2,7 +2,18 @@
 
 import pytest
 from situations import SITUATIONS, THEMES
-from situations.base import COUPLINGS, NOT_RUN, REFUSED, SCHEDULERS, by_hand, expected, fits, verdict
+from situations.base import (
+    COUPLINGS,
+    NOT_RUN,
+    PENDING,
+    REFUSED,
+    SCHEDULERS,
+    SUPPORTED,
+    by_hand,
+    expected,
+    fits,
+    verdict,
+)
 from situations.render import PAGE, rendered
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,6 +37,25 @@ def test_situation(name, coupling):
         if found != row.verdicts[scheduler] or (found == REFUSED and not fits(told, row.pattern(scheduler))):
             wrong.append(f"{scheduler}: {row.verdicts[scheduler]} expected, was {found} {told}")
     assert not wrong, "\n".join([f"{name}, {coupling}:", *wrong])
+
+
+def _pending(s):
+    return pytest.param(s.name, marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=s.pending)])
+
+
+@pytest.mark.parametrize("name", [_pending(s) for s in PENDING.values()])
+def test_pending_situation(name):
+    """Right under every scheduler, or refused where that may be; then it belongs into the table."""
+    s, wrong = PENDING[name], []
+    fine = {SUPPORTED, NOT_RUN, *([REFUSED] if s.refusable else [])}
+    for coupling in s.couplings:
+        want = by_hand(s, COUPLINGS[coupling])
+        assert want.raised is None or "Affine" in coupling, want.raised
+        for scheduler in SCHEDULERS:
+            found, told = verdict(s, scheduler, coupling, want)
+            if found not in fine:
+                wrong.append(f"{scheduler}, {coupling}: {found} {told}")
+    assert not wrong, "\n".join([f"{name}:", *wrong])
 
 
 def test_the_table_has_every_cell_and_no_other():

@@ -14,7 +14,7 @@ from common import Lambda, error, grads, leaves, loss, mlp, net, vit_block
 from hypothesis import given, settings
 from torch import nn
 
-from revlib import Coupling, Naive, Reversible, ReversibleSequence, Step, streams
+from revlib import Coupling, Naive, Reversible, ReversibleSequence, Step, cuda_streams
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, PaReprop
 from revlib.testing import RaceChecker, assert_no_races, assert_same_gradients, footprint, strategies
 from revlib.testing.model import Model, Stream
@@ -27,21 +27,21 @@ ahead = partial(PaReprop, trials=0)
 # modelled it may switch between them; elsewhere that does nothing.
 def fork(name):
     """A new main stream, after all work so far."""
-    if not isinstance(streams.driver, Model):
+    if not isinstance(cuda_streams.driver, Model):
         return None
-    stream = Stream(streams.driver, name)
-    join(streams.driver.stream, stream)
+    stream = Stream(cuda_streams.driver, name)
+    join(cuda_streams.driver.stream, stream)
     return stream
 
 
 def on(stream):
-    return contextlib.nullcontext() if stream is None else streams.driver.on(stream)
+    return contextlib.nullcontext() if stream is None else cuda_streams.driver.on(stream)
 
 
 def join(first, then=None):
     """The stream ``then`` (the current one) waits for ``first``."""
     if first is not None:
-        (then or streams.driver.stream).wait_event(first.record_event())
+        (then or cuda_streams.driver.stream).wait_event(first.record_event())
 
 
 def update(*stacks):
@@ -146,8 +146,8 @@ def optimizer_inside(scheduler, pending=None):
             p.sub_(p.grad, alpha=1e-2)
         p.grad = None
         if pending is not None:
-            main = streams.driver.stream
-            side = streams.driver.sides.get(main)
+            main = cuda_streams.driver.stream
+            side = cuda_streams.driver.sides.get(main)
             pending.append((main.name, side is not None and not main.knows(side, side.known[side])))
 
     for p in stack.parameters():
@@ -160,7 +160,7 @@ def optimizer_inside(scheduler, pending=None):
 def partly(scheduler):
     """Backward that ends above the bottom: some parameters only, and a loss of one output only."""
     stack, xs, left = net(scheduler, depth=4), leaves(), []
-    wanted = [p for f in stack.branches[5:] for p in f.fn.parameters()]
+    wanted = [p for f in stack.bound_steps[5:] for p in f.fn.parameters()]
     for _ in range(2):
         left += torch.autograd.grad(loss(stack(*xs)), wanted)
         left += torch.autograd.grad(stack(*xs)[0].square().sum(), wanted[:6], allow_unused=True)
@@ -172,7 +172,7 @@ def partly(scheduler):
 def two_roots(scheduler):
     """The second backward pass starts at a step that the first one's look-ahead has recovered already."""
     stack, xs, left = net(scheduler), leaves(), []
-    last, middle = ([*stack.branches[k].fn.parameters()] for k in (-1, -2))
+    last, middle = ([*stack.bound_steps[k].fn.parameters()] for k in (-1, -2))
     for _ in range(2):
         low, high = stack(*xs)
         left += torch.autograd.grad(loss([high]), last)
@@ -230,7 +230,7 @@ def exception(scheduler):
     def hook(g):
         raise ArithmeticError("the user's own error")
 
-    handle = stack.branches[3].fn[1].weight.register_hook(hook)
+    handle = stack.bound_steps[3].fn[1].weight.register_hook(hook)
     try:
         loss(stack(*xs)).backward()
         raise AssertionError("the hook did not run")
@@ -383,8 +383,8 @@ def test_every_look_ahead_of_the_second_of_two_backward_passes_is_compared():
     def scene(scheduler):
         stack, xs = net(scheduler), leaves()
         low, high = stack(*xs)
-        torch.autograd.grad(loss([high]), [*stack.branches[-1].fn.parameters()])
-        stack.branches[0].fn[1].weight.data.mul_(2)  # behind the back of every version counter
+        torch.autograd.grad(loss([high]), [*stack.bound_steps[-1].fn.parameters()])
+        stack.bound_steps[0].fn[1].weight.data.mul_(2)  # behind the back of every version counter
         loss([low]).backward()
 
     for scheduler in (Reversible(), ahead()):
@@ -398,17 +398,17 @@ def no_wait_before_a_launch(monkeypatch):
 
 
 def no_wait_by_main(monkeypatch):
-    monkeypatch.setattr(streams.Launch, "join", lambda self: setattr(self, "held", None))
+    monkeypatch.setattr(cuda_streams.Launch, "join", lambda self: setattr(self, "held", None))
 
 
 def inputs_not_held(monkeypatch):
-    init = streams.Launch.__init__
+    init = cuda_streams.Launch.__init__
 
     def forgetful(self, device, work, held):
         init(self, device, work, held)
         self.held = ()
 
-    monkeypatch.setattr(streams.Launch, "__init__", forgetful)
+    monkeypatch.setattr(cuda_streams.Launch, "__init__", forgetful)
 
 
 def no_join_at_the_end(monkeypatch):
@@ -416,18 +416,18 @@ def no_join_at_the_end(monkeypatch):
         while launches:
             launches.popitem()[1].held = None
 
-    monkeypatch.setattr(streams, "settle", forgetful)
+    monkeypatch.setattr(cuda_streams, "settle", forgetful)
 
 
 def event_before_the_work(monkeypatch):
-    init = streams.Launch.__init__
+    init = cuda_streams.Launch.__init__
 
     def hasty(self, device, work, held):
-        event = streams.driver.side(streams.driver.current(device)).record_event()
+        event = cuda_streams.driver.side(cuda_streams.driver.current(device)).record_event()
         init(self, device, work, held)
         self.event = event
 
-    monkeypatch.setattr(streams.Launch, "__init__", hasty)
+    monkeypatch.setattr(cuda_streams.Launch, "__init__", hasty)
 
 
 def one_side_for_all(monkeypatch):
@@ -436,13 +436,13 @@ def one_side_for_all(monkeypatch):
 
 
 def host_waits(monkeypatch):
-    join = streams.Launch.join
+    join = cuda_streams.Launch.join
 
     def impatient(self):
         self.event.synchronize()
         join(self)
 
-    monkeypatch.setattr(streams.Launch, "join", impatient)
+    monkeypatch.setattr(cuda_streams.Launch, "join", impatient)
 
 
 MUTANTS = [
@@ -474,7 +474,7 @@ def test_main_and_the_current_stream_wait_for_a_launch_and_release_what_it_read(
     main, caller = checker.stream("of forward"), checker.stream("of the caller")
     with checker:
         with checker.on(main):
-            launch = streams.Launch(torch.device("cpu"), lambda: torch.ones(3), held=[1])
+            launch = cuda_streams.Launch(torch.device("cpu"), lambda: torch.ones(3), held=[1])
         side = checker.driver.sides[main]
         assert launch.held == [1] and not main.knows(side, 1)
         with checker.on(caller):
@@ -485,7 +485,7 @@ def test_main_and_the_current_stream_wait_for_a_launch_and_release_what_it_read(
 
 def test_a_dropped_launch_is_waited_for():
     with RaceChecker() as checker:
-        launch = streams.Launch(torch.device("cpu"), lambda: torch.ones(3), held=[1])
+        launch = cuda_streams.Launch(torch.device("cpu"), lambda: torch.ones(3), held=[1])
         del launch
     assert checker.on_side == 1 and checker.races == []
 
@@ -499,7 +499,7 @@ class Fussy(nn.Module):
         self.f, self.failure, self.at, self.calls = mlp(), failure, at, [0]
 
     def forward(self, x):
-        driver = streams.driver
+        driver = cuda_streams.driver
         if isinstance(driver, Model) and driver.stream in driver.sides.values():
             self.calls[0] += 1
             if self.calls[0] == self.at:
@@ -513,10 +513,10 @@ def test_an_edit_below_what_backward_needs_raises_nothing_and_above_what_reversi
         stack, xs = net(scheduler), leaves()
         total = loss(stack(*xs))
         with torch.no_grad():
-            stack.branches[4].fn[1].weight.mul_(2)
+            stack.bound_steps[4].fn[1].weight.mul_(2)
         if needed:
             total.backward()
-        return torch.autograd.grad(total, [*stack.branches[5].fn.parameters()])
+        return torch.autograd.grad(total, [*stack.bound_steps[5].fn.parameters()])
 
     got, checker = watch(partial(scene, needed=False), ahead(of))
     assert checker.races == []
@@ -539,9 +539,9 @@ def test_an_edit_between_the_look_ahead_and_its_use_raises_what_reversible_raise
 
         def edit(g):
             with torch.no_grad():
-                stack.branches[4].fn[1].bias.mul_(2)
+                stack.bound_steps[4].fn[1].bias.mul_(2)
 
-        stack.branches[5].fn[4].weight.register_hook(edit)
+        stack.bound_steps[5].fn[4].weight.register_hook(edit)
         loss(stack(*xs)).backward()
 
     said = []
@@ -556,13 +556,13 @@ def test_a_kept_stream_edited_since_forward_raises_what_its_scheduler_raises():
     def scene(scheduler, needed):
         stack, xs = net(scheduler), leaves()
         seen = []
-        stack.branches[2].fn.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        stack.bound_steps[2].fn.register_forward_hook(lambda module, args, out: seen.append(args[0]))
         total = loss(stack(*xs))
         with torch.no_grad():
             seen[0].detach().add_(1)
         if needed:
             total.backward()
-        return torch.autograd.grad(total, [*stack.branches[4].fn.parameters()])
+        return torch.autograd.grad(total, [*stack.bound_steps[4].fn.parameters()])
 
     assert (
         error(watch(partial(scene, needed=False), ahead(Anchored(3)))[0], play(partial(scene, needed=False), Naive()))
@@ -644,7 +644,7 @@ def test_no_function_runs_more_often_than_without_look_ahead(of):
         def count(k, *_):
             calls[k] += 1
 
-        for k, branch in enumerate(stack.branches):
+        for k, branch in enumerate(stack.bound_steps):
             branch.fn.register_forward_pre_hook(partial(count, k))
         trained(stack, *leaves(), steps=1)
         return calls
@@ -771,10 +771,10 @@ def test_the_scheduler_is_a_value():
     assert a == b and hash(a) == hash(b) and len({a, b, PaReprop(trials=2), PaReprop(Checkpoint())}) == 3
     assert repr(a) == f"PaReprop(of={Checkpoint()!r}, trials=2)"
     passes(a, 3, Clock(1, 1, 1))
-    assert a._trials
+    assert a._tuners
     assert a == b and hash(a) == hash(b)
     for twin in (pickle.loads(pickle.dumps(a)), copy.deepcopy(a), copy.copy(a)):
-        assert twin == a and type(twin) is PaReprop and twin._trials == {}
+        assert twin == a and type(twin) is PaReprop and twin._tuners == {}
     assert a.plan(5) == a.of.plan(5) and PaReprop(Reversible(tolerance=0.5)).tolerance == 0.5
 
 
@@ -786,8 +786,8 @@ def test_bad_arguments(bad):
 
 @pytest.mark.parametrize("of", [Reversible(), Checkpoint(every=2)], ids=str)
 def test_on_a_cpu_it_is_what_it_is_made_of(of, monkeypatch):
-    monkeypatch.setattr(streams, "Launch", None)
-    monkeypatch.setattr(type(streams.driver), "mark", None)
+    monkeypatch.setattr(cuda_streams, "Launch", None)
+    monkeypatch.setattr(type(cuda_streams.driver), "mark", None)
     scene = partial(deep, dropout=0.2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -820,7 +820,7 @@ def test_assert_no_races():
     assert_no_races(stack, *xs, scheduler=ahead(KeepLast(1)), steps=3)
     assert torch.equal(state, torch.get_rng_state()) and xs[0].grad is None
     assert all(map(torch.equal, stack.parameters(), before))
-    assert type(streams.driver) is streams.CUDA
+    assert type(cuda_streams.driver) is cuda_streams.CUDA
     with pytest.raises(AssertionError, match="gave no work to a side stream"):
         assert_no_races(stack, *xs, scheduler=Reversible())
 
@@ -834,14 +834,14 @@ def test_assert_no_races_names_the_operators_and_the_streams(monkeypatch):
 
 
 def test_the_driver_comes_back_after_an_exception():
-    outer = streams.driver
+    outer = cuda_streams.driver
     with pytest.raises(ArithmeticError), RaceChecker() as one:
-        assert streams.driver is one.driver
+        assert cuda_streams.driver is one.driver
         with RaceChecker() as two:
-            assert streams.driver is two.driver
-        assert streams.driver is one.driver
+            assert cuda_streams.driver is two.driver
+        assert cuda_streams.driver is one.driver
         raise ArithmeticError
-    assert streams.driver is outer
+    assert cuda_streams.driver is outer
 
 
 def test_the_checker_sees_backward_its_hooks_and_its_callbacks():

@@ -68,7 +68,7 @@ def test_hypothesis_shrinks_a_wrong_scheduler_to_the_shallowest_stack():
         return False
 
     case = find(strategies.cases(), wrong, settings=settings(max_examples=300, deadline=None))
-    assert len(case.stack.branches) <= 2 and case.context == {}
+    assert len(case.stack.bound_steps) <= 2 and case.context == {}
 
 
 def test_the_stack_is_left_as_it_was():

@@ -57,9 +57,9 @@ def test_it_is_torchvisions_model_with_reversible_stages(fusion):
             x1 = x1 + F.drop_path(F.attn(F.norm(x2), size)[0])
             norm, mlp, drop_path = G
             x2 = x2 + drop_path(mlp(norm(x1)))
-        x = stage.fuse(x1, x2)
+        x = stage.fusion(x1, x2)
     want = model.head(model.norm(x)[:, 0])
-    assert size == (2, 2, 1) and {type(stage.fuse) for stage in model.blocks} == {fusion}
+    assert size == (2, 2, 1) and {type(stage.fusion) for stage in model.blocks} == {fusion}
     torch.manual_seed(1)
     assert torch.equal(model(images), want)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from revlib._torch import forward_mode_active, transforming
 
 __all__ = ["add_on_grid", "serves"]
 
@@ -22,8 +23,8 @@ def serves(s: Tensor, t: Tensor) -> bool:
         and s.is_contiguous()
         and t.is_contiguous()
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not transforming()
+        and not forward_mode_active()
         and _works(s.device)
     )
 

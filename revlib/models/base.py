@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from revlib.models.tracing import NotScripted, Tap, joined
 from revlib.schedulers import Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["Scheduled", "TimmModel"]
+__all__ = ["Layer", "Scheduled", "TimmModel", "placed"]
 
+Layer = str | Callable[..., nn.Module]  # a class, or what timm calls it
 FORMATS = {"NCHW": "b h w c -> b c h w", "NHWC": "b h w c -> b h w c", "NLC": "b h w c -> b (h w) c"}
 
 
-class Scheduled(nn.Module):
+class Scheduled(NotScripted):
     """A model with one scheduler for all of its reversible sequences."""
+
+    _arguments: dict[str, Any]
 
     @property
     def sequences(self) -> list[ReversibleSequence]:
@@ -41,22 +46,34 @@ class Scheduled(nn.Module):
         """``Reversible()`` everywhere, or ``Naive()``, which keeps every activation."""
         self.scheduler = Reversible() if enable else Naive()
 
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm notes to build the model again from a file: not how it was trained."""
+        return self._arguments
+
+    @_model_args.setter
+    def _model_args(self, arguments: dict[str, Any]) -> None:
+        self._arguments = {name: value for name, value in arguments.items() if name != "scheduler"}
+
 
 class TimmModel(Scheduled):
-    """An image classifier with timm's methods: patches, levels of reversible blocks, norm, pooling, linear.
+    """An image classifier with timm's methods: patches, levels of reversible blocks, norm, pooling, dropout, linear.
 
     A level is what ``features_only=True`` can tap, an entry of ``feature_info``: a block of RevViT, a stage of RevSwin.
-    Its feature map is the concatenation of both streams, which is also what the head sees of the last one.
+    Its feature map is the concatenation of both streams, which is also what the head sees of the last one. Hooks get it
+    from ``taps.0``, ``taps.1`` and so on, modules that run only while they have hooks.
 
-    A model sets ``patch_embed``, ``norm``, ``fc_norm``, ``head``, ``feature_info`` and the numbers below, and defines
-    ``streams`` and ``keep``.
+    A model sets ``patch_embed``, ``norm``, ``fc_norm``, ``head_drop``, ``head`` and the numbers below, calls
+    ``make_taps``, and defines ``streams`` and ``keep``.
 
     Source of the conventions: Wightman, *PyTorch Image Models*; ``timm.models.VisionTransformer`` has each of them.
     """
 
     patch_embed: Any
+    taps: Any
     norm: nn.Module
     fc_norm: nn.Module  # after pooling
+    head_drop: nn.Module
     head: nn.Module
     feature_info: list[dict[str, Any]]
     in_chans: int
@@ -64,6 +81,7 @@ class TimmModel(Scheduled):
     num_features: int
     head_hidden_size: int
     global_pool: str
+    num_prefix_tokens = 0
 
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         """Both streams after as many levels as each stop says, in rising order."""
@@ -73,16 +91,27 @@ class TimmModel(Scheduled):
         """Drop all blocks after the first ``levels`` levels."""
         raise NotImplementedError
 
+    def make_taps(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
+        """A tap after each level, of so many channels, every so many pixels."""
+        self.taps = nn.ModuleList(Tap() for _ in channels)
+        self.feature_info = [
+            {"module": f"taps.{i}", "num_chs": channels[i], "reduction": reductions[i]} for i in range(len(channels))
+        ]
+
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, patches, num_features), normalised; patches are one dimension, or rows and columns."""
-        (streams,) = self.streams(images, [len(self.feature_info)])
-        return self.norm(torch.cat(streams, dim=-1))
+        last = len(self.taps)
+        heard = [stop for stop in range(1, last + 1) if self.taps[stop - 1].heard]
+        stops = heard if last in heard else [*heard, last]
+        for stop, streams in zip(stops, self.streams(images, stops), strict=True):
+            x = self.taps[stop - 1](streams[0], streams[1]) if stop in heard else joined(streams)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""
         if self.global_pool:
-            x = reduce(x, "batch ... features -> batch features", "mean")
-        x = self.fc_norm(x)
+            x = x.flatten(1, -2).mean(1)  # over patches; einops does not read the shapes of a symbolic trace
+        x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,25 +138,44 @@ class TimmModel(Scheduled):
         """
         if output_fmt not in FORMATS:
             raise ValueError(f"output_fmt must be one of {', '.join(FORMATS)}, got {output_fmt!r}; choose one of them")
-        taken, last = feature_take_indices(len(self.feature_info), indices)
-        end = last + 1 if stop_early else len(self.feature_info)
+        taken, last = feature_take_indices(len(self.taps), indices)
+        end = last + 1 if stop_early else len(self.taps)
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         stops, found = sorted({end, *(index + 1 for index in taken)}), []
         for stop, streams in zip(stops, self.streams(x, stops), strict=True):
-            x = torch.cat(streams, dim=-1)
+            x = joined(streams)
             fits = x.shape[-1] == self.num_features
             if stop - 1 in taken:
                 tap = self.norm(x) if norm and fits else x
-                tap = tap.unflatten(1, self.patch_embed.grid_size) if tap.ndim == 3 else tap
+                tap = tap.unflatten(1, grid) if tap.ndim == 3 else tap
                 found.append(rearrange(tap, FORMATS[output_fmt]).contiguous())
         return found if intermediates_only else (self.norm(x) if fits else x, found)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Tensor]:
+        """The feature maps after the last n levels, or after those listed, as (B, patches, channels).
+
+        With ``reshape`` as (B, channels, rows, columns). There are no prefix tokens to return, as in timm's models
+        without a class token. Source: the interface of DINO.
+        """
+        fmt = "NCHW" if reshape else "NLC"
+        maps: Any = self.forward_intermediates(x, n, norm=norm, output_fmt=fmt, intermediates_only=True)
+        return maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the feature maps at ``indices`` do not need; returns these, counted from the first level."""
-        taken, last = feature_take_indices(len(self.feature_info), indices)
-        shorter = last + 1 < len(self.feature_info)
+        taken, last = feature_take_indices(len(self.taps), indices)
+        shorter = last + 1 < len(self.taps)
         del self.feature_info[last + 1 :]
+        self.taps = self.taps[: last + 1]
         self.keep(last + 1)
         if prune_norm or shorter:
             self.norm = nn.Identity()
@@ -154,4 +202,9 @@ class TimmModel(Scheduled):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh last layer for another number of classes, on the device and in the dtype of the model."""
         self.make_head(num_classes, self.global_pool if global_pool is None else global_pool)
-        self.head.apply(init_weights_vit_timm).to(self.patch_embed.proj.weight)
+        self.head.apply(init_weights_vit_timm).to(self.patch_embed.proj.weight).train(self.training)
+
+
+def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which layers are made on a device; None leaves the choice to the context around it."""
+    return contextlib.nullcontext() if device is None else torch.device(device)

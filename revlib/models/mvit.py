@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Scheduled
+from revlib.models.base import Layer, Scheduled, TimmModel
 from revlib.models.fusion import Fusion, Mean
+from revlib.models.sizes import resize_mvit
 from revlib.models.stage import PooledAttention, RevStage, patch_grid
+from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
-from revlib.sequence import ReversibleSequence
 
 __all__ = ["RevMViT"]
 
@@ -40,6 +43,8 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         fusion: how two streams become one: ``Mean``, ``ConcatLinear`` or ``ConcatMlp``.
         coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
         scheduler: of all stages; also ``model.scheduler = ...`` at any time. A ``Budget`` bounds them together.
+        global_pool: "avg", "token" (the class token) or "" for none; None for "token" where there is one, else "avg".
+        norm_layer, act_layer: classes, or timm's names of them. device, dtype: of parameters.
 
     The defaults are minREV's on CIFAR-10; ``(224, 4, 3, 1000, 96, (2, 3, 16, 3), kv_stride=4)`` has MViTv2-B's sizes.
 
@@ -52,6 +57,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
     """
 
     stages: Any  # timm's
+    feature_info: Any
     _init_weights: Any
 
     def __init__(
@@ -71,6 +77,12 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         fusion: Fusion = Mean,
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
+        *,
+        global_pool: str | None = None,
+        norm_layer: Layer = "layernorm",
+        act_layer: Layer = nn.GELU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         feat_size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         cfg = MultiScaleVitCfg(
@@ -81,18 +93,30 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             patch_kernel=(2 * patch_size - 1,) * 2,
             patch_stride=(patch_size,) * 2,
             patch_padding=(patch_size - 1,) * 2,
+            norm_layer=norm_layer,
+            norm_eps=getattr(norm_layer, "keywords", {}).get("eps", 1e-6),
         )
-        side = (
-            max(feat_size) * patch_size
-        )  # timm makes square tables only; what a shorter side leaves over stays unused
-        super().__init__(cfg, (side, side), in_chans, None, num_classes, drop_path_rate, drop_rate)
+        side = max(feat_size) * patch_size  # timm makes square tables only; a shorter side leaves rows unused
+        super().__init__(
+            cfg, (side, side), in_chans, global_pool, num_classes, drop_path_rate, drop_rate, device=device, dtype=dtype
+        )
         for i, stage in enumerate(self.stages):
             transition, blocks = (stage.blocks[0], stage.blocks[1:]) if i else (None, stage.blocks)
             inner = (feat_size[0] // 2, feat_size[1] // 2) if i else feat_size
-            pairs = ReversibleSequence((), coupling, scheduler)
+            pairs = Blocks((), coupling, scheduler)
             for b in blocks:
                 attention = PooledAttention(b.norm1, b.attn, b.drop_path1, inner)
                 pairs.append((attention, nn.Sequential(b.norm2, b.mlp, b.drop_path2)))
-            fuse = fusion(cfg.embed_dim[i], partial(nn.LayerNorm, eps=cfg.norm_eps)).apply(self._init_weights)
+            for b in stage.blocks:
+                b.mlp.act = get_act_layer(act_layer)()
+            norm = partial(get_norm_layer(norm_layer), eps=cfg.norm_eps)
+            fuse = fusion(cfg.embed_dim[i], norm).to(device=device, dtype=dtype).apply(self._init_weights)
             self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
+            self.feature_info[i]["module"] = f"stages.{i}"
             feat_size = inner
+
+    get_intermediate_layers = TimmModel.get_intermediate_layers
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
+        """Take images of another size: tables of relative positions are resampled to it."""
+        resize_mvit(self, img_size)

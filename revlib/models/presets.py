@@ -20,10 +20,13 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import nn
 
+from revlib.models.base import TimmModel
 from revlib.models.fusion import ConcatMlp
 from revlib.models.mvit import RevMViT
+from revlib.models.sizes import checkpoint_of_mvit, checkpoint_of_swin, checkpoint_of_vit
 from revlib.models.swin import RevSwin
 from revlib.models.vit import RevViT
 
@@ -54,10 +57,18 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
+    RevViT: checkpoint_of_vit,
+    RevSwin: checkpoint_of_swin,
+    RevMViT: checkpoint_of_mvit,
+}
+
+
 def _cfg(name: str, model: type[nn.Module]) -> dict[str, Any]:
     """What timm notes of a model: no weights, and what its images are like."""
     return {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True, "pool_size": None,
+        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True,
+        "pool_size": None if model is not RevSwin else (4, 4) if name.endswith("cifar10") else (7, 7),
         "crop_pct": 0.9, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj", "classifier": "head.fc" if model is RevMViT else "head",
         **(CIFAR10 if name.endswith("cifar10") else {}),
@@ -74,12 +85,24 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     def checked(**given: Any) -> nn.Module:
         if unknown := [argument for argument in given if argument not in defaults]:
             raise TypeError(f"{name} takes no argument {unknown[0]!r}; {model.__name__} takes {', '.join(defaults)}")
-        return model(**given)
+        built = model(**given)
+        if features["feature_cls"] == "fx" and isinstance(built, TimmModel):
+            for i in feature_take_indices(levels, features["out_indices"])[0]:
+                built.taps[i].register_forward_hook(_listen)  # so that the trace has this map
+        return built
 
     arguments = defaults | sizes | kwargs
     levels = len(arguments["depths"]) if "depths" in arguments else arguments["depth"]
-    features = {"out_indices": min(levels, 4), "feature_cls": "getter"}  # of the last four, unless told
-    return build_model_with_cfg(checked, name, pretrained, feature_cfg=features, **(sizes | kwargs))
+    features: dict[str, Any] = {"out_indices": min(levels, 4), "feature_cls": "getter"}  # the last four
+    if kwargs.get("features_only"):
+        features |= {name: kwargs.pop(name) for name in list(features) if name in kwargs}
+    filter_fn = FILTERS[model]
+    return build_model_with_cfg(
+        checked, name, pretrained, feature_cfg=features, pretrained_filter_fn=filter_fn, **(sizes | kwargs)
+    )
+
+
+def _listen(*args: Any) -> None: ...
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:

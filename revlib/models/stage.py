@@ -1,19 +1,20 @@
-"""Stages of multiscale transformers: a transition, reversible pairs on two copies of its result, and their fusion."""
+"""Parts of multiscale transformers: branches; stages of a transition, pairs on two copies of its result, a fusion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib._torch import exporting, transforming
+from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
-from revlib.step import exporting
 
-__all__ = ["PooledAttention", "RevStage", "patch_grid"]
+__all__ = ["PooledAttention", "RevStage", "WindowBranch", "patch_grid"]
 
 
 class PooledAttention(nn.Module):
@@ -27,7 +28,20 @@ class PooledAttention(nn.Module):
         return self.drop_path(self.attn(self.norm(x), self.feat_size)[0])
 
 
-class RevStage(nn.Module):
+class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes without types
+    """F: a block of timm's without residuals and MLP, from (B, H, W, C) to the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path1(self._attn(self.norm1(x)))
+
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """(F, G), to be taken once: G takes the MLP with it."""
+        mlp = nn.Sequential(self.norm2, self.mlp, self.drop_path2)
+        del self.norm2, self.mlp, self.drop_path2
+        return self, mlp
+
+
+class RevStage(NotScripted):
     """A transition: an ordinary block that pools queries, or None; pairs on two copies of its result; their fusion.
 
     Transition and fusion do not invert. They are checkpointed, unless the scheduler of the pairs is ``Naive()``, and
@@ -36,12 +50,16 @@ class RevStage(nn.Module):
     """
 
     def __init__(
-        self, transition: nn.Module | None, pairs: ReversibleSequence, fuse: nn.Module, feat_size: tuple[int, ...]
+        self, transition: nn.Module | None, pairs: ReversibleSequence, fusion: nn.Module, feat_size: tuple[int, ...]
     ) -> None:
         super().__init__()
-        self.transition, self.pairs, self.fuse, self.feat_size = transition, pairs, fuse, feat_size
+        self.transition, self.pairs, self.fusion, self.feat_size = transition, pairs, fusion, feat_size
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        if traced(x):
+            both = noted(self, (x, feat_size))
+            after = both[1]
+            return both[0], after  # the features last, as what a trace knows by the name of the stage
         if tuple(feat_size) != self.feat_size:
             raise ValueError(
                 f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
@@ -50,10 +68,10 @@ class RevStage(nn.Module):
         if self.transition is not None:
             x, feat_size = self._ordinary(self.transition, x, feat_size)
         x = x.to(next(self.parameters()).dtype)  # autocast's would be too coarse for sums over blocks to invert
-        return self._ordinary(self.fuse, *self.pairs(x, x)), feat_size
+        return self._ordinary(self.fusion, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
-        kept = isinstance(self.pairs.scheduler, Naive) or torch._C._are_functorch_transforms_active()
+        kept = isinstance(self.pairs.scheduler, Naive) or transforming()
         return layer(*args) if kept or exporting() else checkpoint(layer, *args, use_reentrant=False)
 
 

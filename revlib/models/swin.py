@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
-from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+import torch
+from timm.layers import PatchEmbed, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple
+from timm.models.swin_transformer import PatchMerging
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import TimmModel
+from revlib.models.base import Layer, TimmModel, placed
 from revlib.models.fusion import Fusion, Mean
+from revlib.models.sizes import Size, grid_of, resize_swin
+from revlib.models.stage import WindowBranch
+from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
-from revlib.sequence import ReversibleSequence
 
 __all__ = ["RevSwin"]
-
-
-class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes without types
-    """F: a block of timm's without residuals and MLP, from (B, H, W, C) to the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop_path1(self._attn(self.norm1(x)))
-
-    def pair(self) -> tuple[nn.Module, nn.Module]:
-        """(F, G), to be taken once: G takes the MLP with it."""
-        mlp = nn.Sequential(self.norm2, self.mlp, self.drop_path2)
-        del self.norm2, self.mlp, self.drop_path2
-        return self, mlp
 
 
 class RevSwin(TimmModel):
@@ -47,11 +37,14 @@ class RevSwin(TimmModel):
         in_chans, num_classes: channels in; classes out (0: no classifier, ``forward`` returns pooled features).
         embed_dim, depths, num_heads, mlp_ratio: width of each stream in the first stage; blocks and heads of every
             stage; hidden width of the MLP / width.
-        drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
-            (rising linearly over the blocks of all stages).
+        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the classifier, after projections and
+            of attention weights, and stochastic depth (rising linearly over the blocks of all stages).
+        norm_layer, act_layer: classes, or timm's names of them.
         global_pool: "avg", or "" for none: the head then sees every patch.
+        dynamic_img_size: False refuses images of another size, as timm's Swin does unless told.
         fusion: how two streams become one between stages: see :mod:`revlib.models.fusion`.
         coupling, scheduler: of all stages, see :class:`~revlib.ReversibleSequence`; also ``model.scheduler = ...``.
+        device, dtype: of parameters.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). Features are (B, h, w, 2^stages embed_dim).
     Cost: activation memory of one block at any depths, about 20 B·h·w·embed_dim elements for h·w patches at its peak.
@@ -59,6 +52,8 @@ class RevSwin(TimmModel):
     Source: Liu et al., *Swin Transformer*, ICCV 2021; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022,
     section 3.3 (stages); Zhu & Mangalam, *PaReprop*, 2023 (Rev-Swin).
     """
+
+    output_fmt = "NHWC"  # of features
 
     def __init__(
         self,
@@ -74,11 +69,17 @@ class RevSwin(TimmModel):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        norm_layer: Layer = nn.LayerNorm,
         global_pool: str = "avg",
         fusion: Fusion = Mean,
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
+        *,
+        proj_drop_rate: float = 0.0,
+        act_layer: Layer = nn.GELU,
+        dynamic_img_size: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         size, window = to_2tuple(img_size), to_2tuple(window_size)
@@ -88,30 +89,32 @@ class RevSwin(TimmModel):
         widths = [embed_dim * 2**i for i in range(len(depths))]
         if any(width % heads for width, heads in zip(widths, num_heads, strict=True)):
             raise ValueError(f"num_heads must divide the widths {widths} of the stages, got {num_heads}")
-        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
         self.num_features = self.head_hidden_size = 2 * widths[-1]
-        self.feature_info = [
-            {"module": f"stages.{i}", "num_chs": 2 * width, "reduction": patch_size * 2**i}
-            for i, width in enumerate(widths)
-        ]
-        embed = {"output_fmt": "NHWC", "strict_img_size": False, "dynamic_img_pad": True}
-        self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm_layer, **embed)
+        self.make_taps([2 * width for width in widths], [patch_size * 2**i for i in range(len(depths))])
+        norm, act = get_norm_layer(norm_layer), get_act_layer(act_layer)
+        embed = {"output_fmt": "NHWC", "strict_img_size": not dynamic_img_size, "dynamic_img_pad": True}
+        layers = {"norm_layer": norm, "act_layer": act, "proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
         sizes = {"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio}
-        rates = {"proj_drop": drop_rate, "attn_drop": attn_drop_rate}
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stages: Any = nn.ModuleList()
-        for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
-            grid = tuple(-(-side // (patch_size * 2**i)) for side in size)
-            blocks = ReversibleSequence(coupling=coupling, scheduler=scheduler)
-            for j, rate in enumerate(drop_paths[i]):
-                own = {"shift_size": [j % 2 * (side // 2) for side in window], "drop_path": rate}
-                blocks.append(WindowBranch(width, grid, heads, **sizes, **rates, **own, norm_layer=norm_layer).pair())
-            self.stages.append(blocks)
-        self.fusions = nn.ModuleList(fusion(width, norm_layer) for width in widths[:-1])
-        self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm_layer) for width in widths[:-1])
-        self.norm, self.fc_norm = norm_layer(self.num_features), nn.Identity()
-        self.reset_classifier(num_classes, global_pool)
+        with placed(device):
+            self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm, **embed)
+            self.windows = (window, grid_of(size, patch_size))  # as wide as these for this map, and in proportion
+            self.stages: Any = nn.ModuleList()
+            for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
+                blocks = Blocks(coupling=coupling, scheduler=scheduler)
+                for j, rate in enumerate(drop_paths[i]):
+                    own = {"shift_size": [j % 2 * (side // 2) for side in window], "drop_path": rate}
+                    grid = grid_of(size, patch_size, i)
+                    blocks.append(WindowBranch(width, grid, heads, **sizes, **layers, **own).pair())
+                self.stages.append(blocks)
+            self.fusions = nn.ModuleList(fusion(width, norm) for width in widths[:-1])
+            self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm) for width in widths[:-1])
+            self.norm, self.fc_norm = norm(self.num_features), nn.Identity()
+            self.head_drop = nn.Dropout(drop_rate)
+            self.reset_classifier(num_classes, global_pool)
         self.apply(init_weights_vit_timm)
+        self.to(dtype=dtype)
 
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         dtype = self.patch_embed.proj.weight.dtype  # autocast's would be too coarse for sums over blocks to invert
@@ -121,11 +124,25 @@ class RevSwin(TimmModel):
             if i + 1 in stops:
                 yield streams
             if i + 1 < stops[-1]:
-                x = self.downsamples[i](self.fusions[i](*streams)).to(dtype)
+                x = self.downsamples[i](self.fusions[i](streams[0], streams[1])).to(dtype)
 
     def keep(self, levels: int) -> None:
         self.stages = self.stages[:levels]
         self.fusions, self.downsamples = self.fusions[: levels - 1], self.downsamples[: levels - 1]
+
+    def set_input_size(
+        self,
+        img_size: Size | None = None,
+        patch_size: Size | None = None,
+        window_size: Size | None = None,
+        window_ratio: int | None = None,
+    ) -> None:
+        """Fit windows to images of another size, or to other patches; tables of positions and patches are resampled.
+
+        Windows keep their proportion to the map of the first stage, unless ``window_size`` gives them, or
+        ``window_ratio`` their number along each side of that map.
+        """
+        resize_swin(self, img_size, patch_size, window_size, window_ratio)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""

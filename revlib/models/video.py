@@ -8,14 +8,20 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+try:
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+except ImportError as error:
+    raise ImportError(
+        "RevMViTVideo is made of torchvision's blocks, and torchvision could not be imported; pip install torchvision"
+    ) from error
 
 from revlib.couplings import Coupling
 from revlib.models.base import Scheduled
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.stage import PooledAttention, RevStage
+from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
-from revlib.sequence import ReversibleSequence
 
 __all__ = ["RevMViTVideo"]
 
@@ -98,7 +104,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
         inner = frames, height, width = [pixels // n for pixels, n in zip(clip_size, patch_size, strict=True)]
         for i, depth in enumerate(depths):
             outer, inner = inner, [frames, height // 2**i, width // 2**i]
-            transition, pairs = next(blocks) if i else None, ReversibleSequence((), coupling, scheduler)
+            transition, pairs = next(blocks) if i else None, Blocks((), coupling, scheduler)
             for b in itertools.islice(blocks, depth - (i > 0)):
                 attention = PooledAttention(b.norm1, b.attn, b.stochastic_depth, tuple(inner))
                 pairs.append((attention, nn.Sequential(b.norm2, b.mlp, b.stochastic_depth)))

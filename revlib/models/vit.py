@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import (
+    Attention,
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_norm_layer,
+    trunc_normal_,
+)
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import TimmModel
+from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.sizes import divisible, resampled_positions, resize_vit
+from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
-from revlib.sequence import ReversibleSequence
 
 __all__ = ["RevViT"]
 
@@ -30,12 +40,15 @@ class RevViT(TimmModel):
         img_size: pixels, a number or (height, width). patch_size: pixels; it must divide both.
         in_chans, num_classes: channels in; classes out (0: no classifier, ``forward`` returns pooled features).
         embed_dim, depth, num_heads, mlp_ratio: width of each stream, blocks, heads, hidden width of the MLP / width.
-        drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
-            (rising linearly over the blocks).
+        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the classifier, after projections and
+            of attention weights, and stochastic depth (rising linearly over the blocks).
+        norm_layer, act_layer: classes, or timm's names of them.
         fc_norm: average over the patches first, and normalise after; by timm's name.
         global_pool: "avg", or "" for none: the head then sees every patch.
+        dynamic_img_size: take images of any size that patches divide, with positions resampled for each.
         coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
         scheduler: how backward gets activations back; also ``model.scheduler = ...`` at any time.
+        device, dtype: of parameters.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). With N patches, features are (B, N, 2 embed_dim).
     Cost: activation memory of one block at any depth, about 17.5 B·N·embed_dim elements at the peak of backward.
@@ -57,51 +70,69 @@ class RevViT(TimmModel):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_layer: Layer = nn.LayerNorm,
         fc_norm: bool = False,
         global_pool: str = "avg",
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
+        *,
+        proj_drop_rate: float = 0.0,
+        act_layer: Layer = nn.GELU,
+        dynamic_img_size: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"img_size must be divisible by patch_size={patch_size}, got {height}x{width}; "
-                f"resize to {max(1, height // patch_size) * patch_size}x{max(1, width // patch_size) * patch_size}"
-            )
+        size = divisible(img_size, patch_size)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
-        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
         self.num_features = self.head_hidden_size = 2 * embed_dim
-        level = {"num_chs": 2 * embed_dim, "reduction": patch_size}
-        self.feature_info = [{"module": f"blocks.{i}", **level} for i in range(depth)]
+        self.make_taps([2 * embed_dim] * depth, [patch_size] * depth)
+        norm, act = get_norm_layer(norm_layer), get_act_layer(act_layer)
 
-        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-        self.blocks = ReversibleSequence(coupling=coupling, scheduler=scheduler)
-        for rate in calculate_drop_path_rates(drop_path_rate, depth):
-            attention = Attention(embed_dim, num_heads, qkv_bias=True, attn_drop=attn_drop_rate, proj_drop=drop_rate)
-            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate)
-            self.blocks.append(tuple(nn.Sequential(norm_layer(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
-        self.norm = nn.Identity() if fc_norm else norm_layer(2 * embed_dim)
-        self.fc_norm = norm_layer(2 * embed_dim) if fc_norm else nn.Identity()
-        self.make_head(num_classes, global_pool)
+        with placed(device):
+            embed = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
+            self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, **embed)
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+            self.blocks: Any = Blocks(coupling=coupling, scheduler=scheduler)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth):
+                dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+                attention = Attention(embed_dim, num_heads, qkv_bias=True, **dropout)
+                mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=act, drop=proj_drop_rate)
+                self.blocks.append(tuple(nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
+            self.norm = nn.Identity() if fc_norm else norm(2 * embed_dim)
+            self.fc_norm = norm(2 * embed_dim) if fc_norm else nn.Identity()
+            self.head_drop = nn.Dropout(drop_rate)
+            self.make_head(num_classes, global_pool)
 
         trunc_normal_(self.pos_embed, std=0.02)
         self.blocks.apply(init_weights_vit_timm)
         self.head.apply(init_weights_vit_timm)
+        self.to(dtype=dtype)
 
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-        x = self.patch_embed(images) + self.pos_embed
+        x = self._placed(self.patch_embed(images))
         streams: tuple[Tensor, ...] = (x, x)
         for start, stop in itertools.pairwise([0, *stops]):
-            whole = (start, stop) == (0, len(self.blocks))  # called as itself, so that its hooks run
-            streams = (self.blocks if whole else self.blocks[start:stop])(*streams)
+            streams = self.blocks.part(start, stop, streams[0], streams[1])
             yield streams
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """Patches with their positions; of images of another size, positions resampled."""
+        if not self.dynamic_img_size:
+            return x + self.pos_embed
+        grid = (x.shape[1], x.shape[2])
+        return x.flatten(1, 2) + resampled_positions(self.pos_embed, grid, self.patch_embed.grid_size)
 
     def keep(self, levels: int) -> None:
         self.blocks = self.blocks[:levels]
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size, or cut them into other patches: positions and patches are resampled."""
+        resize_vit(self, img_size, patch_size)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""

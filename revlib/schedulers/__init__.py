@@ -15,7 +15,7 @@ and which streams and states are kept? The engine recovers everything else. So a
 They compose: ``KeepLast(4, below=Checkpoint(every=2))``, ``PaReprop(Budget(fraction=0.3))``.
 """
 
-from revlib.engine import Extras, Plan
+from revlib.engine import PassOptions, Plan
 from revlib.schedulers.base import Scheduler
 from revlib.schedulers.budget import Budget
 from revlib.schedulers.functional import Functional
@@ -26,11 +26,11 @@ __all__ = [
     "Anchored",
     "Budget",
     "Checkpoint",
-    "Extras",
     "Functional",
     "KeepLast",
     "Naive",
     "PaReprop",
+    "PassOptions",
     "Plan",
     "Reversible",
     "Scheduler",

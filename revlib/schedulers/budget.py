@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from revlib.engine import Extras, Plan
-from revlib.record import Weight
-from revlib.schedulers.base import Scheduler, checked, signature
+from revlib._torch import saved_tensor_hooks
+from revlib.engine import PassOptions, Plan
+from revlib.guards import StepCost
+from revlib.schedulers.base import Scheduler, Wrapper, checked, signature
 from revlib.schedulers.plans import KeepLast, Reversible
-from revlib.step import Branch, State
+from revlib.step import BoundStep, State
 
 __all__ = ["Budget"]
 
@@ -23,7 +24,7 @@ _MANY = 256
 
 
 @dataclass(frozen=True)
-class Budget(Scheduler):
+class Budget(Wrapper):
     """Keep the activations of as many last steps as fit into a budget, and leave the rest to another scheduler.
 
     The first forward of each shape keeps no activations, and measures what each step would take; from the second on,
@@ -48,76 +49,95 @@ class Budget(Scheduler):
     bytes: int | None = None
     fraction: float | None = None
     below: Scheduler = field(default_factory=Reversible)
-    _ledger: _Ledger = field(default_factory=lambda: _Ledger(), init=False, repr=False, compare=False)
+    _ledger: _Ledger = field(
+        default_factory=lambda: _Ledger(), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         checked(self.below, "Budget(below=...)")
         if (self.bytes is None) == (self.fraction is None):
-            raise ValueError("Budget takes either bytes=..., or fraction=... of what Naive would keep")
+            raise ValueError(
+                "Budget takes either bytes=..., or fraction=... of what Naive would keep"
+            )
         if self.bytes is not None and (not isinstance(self.bytes, int) or self.bytes < 0):
-            raise ValueError(f"Budget(bytes=...) takes a whole number of bytes, such as 2 * 2**30, got {self.bytes!r}")
+            raise ValueError(
+                f"Budget(bytes=...) takes a whole number of bytes, such as 2 * 2**30, got {self.bytes!r}"
+            )
         if self.fraction is not None and not 0 <= self.fraction <= 1:
-            raise ValueError(f"Budget(fraction=...) takes a number from 0 to 1, got {self.fraction!r}")
+            raise ValueError(
+                f"Budget(fraction=...) takes a number from 0 to 1, got {self.fraction!r}"
+            )
         if self.below.plan(4).activations:
-            raise ValueError(f"Budget(below=...) takes a scheduler that keeps no activations itself, got {self.below}")
+            raise ValueError(
+                f"Budget(below=...) takes a scheduler that keeps no activations itself, got {self.below}"
+            )
 
     @property
-    def tolerance(self) -> float | None:  # type: ignore[override]
-        return self.below.tolerance
+    def inner(self) -> Scheduler:
+        return self.below
 
     def plan(self, length: int) -> Plan:
         """Before anything has been measured."""
         return self.below.plan(length)
 
-    @torch.compiler.disable
-    def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
-        if not branches or not torch.is_grad_enabled() or _packed():
-            return self.below.prepare(branches, state)
-        key, ledger = signature(branches, state), self._ledger
+    def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:
+        if not steps or not torch.is_grad_enabled() or _packed():
+            return self.below.prepare(steps, state)
+        key, ledger = signature(steps, state), self._ledger
         with ledger.lock:
             place, runs = ledger.expect(key)
             sizes = [ledger.sizes.get(run, []) for run in runs]
-            known = bool(runs) and all(len(weights) == len(run[0]) for weights, run in zip(sizes, runs, strict=True))
+            known = bool(runs) and all(
+                len(costs) == len(run[0]) for costs, run in zip(sizes, runs, strict=True)
+            )
             if known and runs not in ledger.shares:
                 ledger.shares[runs] = self._share(sizes)
-            steps, extra = ledger.shares[runs][place] if known else (0, 0)
-            weights: list[Weight] | None = None
+            last, extra = ledger.shares[runs][place] if known else (0, 0)
+            costs: list[StepCost] | None = None
             if not known:
-                weights = ledger.sizes[key] = []
-        plan, extras = KeepLast(steps, self.below).prepare(branches, state)
-        plan = replace(plan, streams={*plan.streams, *_singles(len(branches) - steps)[:extra]})
-        return plan, replace(extras, weights=weights, backward=ledger.close)
+                costs = ledger.sizes[key] = []
+        plan, options = KeepLast(last, self.below).prepare(steps, state)
+        plan = replace(plan, streams={*plan.streams, *_singles(len(steps) - last)[:extra]})
+        return plan, replace(options, costs=costs, on_backward=ledger.close)
 
-    def _share(self, sizes: Sequence[Sequence[Weight]]) -> list[tuple[int, int]]:
+    def _share(self, sizes: Sequence[Sequence[StepCost]]) -> list[tuple[int, int]]:
         """How many of the last steps each run of a forward pass keeps, and how many streams of those below them."""
         steps = [0] * len(sizes)
         extra = [0] * len(sizes)
-        least = [self._held(weights, 0) for weights in sizes]
+        least = [self._held(costs, 0) for costs in sizes]
         if self.bytes is not None:
             free = self.bytes - sum(least)
         else:
-            free = int((self.fraction or 0) * sum(self._held(weights, len(weights)) for weights in sizes)) - sum(least)
+            free = int(
+                (self.fraction or 0) * sum(self._held(costs, len(costs)) for costs in sizes)
+            ) - sum(least)
         for i in reversed(range(len(sizes))):
-            weights, allowed = sizes[i], free + least[i]
-            steps[i] = bisect.bisect_right(range(1, len(weights) + 1), allowed, key=partial(self._held, weights))
+            costs, allowed = sizes[i], free + least[i]
+            steps[i] = bisect.bisect_right(
+                range(1, len(costs) + 1), allowed, key=partial(self._held, costs)
+            )
             if i == len(sizes) - 1:
                 steps[i] = max(1, steps[i])
-            held = partial(self._held, weights, steps[i])
-            extra[i] = bisect.bisect_right(range(1, len(weights) - steps[i] + 1), allowed, key=held)
+            held = partial(self._held, costs, steps[i])
+            extra[i] = bisect.bisect_right(range(1, len(costs) - steps[i] + 1), allowed, key=held)
             free = allowed - held(extra[i])
-            if steps[i] < len(weights):
+            if steps[i] < len(costs):
                 break
         return list(zip(steps, extra, strict=True))
 
-    def _held(self, weights: Sequence[Weight], steps: int, extra: int = 0) -> int:
+    def _held(self, costs: Sequence[StepCost], steps: int, extra: int = 0) -> int:
         """Bytes that a run keeps with the activations of so many last steps, and so many streams below them."""
-        length, m = len(weights), len(weights[0].streams) - 1
+        length, m = len(costs), len(costs[0].streams) - 1
         plan = self.below.plan(length - steps) if steps < length else Plan()
-        streams = {*plan.streams, *(i for j in plan.states for i in range(j, j + m)), *_singles(length - steps)[:extra]}
-        for weight in weights[length - steps :]:
-            streams |= weight.saved
-        shared = sum(weights[min(i, length - 1)].streams[max(0, i - length + 1)] for i in streams)
-        return shared + sum(weight.own for weight in weights[length - steps :])
+        streams = {
+            *plan.streams,
+            *(i for j in plan.states for i in range(j, j + m)),
+            *_singles(length - steps)[:extra],
+        }
+        for cost in costs[length - steps :]:
+            streams |= cost.saved
+        shared = sum(costs[min(i, length - 1)].streams[max(0, i - length + 1)] for i in streams)
+        return shared + sum(cost.own for cost in costs[length - steps :])
 
 
 def _singles(length: int) -> list[int]:
@@ -129,7 +149,7 @@ def _singles(length: int) -> list[int]:
 def _packed() -> bool:
     """Whether somebody else decides what becomes of saved tensors, as an outer stack or a checkpoint does: they run the
     stack again in backward, and it must then do as it did in forward."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+    return saved_tensor_hooks(ignore_disabled=False) is not None
 
 
 class _Ledger:
@@ -137,9 +157,13 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.sizes: dict[Any, list[Weight]] = {}  # by signature
-        self.following: dict[Any, tuple[Any, ...]] = {}  # what ran after a signature at a place of a pass, last time
-        self.shares: dict[tuple[Any, ...], list[tuple[int, int]]] = {}  # what to keep, by the runs of a pass
+        self.sizes: dict[Any, list[StepCost]] = {}  # by signature
+        self.following: dict[
+            Any, tuple[Any, ...]
+        ] = {}  # what ran after a signature at a place of a pass, last time
+        self.shares: dict[
+            tuple[Any, ...], list[tuple[int, int]]
+        ] = {}  # what to keep, by the runs of a pass
         self.current: list[Any] = []
         self.closed = False
 

@@ -9,7 +9,7 @@ from typing import Any
 from revlib import functional
 from revlib.engine import Plan
 from revlib.schedulers.base import Scheduler
-from revlib.step import Branch, State
+from revlib.step import BoundStep, State
 
 __all__ = ["Functional"]
 
@@ -62,5 +62,5 @@ class Functional(Scheduler):
     def plan(self, length: int) -> Plan:
         return Plan(states=(length,))
 
-    def run(self, branches: Sequence[Branch], state: State, context: Mapping[str, Any]) -> State:
-        return functional.run(branches, state, context, self.tolerance)
+    def run(self, steps: Sequence[BoundStep], state: State, context: Mapping[str, Any]) -> State:
+        return functional.run(steps, state, context, self.tolerance)

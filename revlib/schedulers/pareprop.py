@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from revlib import streams
-from revlib.engine import Extras, Plan
-from revlib.schedulers.base import Scheduler, checked, signature
+from revlib import cuda_streams
+from revlib.engine import PassOptions, Plan
+from revlib.schedulers.base import Scheduler, Wrapper, checked, signature
 from revlib.schedulers.plans import Reversible
-from revlib.step import Branch, State
+from revlib.step import BoundStep, State
 
 __all__ = ["PaReprop"]
 
@@ -21,7 +21,7 @@ _WARM = 2  # passes of each kind that are not timed: allocator and libraries are
 
 
 @dataclass(frozen=True)
-class PaReprop(Scheduler):
+class PaReprop(Wrapper):
     """Overlap the recovery of each step with the gradients of the step above it, on a side CUDA stream.
 
     When the gradients of step k begin, step k - 1 is recovered next to them. That gains where single kernels leave the
@@ -46,34 +46,37 @@ class PaReprop(Scheduler):
 
     of: Scheduler = field(default_factory=Reversible)
     trials: int = 5
-    _trials: dict[Hashable, _Trial] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _tuners: dict[Hashable, _Autotuner] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         checked(self.of, "PaReprop(of=...)")
         if not isinstance(self.trials, int) or self.trials < 0:
-            raise ValueError(f"PaReprop(trials=...) takes a number of backward passes from 0 up, got {self.trials!r}")
+            raise ValueError(
+                f"PaReprop(trials=...) takes a number of backward passes from 0 up, got {self.trials!r}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:  # what was measured holds for this process and device
-        return {**self.__dict__, "_trials": {}}
+        return {**self.__dict__, "_tuners": {}}
 
     @property
-    def tolerance(self) -> float | None:  # type: ignore[override]
-        return self.of.tolerance
+    def inner(self) -> Scheduler:
+        return self.of
 
     def plan(self, length: int) -> Plan:
         return self.of.plan(length)
 
-    @torch.compiler.disable
-    def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
-        plan, extras = self.of.prepare(branches, state)
-        if branches and torch.is_grad_enabled() and streams.driver.serves(state[0]):
-            key = signature(branches, state)
-            if key not in self._trials:
-                if len(self._trials) > 256:  # of shapes that never come again
-                    self._trials.clear()
-                self._trials[key] = _Trial(0 if _distributed() else self.trials)
-            extras = replace(extras, pace=self._trials[key].pace())
-        return plan, extras
+    def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:
+        plan, options = self.of.prepare(steps, state)
+        if steps and torch.is_grad_enabled() and cuda_streams.driver.serves(state[0]):
+            key = signature(steps, state)
+            if key not in self._tuners:
+                if len(self._tuners) > 256:  # of shapes that never come again
+                    self._tuners.clear()
+                self._tuners[key] = _Autotuner(0 if _distributed() else self.trials)
+            options = replace(options, look_ahead=self._tuners[key].policy())
+        return plan, options
 
 
 def _distributed() -> bool:
@@ -84,7 +87,7 @@ def _distributed() -> bool:
     )
 
 
-class _Trial:
+class _Autotuner:
     """Backward passes of one kind of forward, timed with and without look-ahead until it is clear which is faster."""
 
     def __init__(self, passes: int) -> None:
@@ -93,37 +96,44 @@ class _Trial:
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self.pending: list[tuple[bool, Any, Any]] = []
 
-    def pace(self) -> streams.Pace:
-        if streams.driver.capturing():
-            return _Way(self, self.verdict is not False, timed=False)
+    def policy(self) -> cuda_streams.LookAheadPolicy:
+        if cuda_streams.driver.capturing():
+            return _TimedPass(self, self.verdict is not False, timed=False)
         while self.pending and self.pending[0][2].query():
             ahead, began, ended = self.pending.pop(0)
             self.seconds[ahead].append(began.elapsed_time(ended))
-        if self.verdict is None and all(len(s) >= self.passes + _WARM for s in self.seconds.values()):
-            without, ahead_of_it = (statistics.median(self.seconds[kind][_WARM:]) for kind in (False, True))
+        if self.verdict is None and all(
+            len(s) >= self.passes + _WARM for s in self.seconds.values()
+        ):
+            without, ahead_of_it = (
+                statistics.median(self.seconds[kind][_WARM:]) for kind in (False, True)
+            )
             self.verdict = ahead_of_it < without
             self.pending.clear()
         if self.verdict is not None:
-            return _Way(self, self.verdict, timed=False)
+            return _TimedPass(self, self.verdict, timed=False)
         # The kind that has been timed less: a forward may never see a backward.
-        counts = {k: len(s) + sum(ahead is k for ahead, _, _ in self.pending) for k, s in self.seconds.items()}
-        return _Way(self, counts[True] <= counts[False], timed=True)
+        counts = {
+            k: len(s) + sum(ahead is k for ahead, _, _ in self.pending)
+            for k, s in self.seconds.items()
+        }
+        return _TimedPass(self, counts[True] <= counts[False], timed=True)
 
 
-class _Way(streams.Pace):
+class _TimedPass(cuda_streams.LookAheadPolicy):
     """One backward pass, with or without look-ahead."""
 
-    def __init__(self, trial: _Trial, ahead: bool, *, timed: bool) -> None:
+    def __init__(self, trial: _Autotuner, ahead: bool, *, timed: bool) -> None:
         self.trial, self.ahead, self.timed = trial, ahead, timed
         self.began: Any = None
 
     def started(self, device: torch.device) -> None:
         if self.timed:
-            self.began, self.timed = streams.driver.mark(device), False
+            self.began, self.timed = cuda_streams.driver.mark(device), False
 
     def ended(self, device: torch.device) -> None:
         if self.began is not None:
-            self.trial.pending.append((self.ahead, self.began, streams.driver.mark(device)))
+            self.trial.pending.append((self.ahead, self.began, cuda_streams.driver.mark(device)))
             self.began = None
 
     def failed(self, failure: Exception) -> None:

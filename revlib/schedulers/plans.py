@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from revlib.engine import Extras, Plan
-from revlib.schedulers.base import Scheduler, checked
-from revlib.step import Branch, State
+from revlib.engine import PassOptions, Plan
+from revlib.schedulers.base import Scheduler, Wrapper, checked
+from revlib.step import BoundStep, State
 
 __all__ = ["Anchored", "Checkpoint", "KeepLast", "Naive", "Reversible"]
 
@@ -30,7 +30,7 @@ class Reversible(Scheduler):
 
     Cost in units of one forward: time 4 (each function once forward, once to invert and refill, and its gradient),
     memory the last state and the activations of a single step, at any depth.
-    Not for stacks whose activations fit anyway, nor for branches in low precision that must be exact at great depth:
+    Not for stacks whose activations fit anyway, nor for steps in low precision that must be exact at great depth:
     the recovered streams drift.
 
     Source: Gomez et al. 2017; Mangalam et al. 2022.
@@ -44,7 +44,9 @@ class Reversible(Scheduler):
 
 def _count(scheduler: Scheduler, name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{type(scheduler).__name__}({name}=...) takes a whole number from {least} up, got {value!r}")
+        raise ValueError(
+            f"{type(scheduler).__name__}({name}=...) takes a whole number from {least} up, got {value!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Anchored(Scheduler):
     """Keep a whole state every ``every`` steps: no inversion runs further, so rounding errors cannot build up.
 
     Cost in units of one forward: time 4; memory one state (two streams) every ``every`` steps.
-    For branches in low precision at great depth. ``every`` should be even for pairs, and larger than 2: with two
+    For steps in low precision at great depth. ``every`` should be even for pairs, and larger than 2: with two
     streams, ``every=2`` keeps as much as ``Checkpoint()``.
     """
 
@@ -94,7 +96,7 @@ class Anchored(Scheduler):
 
 
 @dataclass(frozen=True)
-class KeepLast(Scheduler):
+class KeepLast(Wrapper):
     """Keep the activations of the last ``steps`` steps, and leave those below to another scheduler.
 
     They are used and released first, so they cost no peak beside what is kept: of one step, none at all.
@@ -110,16 +112,16 @@ class KeepLast(Scheduler):
         checked(self.below, "KeepLast(below=...)")
 
     @property
-    def tolerance(self) -> float | None:  # type: ignore[override]
-        return self.below.tolerance
+    def inner(self) -> Scheduler:
+        return self.below
 
     def plan(self, length: int) -> Plan:
         return self._over(self.below.plan(max(length - self.steps, 0)), length)
 
-    def prepare(self, branches: Sequence[Branch], state: State) -> tuple[Plan, Extras]:
-        length = len(branches)
-        plan, extras = self.below.prepare(branches[: max(length - self.steps, 0)], state)
-        return self._over(plan, length), extras
+    def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:
+        length = len(steps)
+        plan, options = self.below.prepare(steps[: max(length - self.steps, 0)], state)
+        return self._over(plan, length), options
 
     def _over(self, plan: Plan, length: int) -> Plan:
         kept = range(max(length - self.steps, 0), length)

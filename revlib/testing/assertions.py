@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_map
 
+from revlib._torch import tree_flatten_with_path, tree_map
 from revlib.couplings import Coupling
 from revlib.schedulers import Checkpoint, Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
@@ -93,7 +93,7 @@ def assert_inverts(
             module.training = training
     names = [f"stream {i}" for i in range(len(streams))]
     _compare(
-        f"a stack of {len(stack.branches)} steps does not invert",
+        f"a stack of {len(stack.bound_steps)} steps does not invert",
         dict(zip(names, recovered, strict=True)),
         dict(zip(names, streams, strict=True)),
         _rtol(rtol, streams),
@@ -168,7 +168,7 @@ def assert_same_gradients(
     want = _observe(stack, oracle or Naive(), *arguments)
     for scheduler in schedulers:
         got = _observe(stack, scheduler, *arguments)
-        _compare(f"{scheduler} against {oracle or Naive()} on {len(stack.branches)} steps", got, want, rtol)
+        _compare(f"{scheduler} against {oracle or Naive()} on {len(stack.bound_steps)} steps", got, want, rtol)
 
 
 def assert_memory_flat(

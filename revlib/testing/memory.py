@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from revlib._torch import TorchDispatchMode, tree_leaves
 
 __all__ = ["Footprint", "LiveBytes", "footprint"]
 

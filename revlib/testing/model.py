@@ -1,4 +1,4 @@
-"""A device that has streams, as a model: what :class:`revlib.streams.CUDA` is to a GPU, this is to CPU tensors.
+"""A device that has streams, as a model: what :class:`revlib.cuda_streams.CUDA` is to a GPU, this is to CPU tensors.
 
 A CUDA device gets its work in streams. Kernels of one stream run in order; between streams there is no order but what
 events make: ``b.wait_event(a.record_event())`` puts what a has been given so far before what b is given from now on.
@@ -76,7 +76,7 @@ class Stream:
 
 
 class Model:
-    """The methods of :class:`revlib.streams.CUDA`, for CPU tensors.
+    """The methods of :class:`revlib.cuda_streams.CUDA`, for CPU tensors.
 
     Attributes:
         main: the stream that is current at first. Others are made by ``Stream(model, name)``.

@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from revlib import streams
+from revlib import cuda_streams
+from revlib._torch import TorchDispatchMode, has_storage, tree_leaves, tree_map
 from revlib.schedulers import PaReprop, Scheduler
 from revlib.sequence import ReversibleSequence
 from revlib.testing.model import Model, Stream
@@ -52,8 +51,8 @@ class _Memory:
 class RaceChecker(TorchDispatchMode):
     """Within this context, CPU tensors look as if their device had streams, and races are found.
 
-    Open it around forward *and* backward. It swaps :data:`revlib.streams.driver`, which is of the whole process, and
-    sees the operators of this thread, which on a CPU are those of backward too. Afterwards look at::
+    Open it around forward *and* backward. It swaps :data:`revlib.cuda_streams.driver`, which is of the whole process,
+    and sees the operators of this thread, which on a CPU are those of backward too. Afterwards look at::
 
         with RaceChecker() as checker:
             loss(stack(*streams)).backward()
@@ -81,12 +80,12 @@ class RaceChecker(TorchDispatchMode):
 
     def __enter__(self) -> RaceChecker:
         super().__enter__()
-        self._outer.append(streams.driver)
-        streams.driver = self.driver
+        self._outer.append(cuda_streams.driver)
+        cuda_streams.driver = self.driver
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        streams.driver = self._outer.pop()
+        cuda_streams.driver = self._outer.pop()
         super().__exit__(*exception)
         self.check_joined()
 
@@ -123,7 +122,7 @@ class RaceChecker(TorchDispatchMode):
         return result
 
     def _storages(self, nest: Any) -> dict[int, Any]:
-        tensors = (t for t in tree_leaves(nest) if isinstance(t, Tensor) and torch._C._has_storage(t))
+        tensors = (t for t in tree_leaves(nest) if isinstance(t, Tensor) and has_storage(t))
         return {s._cdata: s for s in (t.untyped_storage() for t in tensors if self.driver.serves(t))}
 
     def _kernel(self, name: str, before: dict[int, Any], written: dict[int, Any], after: dict[int, Any]) -> None:

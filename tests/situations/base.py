@@ -137,6 +137,8 @@ class Situation(NamedTuple):
     couplings: frozenset[str]  # those under which it is run
     without: str | None  # a scheduler under which it is not
     slow: bool
+    pending: str | None  # what has to be fixed first: it is in no table yet
+    refusable: bool  # in the end
 
     @property
     def theme(self) -> str:
@@ -144,6 +146,7 @@ class Situation(NamedTuple):
 
 
 SITUATIONS: dict[str, Situation] = {}
+PENDING: dict[str, Situation] = {}
 
 
 def situation(
@@ -154,17 +157,21 @@ def situation(
     only: str | None = None,
     slow: bool = False,
     without: str | None = None,
+    pending: str | None = None,
+    refusable: bool = False,
 ) -> Callable[[Callable[[Setting], Any]], Callable[[Setting], Any]]:
     """Registers a function that plays a piece of training in a setting, in float64, and returns all that a user sees.
 
     It is run ``only`` with one coupling where it takes long, and ``without`` a scheduler where that has no answer that
-    could be told.
+    could be told. While it is ``pending``, some scheduler gets it wrong, or refuses what is not ``refusable``; then
+    take the word away, and write its rows with ``python -m situations --play``.
     """
 
     def register(play: Callable[[Setting], Any]) -> Callable[[Setting], Any]:
-        assert name not in SITUATIONS, f"two situations are called {name!r}"
+        assert name not in SITUATIONS | PENDING, f"two situations are called {name!r}"
         couplings = frozenset(COUPLINGS if only is None else [only])
-        SITUATIONS[name] = Situation(name, play, tolerance, bitwise, couplings, without, slow)
+        made = Situation(name, play, tolerance, bitwise, couplings, without, slow, pending, refusable)
+        (PENDING if pending else SITUATIONS)[name] = made
         return play
 
     return register
@@ -205,10 +212,11 @@ def by_hand(s: Situation, coupling: Coupling, meddle: bool = True) -> Played:
 
 def _same_bits(got: Any, want: Any) -> bool:
     pairs = zip(tree_leaves(got), tree_leaves(want), strict=True)
-    return all(torch.equal(g, w) if isinstance(w, Tensor) else g == w for g, w in pairs)
+    both = lambda g, w: isinstance(g, Tensor) and isinstance(w, Tensor)  # noqa: E731
+    return all(torch.equal(g, w) if both(g, w) else type(g) is type(w) and g == w for g, w in pairs)
 
 
-def _raised_by_revlib(raised: BaseException) -> bool:
+def raised_by_revlib(raised: BaseException) -> bool:
     """By a ``raise`` in the library, not by what a function did."""
     last = traceback.extract_tb(raised.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(revlib.__file__).parent) and (last.line or "").startswith("raise")
@@ -221,7 +229,7 @@ def verdict(s: Situation, scheduler: str, coupling: str, want: Played) -> tuple[
     got = play(s, SCHEDULERS[scheduler], COUPLINGS[coupling])
     if got.raised is not None:
         told = f"{type(got.raised).__name__}: {got.raised}"
-        if _raised_by_revlib(got.raised):
+        if raised_by_revlib(got.raised):
             return REFUSED, told
         same = want.raised is not None and type(got.raised) is type(want.raised)
         return NOT_APPLICABLE if same else "broken", told

@@ -466,3 +466,163 @@ def raises_in_forward(setting: Setting):
         stack(*leaves())
     except ValueError:
         return [told, train(stack)]
+
+
+# ---------------------------------------------------------------------------------------------- issue 15, until fixed
+class Offset(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.offset = nn.Linear(4, 4).requires_grad_(False), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return self.body(x) + self.offset
+
+
+@situation("a learned offset on a frozen body: accumulated, clipped, no memory shared", pending="issue 15 item 0")
+def offset(setting: Setting):
+    stack, table, x = setting.stack(Offset), nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
+    learned, found = [table, *(p for p in stack.parameters() if p.requires_grad)], []
+    for _ in range(2):
+        loss(stack(x + table, x)).backward()
+        found += grads(*learned)
+    places = {p.grad.untyped_storage().data_ptr() for p in learned}
+    return [*found, nn.utils.clip_grad_norm_(learned, 1.0), *grads(*learned), len(places)]
+
+
+@situation("a layer that the first forward builds", pending="issue 15 item 2", refusable=True)
+def built(setting: Setting):
+    class Built(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = None
+
+        def forward(self, x):
+            if self.proj is None:
+                self.proj = nn.Linear(4, 4)
+            return self.proj(x)
+
+    stack, found = setting.stack(Built), []
+    for _ in range(2):
+        xs = leaves()
+        loss(stack(*xs)).backward()
+        found += grads(*xs, stack)
+    return found
+
+
+@situation("a state in a list, a dict, a plain object", pending="issue 15 item 3", refusable=True)
+def containers(setting: Setting):
+    class Box:
+        calls = 0
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.kept, self.state, self.box = nn.Linear(4, 4), [0], {"calls": 0}, Box()
+
+        def forward(self, x):
+            self.kept[0] += 1
+            self.state["calls"] += 1
+            self.box.calls += 1
+            return self.linear(x) * 0.9 ** (self.kept[0] + self.state["calls"] + self.box.calls)
+
+    stack = setting.stack(Holding)
+    return [*train(stack), *(f.kept[0] + f.box.calls for pair in stack for f in pair)]
+
+
+@situation("batch norm in a plain object, and in the context", pending="issue 15 item 4", refusable=True)
+def hidden_norm(setting: Setting):
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.box = nn.Linear(4, 4), type("Box", (), {})()
+            self.box.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x, norm):
+            return norm(self.box.norm(self.linear(x)))
+
+    stack, norm, xs = setting.stack(Hiding, depth=1), nn.BatchNorm1d(4), leaves(6, 4)
+    loss(stack(*xs, norm=norm)).backward()
+    return [*grads(*xs, stack, norm), *everything(norm), *(b for f in stack[0] for b in everything(f.box.norm))]
+
+
+@situation("a codebook that moves by averages, through .data", pending="issue 15 item 5")
+def codebook(setting: Setting):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("center", torch.zeros(4))
+
+        def forward(self, x):
+            y = self.linear(x) - self.center
+            self.center.data.lerp_(y.detach().mean(0), 1e-3)
+            return y.tanh()
+
+    return train(setting.stack(Centred), 6, 4)
+
+
+@situation("a random leaky ReLU as the last operation", pending="issue 15 item 8")
+def written_late(setting: Setting):
+    return train(setting.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU())), 16, 4)
+
+
+@situation("torch.func.grad inside a function", pending="issue 15 item 9", refusable=True)
+def func_inside(setting: Setting):
+    def force(m, x):
+        return -torch.func.grad(lambda x: m(x).sin().sum())(x)
+
+    return train(setting.stack(lambda: Lambda(force, nn.Linear(4, 3))))
+
+
+@situation("an embedding with max_norm, and weights kept at unit length", pending="issue 15 item 10")
+def own_weights(setting: Setting):
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.table = nn.Parameter(torch.randn(4, 4)), nn.Embedding(3, 4, max_norm=1.0)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.copy_(F.normalize(self.weight, dim=1))
+            return (x * self.table(torch.arange(3))) @ self.weight
+
+    return train(setting.stack(Unit))
+
+
+@situation("a bare except around a fast path", pending="issue 15 item 12")
+def catches_everything(setting: Setting):
+    def run(a, b, x):
+        try:
+            return b(a(x).relu())
+        except:  # noqa: E722
+            return a(x) + b(x)
+
+    return train(setting.stack(lambda: Lambda(run, nn.Linear(4, 4), nn.Linear(4, 4))))
+
+
+@situation("integers, masks and values without gradient that are kept", pending="issue 15 item 14")
+def harmless(setting: Setting):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.linear(x)
+            self.chosen, self.mask = h.argmax(-1), h > 0
+            with torch.no_grad():
+                self.mean = h.mean()
+            return h.tanh()
+
+    return train(setting.stack(Keeping))
+
+
+@situation("set_grad_enabled(False) and (True), bare", pending="issue 15 item 16")
+def bare_switch(setting: Setting):
+    def gated(first, second, x):
+        torch.set_grad_enabled(False)
+        gate = first(x).sigmoid()
+        torch.set_grad_enabled(True)
+        return second(x).tanh() * gate
+
+    return train(setting.stack(lambda: Lambda(gated, nn.Linear(4, 4), nn.Linear(4, 4))))

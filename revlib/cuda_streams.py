@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["CUDA", "Arriving", "Launch", "Pace", "driver", "settle"]
+from revlib._torch import is_fake
+
+__all__ = ["CUDA", "Arriving", "Launch", "LookAheadPolicy", "driver", "settle"]
 
 
 class CUDA:
@@ -34,7 +35,7 @@ class CUDA:
 
     def serves(self, t: Tensor) -> bool:
         """Whether work on the device of this tensor can overlap."""
-        return t.is_cuda and not isinstance(t, FakeTensor)
+        return t.is_cuda and not is_fake(t)
 
     def current(self, device: torch.device) -> Any:
         """The stream on which the device gets its work now."""
@@ -109,7 +110,7 @@ def settle(launches: dict[int, Launch]) -> None:
     launches.clear()
 
 
-class Pace:
+class LookAheadPolicy:
     """What one backward pass through a stack does with the side stream, and is told."""
 
     ahead: bool = True  # recover the next step on it, while the gradients of this one run

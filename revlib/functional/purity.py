@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from revlib.tensors import version_of
+from revlib._torch import is_transformed, tree_leaves, version_of
 
-__all__ = ["Watch", "WatchTracing"]
+__all__ = ["PurityMode", "TracingPurityMode"]
 
 CAPTURED = (
     "a function of a stack with scheduler=Functional() uses a tensor that needs a gradient, or is mapped over, and is "
@@ -25,7 +24,7 @@ CAPTURED = (
 _OF_A_GRAPH = (Tensor.register_hook, Tensor.retain_grad, Tensor.backward, torch.autograd.grad)
 
 
-class Watch(TorchFunctionMode):
+class PurityMode(TorchFunctionMode):
     """Sees to it that no gradient is lost: a tensor that needs one must come in as argument, and leave as result.
 
     Args:
@@ -37,8 +36,12 @@ class Watch(TorchFunctionMode):
         self.known = {id(t) for t in known}
         self.carrying = {id(t) for t in known if t.requires_grad}
         self.made: list[weakref.ref[Tensor]] = []  # out of those
-        self.captured: dict[int, weakref.ref[Tensor]] = {}  # what functions read besides, or make out of sight
-        self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # of what is left of that after forward
+        self.captured: dict[
+            int, weakref.ref[Tensor]
+        ] = {}  # what functions read besides, or make out of sight
+        self.versions: list[
+            tuple[weakref.ref[Tensor], int]
+        ] = []  # of what is left of that after forward
 
     def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A function, watched; its streams and context come from elsewhere."""
@@ -50,22 +53,22 @@ class Watch(TorchFunctionMode):
             self.carrying.update(id(s) for s in streams)
             with self:
                 result = fn(*streams, **context)
-            self._meet([t for t in tree_leaves(result) if isinstance(t, Tensor)])
+            self._seen([t for t in tree_leaves(result) if isinstance(t, Tensor)])
             return result
 
         return watched
 
-    def _meet(self, tensors: Sequence[Tensor]) -> None:
+    def _seen(self, tensors: Sequence[Tensor]) -> None:
         for t in tensors:
             if id(t) in self.known:
                 continue
-            if t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t):
+            if t.requires_grad or is_transformed(t):
                 raise RuntimeError(f"{CAPTURED} Its shape is {tuple(t.shape)}.")
             self.captured[id(t)] = weakref.ref(t)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self._meet(tensors)
+        self._seen(tensors)
         if func in _OF_A_GRAPH and not tensors[0].requires_grad:
             raise RuntimeError(
                 f"a function of a stack with scheduler=Functional() calls {func.__name__}() on a tensor that it "
@@ -109,9 +112,31 @@ class Watch(TorchFunctionMode):
 
 
 _ALWAYS = (
-    *(torch.rand, torch.randn, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.poisson),
-    *(torch.bernoulli, torch.multinomial, Tensor.bernoulli, Tensor.bernoulli_, Tensor.multinomial, Tensor.normal_),
-    *(Tensor.cauchy_, Tensor.exponential_, Tensor.geometric_, Tensor.log_normal_, Tensor.random_, Tensor.uniform_),
+    *(
+        torch.rand,
+        torch.randn,
+        torch.randint,
+        torch.randint_like,
+        torch.randperm,
+        torch.normal,
+        torch.poisson,
+    ),
+    *(
+        torch.bernoulli,
+        torch.multinomial,
+        Tensor.bernoulli,
+        Tensor.bernoulli_,
+        Tensor.multinomial,
+        Tensor.normal_,
+    ),
+    *(
+        Tensor.cauchy_,
+        Tensor.exponential_,
+        Tensor.geometric_,
+        Tensor.log_normal_,
+        Tensor.random_,
+        Tensor.uniform_,
+    ),
     *(F.gumbel_softmax, F.fractional_max_pool2d, F.fractional_max_pool3d),
 )
 # p, training
@@ -121,7 +146,7 @@ _DROPOUTS = (
 )
 
 
-class WatchTracing(TorchFunctionMode):
+class TracingPurityMode(TorchFunctionMode):
     """The same while the compiler traces, and no random numbers: compiled code would draw others in a repetition.
 
     Of these the compiler does not show ``torch.rand_like`` and ``torch.randn_like``.
@@ -134,13 +159,23 @@ class WatchTracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for arg in (*args, *kwargs.values()):
-            for t in arg if isinstance(arg, (list, tuple)) else (arg,):  # written for the compiler, as all of this
-                if isinstance(t, Tensor) and t.requires_grad and not any(t is k for k in self.known):
-                    raise RuntimeError(f"{CAPTURED} Or the compiler broke its graph: fullgraph=True says where.")
+            for t in (
+                arg if isinstance(arg, (list, tuple)) else (arg,)
+            ):  # written for the compiler, as all of this
+                if (
+                    isinstance(t, Tensor)
+                    and t.requires_grad
+                    and not any(t is k for k in self.known)
+                ):
+                    raise RuntimeError(
+                        f"{CAPTURED} Or the compiler broke its graph: fullgraph=True says where."
+                    )
         draws = func in _ALWAYS
         if func in _DROPOUTS:
             p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+            training = (
+                args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+            )
             draws = p > 0 and training
         elif func is F.scaled_dot_product_attention:
             draws = (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0

@@ -8,28 +8,35 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import vjp
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import Tensor, func
 
-from revlib import loop
-from revlib.program import Program
+from revlib._torch import (
+    assert_on_device,
+    in_transform,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+    unwrapped,
+)
+from revlib.functional.pure_stack import PureStack
+from revlib.guards import recovery_check
 from revlib.step import State, merge
-from revlib.tensors import local
+from revlib.tensors import local_part, sum_dtype
 
-__all__ = ["differentiate", "sweep"]
+__all__ = ["backward_by_inversion", "vjp"]
 
-_functorch = torch._C._functorch
 _Gradients = Sequence[Tensor | None]
 
 
-def differentiate(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """:func:`torch.func.vjp`, by plain autograd where it can be: functions may checkpoint and nest stacks there."""
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
-        return vjp(f, *primals)  # type: ignore[return-value]
+    if torch.compiler.is_compiling() or in_transform():
+        return func.vjp(f, *primals)  # type: ignore[return-value]
     again = torch.is_grad_enabled()
     leaves, spec = tree_flatten(primals)
-    leaves = [t.view_as(t) for t in leaves]  # a transform that is over leaves wrappers, which say more than is so
+    leaves = [
+        t.view_as(t) for t in leaves
+    ]  # a transform that is over leaves wrappers, which say more than is so
     leaves = [t if again and t.requires_grad else t.detach().requires_grad_() for t in leaves]
     with torch.enable_grad():
         result = f(*tree_unflatten(leaves, spec))
@@ -56,11 +63,16 @@ def differentiate(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[.
     return result, pull
 
 
-def _undo(
-    program: Program, k: int, state: State, gradients: _Gradients, mine: list[Tensor], places: Sequence[int]
+def _invert_and_pull_back(
+    program: PureStack,
+    k: int,
+    state: State,
+    gradients: _Gradients,
+    mine: list[Tensor],
+    places: Sequence[int],
 ) -> tuple[State, _Gradients, _Gradients, set[torch.dtype]]:
     """One step. -> the state before it, gradients of that, and of the tensors at some places of those that it reads."""
-    branch = program.functions[k].branch
+    step = program.functions[k].step
     *inputs, merged = state
     *after, g_merged = gradients
 
@@ -70,19 +82,19 @@ def _undo(
             filled[i] = t
         return program.evaluate(k, inputs, filled, again=True)
 
-    result, pull = differentiate(f, tuple(inputs), [mine[i] for i in places])
+    result, pull = vjp(f, tuple(inputs), [mine[i] for i in places])
     leaves, spec = tree_flatten(result)
     detached = tree_unflatten([t.detach() for t in leaves], spec)
-    s = branch.coupling.unmerge(merged, detached).to(merged.dtype)
-    _, pull_merge = differentiate(partial(merge, branch), s, detached)
+    s = step.coupling.unmerge(merged, detached).to(merged.dtype)
+    _, pull_merge = vjp(partial(merge, step), s, detached)
     g_s, g_result = pull_merge(g_merged)
     g_inputs, g_mine = pull(g_result)
     before = (g_s, *map(_plus, after, g_inputs))
     return (s, *inputs), before, g_mine, {s.dtype, *(t.dtype for t in leaves)}
 
 
-def sweep(
-    program: Program, wanted: Sequence[bool], flat: Sequence[Tensor], y: State, g: _Gradients
+def backward_by_inversion(
+    program: PureStack, wanted: Sequence[bool], flat: Sequence[Tensor], y: State, g: _Gradients
 ) -> list[Tensor | None]:
     """Undo the steps, last first, and differentiate each. -> the gradients that are wanted."""
     m = program.m
@@ -92,12 +104,14 @@ def sweep(
     dtypes: set[torch.dtype] = set()
     sizes: list[tuple[str, Tensor, float]] = []
     for k in reversed(range(len(program.functions))):
-        reads, branch = program.functions[k].reads, program.functions[k].branch
-        limit = branch.coupling.limit_of(state[-1].dtype)
+        reads, step = program.functions[k].reads, program.functions[k].step
+        limit = step.coupling.limit_of(state[-1].dtype)
         if limit < math.inf and state[-1].numel():
-            sizes.append((branch.name, local(state[-1]).abs().amax(), limit))
+            sizes.append((step.name, local_part(state[-1]).abs().amax(), limit))
         places = [i for i, place in enumerate(reads) if needs[place]]
-        state, gradients, found, kinds = _undo(program, k, state, gradients, program.mine(k, tensors), places)
+        state, gradients, found, kinds = _invert_and_pull_back(
+            program, k, state, gradients, program.mine(k, tensors), places
+        )
         for i, gradient in zip(places, found, strict=True):
             totals[reads[i]] = _plus(totals[reads[i]], gradient)
         dtypes = dtypes | kinds
@@ -113,7 +127,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _close(
-    program: Program,
+    program: PureStack,
     dtypes: set[torch.dtype],
     sizes: list[tuple[str, Tensor, float]],
     x: State,
@@ -126,7 +140,7 @@ def _close(
     """
     tolerance = program.tolerance
     if tolerance is None:
-        tolerance = loop.default_tolerance(dtypes, x[0].device.type != "cpu")
+        tolerance = recovery_check.default_tolerance(dtypes, x[0].device.type != "cpu")
     if tolerance == math.inf or not program.functions:
         return
     finite = _norm(given).isfinite()
@@ -135,11 +149,11 @@ def _close(
     found = [torch.where(finite, v, 0.0) for v in (*errors, *(size for _, size, _ in sizes))]
     if torch.compiler.is_compiling():
         for v, limit in zip(found, [tolerance, *(limit for _, _, limit in sizes)], strict=True):
-            torch._assert_async(v <= limit, _WRONG)
+            assert_on_device(v <= limit, _WRONG)
         return
-    extents = [loop.Extent(name, size, size, limit) for name, size, limit in sizes]
-    values = torch.stack([_raw(v).amax().double() for v in found])
-    loop.deliver(values, [program.functions[0].branch.name], extents, tolerance)
+    ranges = [recovery_check.StreamRange(name, size, size, limit) for name, size, limit in sizes]
+    values = torch.stack([unwrapped(v).amax().double() for v in found])
+    recovery_check.report(values, [program.functions[0].step.name], ranges, tolerance)
 
 
 _WRONG = (
@@ -149,12 +163,7 @@ _WRONG = (
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    norms = [torch.linalg.vector_norm(t.to(loop.wide(t))).double() for t in map(local, tensors)]
+    norms = [
+        torch.linalg.vector_norm(t.to(sum_dtype(t))).double() for t in map(local_part, tensors)
+    ]
     return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _raw(t: Tensor) -> Tensor:
-    """The values of a tensor that a transform has wrapped."""
-    while _functorch.is_functorch_wrapped_tensor(t):
-        t = _functorch.get_unwrapped(t)
-    return t

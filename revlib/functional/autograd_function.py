@@ -15,74 +15,81 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.parameter import is_lazy
 
-from revlib import loop
-from revlib.modules import modules_of, normalises, refuse_scripted
-from revlib.program import Program, Surroundings, program_of
-from revlib.replay import Turn
-from revlib.step import Branch, State, advance, exporting, route
-from revlib.sweep import differentiate, sweep
-from revlib.watch import WatchTracing
+from revlib._torch import (
+    exporting,
+    forward_mode_active,
+    normalises,
+    storage_id,
+    transforming,
+    transforms,
+)
+from revlib.functional.pure_stack import Environment, PureStack, pure_stack_of
+from revlib.functional.purity import TracingPurityMode
+from revlib.functional.vjp import backward_by_inversion, vjp
+from revlib.guards import raise_pending
+from revlib.guards.modules import module_tree
+from revlib.guards.randomness import CpuGeneratorLock
+from revlib.step import BoundStep, State, advance, route
 
-__all__ = ["run"]
+__all__ = ["run", "run_eagerly"]
 
-_functorch = torch._C._functorch
 _OLD = bool(torch.__version__ < "2.12")  # torch 2.11 does not trace a look at a module's attributes
 
 
-def run(branches: Sequence[Branch], state: State, context: Mapping[str, Any], tolerance: float | None) -> State:
+def run(
+    steps: Sequence[BoundStep], state: State, context: Mapping[str, Any], tolerance: float | None
+) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in all that the steps read."""
-    contexts = route(branches, len(state), context)
+    contexts = route(steps, len(state), context)
     if not torch.is_grad_enabled() or exporting():
-        return advance(branches, state, contexts)
+        return advance(steps, state, contexts)
     if not torch.compiler.is_compiling():
-        return _eager(branches, state, contexts, tolerance)
-    if torch._C._are_functorch_transforms_active():  # the compiler does not trace a Function within a transform
-        return advance(branches, state, contexts)
-    if _OLD or _untraceable(branches):
-        return _broken(branches, state, contexts, tolerance)
-    return _apply(branches, state, contexts, tolerance, None, buffers=True)
+        return run_eagerly(steps, state, contexts, tolerance)
+    if transforming():  # the compiler does not trace a Function within a transform
+        return advance(steps, state, contexts)
+    if _OLD or _untraceable(steps):
+        from revlib.uncompiled import run_functional_uncompiled  # makes a graph break
+
+        return run_functional_uncompiled(steps, state, contexts, tolerance)
+    return _apply(steps, state, contexts, tolerance, None, buffers=True)
 
 
-def _eager(branches: Sequence[Branch], state: State, contexts: list[dict[str, Any]], tolerance: float | None) -> State:
-    loop.raise_pending(wait=False)
-    modules = [modules_of(b.owner) for b in branches]
-    interpreters = _functorch.get_interpreter_stack() or ()
-    forward_mode = any(i.key() == _functorch.TransformType.Jvp for i in interpreters)
-    lazy = any(is_lazy(p) for ms in modules for m in ms for p in m._parameters.values() if p is not None)
-    if forward_mode or forward_ad._current_level >= 0 or lazy:
-        return advance(branches, state, contexts)  # forward mode keeps nothing; lazy modules first take their shape
-    for b, ms in zip(branches, modules, strict=True):
-        refuse_scripted(ms, b.name)
-        for m in ms:
-            if interpreters and normalises(m):
+def run_eagerly(
+    steps: Sequence[BoundStep],
+    state: State,
+    contexts: list[dict[str, Any]],
+    tolerance: float | None,
+) -> State:
+    raise_pending(wait=False)
+    trees = [module_tree(step) for step in steps]
+    active = transforms()
+    if "Jvp" in active or forward_mode_active() or any(tree.is_lazy for tree in trees):
+        return advance(
+            steps, state, contexts
+        )  # forward mode keeps nothing; lazy modules first take their shape
+    for step, tree in zip(steps, trees, strict=True):
+        for m in tree.modules:
+            if active and normalises(m):
                 raise RuntimeError(
-                    f"{type(m).__name__} in {b.name} updates its statistics when it runs, which torch.func transforms "
-                    "of it cannot; put it into eval mode, or use GroupNorm."
+                    f"{type(m).__name__} in {step.name} updates its statistics when it runs, which torch.func "
+                    "transforms of it cannot; put it into eval mode, or use GroupNorm."
                 )
     # Within a transform buffers may be mapped over. Without one, functions may update them.
-    tensors = [*state, *(p for ms in modules for m in ms for p in m._parameters.values() if p is not None)]
-    surroundings = Surroundings(branches, modules, tensors)
-    return _apply(branches, state, contexts, tolerance, surroundings, buffers=bool(interpreters))
+    tensors = [*state, *(p for tree in trees for p in tree.parameters if p is not None)]
+    environment = Environment(steps, [tree.modules for tree in trees], tensors)
+    return _apply(steps, state, contexts, tolerance, environment, buffers=bool(active))
 
 
-_broken = torch.compiler.disable(  # a graph break, with the reason in its message
-    _eager,
-    reason="Functional() goes into a whole graph, with torch 2.14, where functions are modules, draw no random numbers "
-    "(dropout, drop path: compiled code would draw others in the repetition), update no statistics, and hold tensors "
-    "that need gradients as parameters only; compile without fullgraph, or compile the functions alone",
-)
-
-
-def _untraceable(branches: Sequence[Branch]) -> bool:
+def _untraceable(steps: Sequence[BoundStep]) -> bool:
     """Written for the compiler, which guards all that is read here."""
-    for b in branches:
-        if not isinstance(b.fn, nn.Module):
+    for step in steps:
+        if not isinstance(step.fn, nn.Module):
             return True
-        for m in b.fn.modules():
-            rates = (getattr(m, name, None) for name in ("p", "drop_prob", "dropout"))  # of layers that draw
+        for m in step.fn.modules():
+            rates = (
+                getattr(m, name, None) for name in ("p", "drop_prob", "dropout")
+            )  # of layers that draw
             if m.training and (any(isinstance(r, float) and r > 0 for r in rates) or normalises(m)):
                 return True
             if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):
@@ -91,42 +98,49 @@ def _untraceable(branches: Sequence[Branch]) -> bool:
 
 
 def _apply(
-    branches: Sequence[Branch],
+    steps: Sequence[BoundStep],
     state: State,
     contexts: Sequence[dict[str, Any]],
     tolerance: float | None,
-    surroundings: Surroundings | None,
+    environment: Environment | None,
     *,
     buffers: bool,
 ) -> State:
     # The last stream of a Function's outputs depends on the others. A hook of those, or a gradient with respect to
     # them, must see that: so the last m - 1 steps are plain, but in a transform, where nobody can ask.
-    inner = len(branches) if surroundings is not None and buffers else max(0, len(branches) - len(state) + 1)
-    with Turn() if surroundings is not None else nullcontext():  # another thread may bind these modules to its tensors
-        program, tensors = program_of(
-            branches[:inner], state, contexts[:inner], tolerance, surroundings, buffers=buffers
+    inner = (
+        len(steps) if environment is not None and buffers else max(0, len(steps) - len(state) + 1)
+    )
+    # Another thread may just have bound these modules to its own tensors.
+    with CpuGeneratorLock() if environment is not None else nullcontext():
+        program, tensors = pure_stack_of(
+            steps[:inner], state, contexts[:inner], tolerance, environment, buffers=buffers
         )
-    if inner:  # views: the compiler wants no argument twice
-        state = _Stack.apply(program, *(s.view_as(s) for s in state), *tensors)
-    return advance(branches[inner:], state, contexts[inner:])
+    if inner:
+        if torch.compiler.is_compiling():  # which wants no argument twice
+            state = tuple(s.view_as(s) for s in state)
+        state = _Stack.apply(program, *state, *tensors)
+    return advance(steps[inner:], state, contexts[inner:])
 
 
 class _Stack(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(program: Program, *flat: Tensor) -> State:  # type: ignore[override]
-        if program.surroundings is not None:
-            watch = program.surroundings.watching(flat)
+    def forward(program: PureStack, *flat: Tensor) -> State:  # type: ignore[override]
+        if program.environment is not None:
+            purity = program.environment.watching(flat)
             state = _views(program(flat, again=False), flat)
-            watch.close()
+            purity.close()
             return state
-        if not torch.compiler.is_compiling():  # the compiler broke its graph within, and left the rest to us
+        if (
+            not torch.compiler.is_compiling()
+        ):  # the compiler broke its graph within, and left the rest to us
             raise RuntimeError(
                 "a stack with scheduler=Functional() did not fit into one graph: torch.compile(fullgraph=True) says "
                 "why. Compile its functions alone, or use scheduler=Reversible()."
             )
-        with WatchTracing(flat):
+        with TracingPurityMode(flat):
             return _views(program(flat, again=False), flat)
 
     @staticmethod
@@ -136,22 +150,39 @@ class _Stack(torch.autograd.Function):
         ctx.save_for_backward(*flat, *output)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
-            ctx.required = [t.requires_grad for t in flat]  # also where some other transform wants the gradient
+            ctx.required = [
+                t.requires_grad for t in flat
+            ]  # also where some other transform wants the gradient
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
         program, wanted, saved = ctx.program, ctx.needs_input_grad[1:], _saved(ctx)
         flat, y = saved[: -program.m], tuple(saved[-program.m :])
         if torch.compiler.is_compiling():
-            found = sweep(program, wanted, flat, y, g)
-        elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # it may be differentiated itself
+            found = backward_by_inversion(program, wanted, flat, y, g)
+        elif torch.is_grad_enabled() or transforming():  # it may be differentiated itself
             # What was frozen in forward, and is not any more, is no input of the graph.
-            flat = [t if r or not t.requires_grad else t.detach() for t, r in zip(flat, ctx.required, strict=True)]
+            flat = [
+                t if r or not t.requires_grad else t.detach()
+                for t, r in zip(flat, ctx.required, strict=True)
+            ]
             found = _Sweep.apply(program, wanted, *flat, *y, *_zeros(g, y))
         else:
             with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on
-                found = sweep(program, wanted, flat, y, g)
+                found = backward_by_inversion(program, wanted, flat, y, g)
+            found = _apart(found, g)
         return None, *_filled([None] * len(wanted), wanted, found)
+
+
+def _apart(
+    gradients: Sequence[Tensor | None], given: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients that share no memory unless they are one tensor: autograd takes a tensor that nobody else holds for
+    ``.grad`` as it is, and would have two leaves accumulate into the same memory."""
+    owners = {storage_id(g): g for g in given if g is not None}
+    return [
+        g if g is None or owners.setdefault(storage_id(g), g) is g else g.clone() for g in gradients
+    ]
 
 
 def _saved(ctx: Any) -> Sequence[Tensor]:
@@ -175,9 +206,11 @@ class _Sweep(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(program: Program, wanted: Sequence[bool], *tensors: Tensor) -> Any:  # type: ignore[override]
+    def forward(program: PureStack, wanted: Sequence[bool], *tensors: Tensor) -> Any:  # type: ignore[override]
         m = program.m
-        found = sweep(program, wanted, tensors[: -2 * m], tensors[-2 * m : -m], tensors[-m:])
+        found = backward_by_inversion(
+            program, wanted, tensors[: -2 * m], tensors[-2 * m : -m], tensors[-m:]
+        )
         return _views(found, tensors)
 
     @staticmethod
@@ -197,10 +230,10 @@ class _Sweep(torch.autograd.Function):
             whole = _filled(flat, needed, some)
             run = partial(program, again=True)
             chosen = _picked(whole, wanted)
-            pull = differentiate(lambda chosen: run(_filled(whole, wanted, chosen)), chosen)[1]
+            pull = vjp(lambda chosen: run(_filled(whole, wanted, chosen)), chosen)[1]
             return tuple(_zeros(pull(g)[0], chosen))
 
-        pull = differentiate(gradient, _picked(flat, needed), g)[1]
+        pull = vjp(gradient, _picked(flat, needed), g)[1]
         found, g_g = pull(tuple(_zeros(gg, _picked(flat, wanted))))
         return None, None, *_filled([None] * len(flat), needed, found), *([None] * m), *g_g
 
@@ -211,7 +244,9 @@ def _zeros(gradients: Sequence[Tensor | None], of: Sequence[Tensor]) -> list[Ten
 
 def _views(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Of what is returned as it came in; autograd saves no tensor that is both input and output."""
-    return tuple(t.view_as(t) if t is not None and any(t is i for i in inputs) else t for t in outputs)
+    return tuple(
+        t.view_as(t) if t is not None and any(t is i for i in inputs) else t for t in outputs
+    )
 
 
 def _picked(all: Sequence[Any], which: Sequence[bool]) -> list[Any]:

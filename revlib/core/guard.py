@@ -1,0 +1,183 @@
+"""The protocol through which a pass is watched, without the core knowing what is watched or why.
+
+A *pass* is one forward through a stack, with every backward through its graph. The core asks the guard of a pass for
+one :class:`StepGuard` per step, calls that at fixed points, and does nothing else with it.
+
+A guard must not keep a tensor of the graph alive: after an exception in forward the graph holds the tape, and the tape
+holds the guard. Therefore :class:`StepView`, which a guard may keep, holds no such tensor, and :class:`FirstRun`, which
+holds some, must not be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from revlib.core.saved_tensors import Placeholder
+from revlib.step import BoundStep, State
+
+__all__ = ["FirstRun", "Guard", "Guards", "StepGuard", "StepView", "first_run", "repetition"]
+
+
+class StepView(NamedTuple):
+    """What a guard may keep of a step."""
+
+    number: int
+    step: BoundStep
+    context: dict[str, Any]
+    dropped: bool  # see Treatment
+    stream_kept: bool
+
+
+class FirstRun(NamedTuple):
+    """What a step did in forward. It exists while the tensors that autograd saved are alive."""
+
+    state: State  # the m streams before the step; the first of them is merged away
+    result: Sequence[Any]  # the tensors among what the function returned
+    merged: Tensor  # the new stream
+    saved: list[tuple[int, Placeholder]]  # what autograd saved: its position and its placeholder
+    function_saves: (
+        int  # the function saved the tensors before this position, the coupling the others
+    )
+
+
+class StepGuard:
+    """Watches one step. Every method does nothing unless it is overridden."""
+
+    def enter_first_run(self) -> None:
+        """Before the step runs in forward."""
+
+    def first_run_done(self, run: FirstRun) -> None:
+        """After the step has run in forward without an exception, while what it saved is alive."""
+
+    def exit_first_run(self) -> None:
+        """After the step has run in forward, also after an exception. Must not raise."""
+
+    def saved_tensors_dropped(self) -> None:
+        """After the first run, when nothing but the user holds the tensors that the step has saved."""
+
+    def check(self) -> None:
+        """Before a repetition: raises if the function would not do again what it did. Must not change anything."""
+
+    def enter_repetition(self) -> None:
+        """Before the function runs again."""
+
+    def exit_repetition(self) -> None:
+        """After the function has run again, also after an exception. Must not raise."""
+
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
+        """After a repetition within the pass ``key``.
+
+        Args:
+            inputs: the streams that the function ran on.
+            saved: what autograd saved this time.
+            stream: the stream that inversion gave back; None where it was kept.
+        """
+
+
+class Guard:
+    """Watches one pass. Every method does nothing unless it is overridden."""
+
+    def step(self, view: StepView, state: State) -> StepGuard | None:
+        """Before a step runs in forward on these streams. -> the guard of the step, if there is anything to watch."""
+        return None
+
+    def forward_done(self, state: State) -> None:
+        """After the last step of forward."""
+
+    def backward_done(self, key: Hashable) -> None:
+        """At the end of the backward pass ``key``. May raise."""
+
+    def forget(self, key: Hashable) -> None:
+        """What was recovered for the pass ``key`` has been dropped, as it is after an exception."""
+
+
+class Guards(Guard):
+    """Several guards of one pass: entered in order, and left in reverse order."""
+
+    def __init__(self, guards: Sequence[Guard]) -> None:
+        self.guards = guards
+
+    def step(self, view: StepView, state: State) -> StepGuard:
+        return _StepGuards(
+            [g for guard in self.guards if (g := guard.step(view, state)) is not None]
+        )
+
+    def forward_done(self, state: State) -> None:
+        for guard in self.guards:
+            guard.forward_done(state)
+
+    def backward_done(self, key: Hashable) -> None:
+        for guard in self.guards:
+            guard.backward_done(key)
+
+    def forget(self, key: Hashable) -> None:
+        for guard in self.guards:
+            guard.forget(key)
+
+
+class _StepGuards(StepGuard):
+    def __init__(self, guards: list[StepGuard]) -> None:
+        self.guards = guards
+        self.entered: list[StepGuard] = []
+
+    def enter_first_run(self) -> None:
+        for guard in self.guards:
+            guard.enter_first_run()
+            self.entered.append(guard)
+
+    def first_run_done(self, run: FirstRun) -> None:
+        for guard in self.guards:
+            guard.first_run_done(run)
+
+    def exit_first_run(self) -> None:
+        while self.entered:
+            self.entered.pop().exit_first_run()
+
+    def saved_tensors_dropped(self) -> None:
+        for guard in self.guards:
+            guard.saved_tensors_dropped()
+
+    def check(self) -> None:
+        for guard in self.guards:
+            guard.check()
+
+    def enter_repetition(self) -> None:
+        for guard in self.guards:
+            guard.enter_repetition()
+            self.entered.append(guard)
+
+    def exit_repetition(self) -> None:
+        while self.entered:
+            self.entered.pop().exit_repetition()
+
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
+        for guard in self.guards:
+            guard.repeated(key, inputs, saved, stream)
+
+
+@contextmanager
+def first_run(guard: StepGuard) -> Iterator[None]:
+    """Around the first run of a function, for whoever runs it outside of a tape."""
+    try:
+        guard.enter_first_run()
+        yield
+    finally:
+        guard.exit_first_run()
+
+
+@contextmanager
+def repetition(guard: StepGuard) -> Iterator[None]:
+    """Around a repetition of a function, for whoever runs it outside of a tape."""
+    try:
+        guard.enter_repetition()
+        yield
+    finally:
+        guard.exit_repetition()

@@ -1,0 +1,62 @@
+"""What forward keeps, and what that means for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Plan", "Treatment"]
+
+
+class Treatment(NamedTuple):
+    """What a plan means for one step."""
+
+    dropped: bool  # the tensors that autograd saves for it are replaced by placeholders
+    stream_kept: bool  # the stream that it merges away is kept, so that backward need not invert it
+    repeated: bool  # backward evaluates it: to refill its placeholders, or to reach the steps below
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What forward keeps: the activations of some steps, and some states. Backward recovers the rest.
+
+    Step k leads from state k to state k + 1, so a stack of n steps has the states 0, ..., n. Stream k is the one that
+    step k merges away.
+
+    Args:
+        activations: steps for which autograd keeps what it saves, as it does without this library.
+        states: whole states to keep. A step whose activations are not kept is repeated from state k if that is kept.
+            Otherwise it is undone, together with all steps in between, from the nearest state above that is known.
+        streams: single streams to keep. A step whose stream is kept need not be inverted, so its function stops as
+            soon as its activations are back.
+    """
+
+    activations: Collection[int] = ()
+    states: Collection[int] = ()
+    streams: Collection[int] = ()
+
+    def check(self, length: int) -> None:
+        """Raises ValueError if backward could not recover some step of a stack of ``length`` steps."""
+        top = max((j for j in self.states if j <= length), default=-1)
+        for k in range(top + 1, length):
+            if k not in self.activations:
+                raise ValueError(
+                    f"the plan of this scheduler keeps neither the activations of step {k} nor any of the states "
+                    f"{k}, ..., {length}, so backward could not recover the step; keep state {length}, the last."
+                )
+
+    def treatments(self, length: int, m: int) -> list[Treatment]:
+        """What happens to each step of a stack of ``length`` steps on ``m`` streams."""
+        found: list[Treatment] = []
+        kept_up_to, needed_below = -1, False  # streams up to kept_up_to lie in a kept state
+        for k in range(length):
+            dropped = k not in self.activations
+            if k in self.states:
+                kept_up_to = k + m - 1
+            stream_kept = k <= kept_up_to or k in self.streams
+            found.append(
+                Treatment(dropped, stream_kept, dropped or (needed_below and not stream_kept))
+            )
+            needed_below = (dropped or needed_below) and k not in self.states
+        return found

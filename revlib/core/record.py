@@ -1,0 +1,231 @@
+"""One step of one pass: its first run, and running it again to refill its placeholders and to invert it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revlib._torch import bypass_compiler, tree_leaves, tree_map, version_of
+from revlib.core.guard import FirstRun, StepGuard
+from revlib.core.plan import Treatment
+from revlib.core.saved_tensors import Key, Placeholder, unedited
+from revlib.step import BoundStep, State, evaluate, merge
+from revlib.tensors import like_strided
+
+__all__ = ["StepRecord"]
+
+
+_Metadata = tuple[torch.Size, torch.dtype]
+
+
+class _StopRecomputation(BaseException):
+    """Raised inside a function that runs again for its activations alone, once it has saved the last of them."""
+
+
+class StepRecord:
+    """What is needed to run one step again, and what autograd wanted to save of it."""
+
+    def __init__(
+        self, step: BoundStep, context: dict[str, Any], treatment: Treatment, guard: StepGuard
+    ) -> None:
+        self.step, self.context, self.guard = step, context, guard
+        self.dropped, self.stream_kept, self.repeated = treatment
+        self.requires_grad: tuple[bool, ...] = ()  # of the m streams before the step
+        self.dtype = torch.float32  # of the stream that is merged away, with its stride
+        self.stride: tuple[int, ...] = ()
+        # Of each tensor that autograd wanted to save, in this order. The graph owns the placeholders.
+        self.placeholders: list[weakref.ref[Placeholder]] = []
+        self.metadata: list[_Metadata] = []
+        self.function_saves = (
+            0  # the function saved so many of them, and then the coupling the others
+        )
+        self.differentiable = False  # whether a gradient may enter the function through its result
+
+    def living(self) -> Iterator[tuple[int, Placeholder]]:
+        """The placeholders whose nodes are still in the graph, by position."""
+        for i, ref in enumerate(self.placeholders):
+            placeholder = ref()
+            if placeholder is not None:
+                yield i, placeholder
+
+    # ------------------------------------------------------------------------------------------ forward
+    def pack_hook(self, index: int) -> Callable[[Tensor], Placeholder]:
+        """What autograd calls for each tensor that it wants to save. The graph keeps this hook, so it knows neither
+        the record nor the modules."""
+        return partial(_pack, index, self.placeholders, self.metadata)
+
+    def first_run(
+        self, state: State, context: dict[str, Any], hooks: AbstractContextManager[Any]
+    ) -> Tensor:
+        """Run the step on ``state``, under the hooks that drop what autograd saves. -> the new stream."""
+        step, guard = self.step, self.guard
+        self.requires_grad = tuple(s.requires_grad for s in state)
+        self.dtype, self.stride = state[0].dtype, state[0].stride()
+        try:
+            guard.enter_first_run()
+            with hooks:
+                f = evaluate(step, state[1:], context)
+                self.function_saves = len(self.placeholders)
+                leaves = (f,) if isinstance(f, Tensor) else tree_leaves(f)
+                self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
+                merged = merge(step, state[0], f)
+            guard.first_run_done(
+                FirstRun(state, leaves, merged, list(self.living()), self.function_saves)
+            )
+        finally:
+            guard.exit_first_run()
+            self._forget_values()
+        del f, leaves  # what nobody but this call holds is gone now
+        guard.saved_tensors_dropped()
+        return merged
+
+    def _forget_values(self) -> None:
+        for ref in self.placeholders:
+            placeholder = ref()
+            if placeholder is not None:
+                placeholder.tensor = None
+
+    # ------------------------------------------------------------------------------------------ again
+    def repeat(
+        self, inputs: State, stream: Tensor | None, merged: Tensor | None, key: Key, *, fill: bool
+    ) -> Tensor:
+        """Run the step again on its inputs.
+
+        Args:
+            inputs: the streams that the function reads.
+            stream: the stream that the step merges away, if it is known. Otherwise it is recovered from ``merged``.
+            fill: whether to refill the placeholders, for the backward pass ``key``.
+
+        -> the stream that the step merges away.
+        """
+        merge_saves = len(self.placeholders) > self.function_saves
+        if stream is not None and not (fill and (self.dropped or merge_saves)):
+            return stream
+        step, guard, recovered = self.step, self.guard, None
+        guard.check()
+        try:
+            guard.enter_repetition()
+            inputs = tuple(
+                t.detach().requires_grad_(r)
+                for t, r in zip(inputs, self.requires_grad[1:], strict=True)
+            )
+            context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
+            whole = stream is None or merge_saves or not self.dropped
+            part = slice(0, self.function_saves)
+            f, saved = self._recompute(partial(evaluate, step, inputs, context), part, whole=whole)
+            if fill:
+                self._refill(part, saved, key)
+            if stream is None:
+                assert merged is not None
+                stream = step.coupling.unmerge(merged, _detached(f)).detach()
+                stream = recovered = like_strided(stream.to(self.dtype), self.stride)
+            if merge_saves and fill:
+                s = stream.detach().requires_grad_(self.requires_grad[0])
+                part = slice(self.function_saves, None)
+                self._refill(
+                    part, self._recompute(partial(merge, step, s, f), part, whole=False)[1], key
+                )
+        finally:
+            guard.exit_repetition()
+        guard.repeated(key, inputs, saved.tensors, recovered)
+        return stream
+
+    def _recompute(self, run: Callable[[], Any], part: slice, *, whole: bool) -> tuple[Any, _Saved]:
+        """Run a part of the step with gradients, as forward did. -> its result, and what autograd saved this time.
+
+        Unless the result is needed as a ``whole``, the run goes only as far as to save the last tensor: the second
+        linear layer of an MLP, for one, is needed to invert the step, and not for the step's gradient.
+        """
+        expected = self.metadata[part]
+        saved = _Saved(None if whole else len(expected))
+        if not whole and not expected:
+            return None, saved
+        result, unpack = None, partial(_unpack_again, saved, self.step.name)
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(partial(_pack_again, saved), unpack):
+                result = run()
+        except _StopRecomputation:
+            pass
+        finally:
+            saved.over = True  # the function may have captured some of this graph, which nobody can differentiate
+        if self.dropped and [(t.shape, t.dtype) for t in saved.tensors] != expected:
+            self._refuse_mismatch([(t.shape, t.dtype) for t in saved.tensors], expected)
+        return result, saved
+
+    def _refill(self, part: slice, saved: _Saved, key: Key) -> None:
+        for ref, tensor, version in zip(
+            self.placeholders[part], saved.tensors, saved.versions, strict=False
+        ):
+            placeholder = ref()
+            if placeholder is not None:
+                placeholder.fill(key, tensor, version)
+
+    def _refuse_mismatch(self, came: list[_Metadata], expected: list[_Metadata]) -> NoReturn:
+        i = next((i for i, (a, b) in enumerate(zip(came, expected, strict=False)) if a != b), None)
+        i = min(len(came), len(expected)) if i is None else i
+        kept, now = (
+            f"{tuple(m[i][0])} {m[i][1]}" if i < len(m) else "nothing more"
+            for m in (expected, came)
+        )
+        raise RuntimeError(
+            f"{self.step.name} does not repeat: as saved tensor {i} autograd kept {kept} in forward, and {now} "
+            "when it ran again in backward. Its result must depend only on its streams, its context, its parameters "
+            "and the default random generators. Something it reads has changed since forward, or it chooses at random."
+        )
+
+
+class _Saved:
+    """What autograd saves while a step runs again, in this order."""
+
+    __slots__ = ("enough", "over", "tensors", "versions")
+
+    def __init__(self, enough: int | None) -> None:
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self.enough = (
+            enough  # number of tensors after which the run may stop; None if its result is needed
+        )
+        self.over = False
+
+
+# Autograd calls these, possibly from compiled code.
+@bypass_compiler
+def _pack(
+    step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[_Metadata], t: Tensor
+) -> Placeholder:
+    placeholder = Placeholder(step, t, version_of(t))
+    placeholders.append(weakref.ref(placeholder))
+    metadata.append((t.shape, t.dtype))
+    return placeholder
+
+
+@bypass_compiler
+def _pack_again(saved: _Saved, t: Tensor) -> int:
+    place = len(saved.tensors)
+    if place != saved.enough:  # a function may catch the exception below, and go on
+        saved.tensors.append(t.detach() if t.requires_grad else t)
+        saved.versions.append(version_of(t))
+    if place + 1 == saved.enough or place == saved.enough:
+        raise _StopRecomputation
+    return place
+
+
+@bypass_compiler
+def _unpack_again(saved: _Saved, name: str, place: int) -> Tensor:
+    if saved.over:
+        raise RuntimeError(
+            f"a tensor that {name} put into a list or a dict belongs to its repetition in backward, and cannot "
+            "be differentiated; use what forward captured, or assign it to an attribute of the module."
+        )
+    return unedited(saved.tensors[place], saved.versions[place])
+
+
+def _detached(f: Any) -> Any:
+    return f.detach() if isinstance(f, Tensor) else tree_map(Tensor.detach, f)

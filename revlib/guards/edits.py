@@ -1,0 +1,134 @@
+"""Edits: tensors that a function reads besides its streams and modules must be those that forward read.
+
+Catches: tensors of the context, and tensors that the function captured, edited in place since forward (raises, as
+autograd does for a tensor that it has saved); captured tensors that were replaced by others (compared with these by
+the recovery check, as any recovered tensor is).
+Cannot see: tensors that autograd does not save, such as the second operand of a sum; edits through ``.data``. The
+recovery check notices both where they change a stream.
+Cost: a weak reference for each tensor that autograd saves, and a version for each that outlives the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from revlib._torch import keep_alive, tree_leaves, version_of, view_base
+from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
+from revlib.guards.modules import current_tree
+from revlib.guards.recovery_check import Comparison, RecoveryCheck
+from revlib.step import State
+from revlib.tensors import is_parameter
+
+__all__ = ["Edits"]
+
+
+class Edits(Guard):
+    """What the functions of a stack read of the user's."""
+
+    def __init__(self, recovery: RecoveryCheck) -> None:
+        self.recovery = recovery
+
+    def step(self, view: StepView, state: State) -> StepGuard:
+        return _StepEdits(view, self.recovery)
+
+
+class _Read(NamedTuple):
+    """A tensor that autograd saved, or the base of one that is a view."""
+
+    place: int
+    alive: Callable[[], Tensor | None]
+    version: int
+    view: tuple[Any, Any, Any] | None  # size, stride and offset
+    of_function: bool  # and not of the coupling
+
+
+class _StepEdits(StepGuard):
+    def __init__(self, view: StepView, recovery: RecoveryCheck) -> None:
+        self.step, self.recovery, self.tree = view.step, recovery, current_tree(view.step)
+        self.compares = view.stream_kept  # else the recovered stream tells
+        self.context: list[tuple[str, Tensor, int]] = []
+        for key, value in view.context.items():
+            self.context += (
+                (key, t, version_of(t)) for t in tree_leaves(value) if isinstance(t, Tensor)
+            )
+        self.read: list[_Read] = []
+        self.constants: dict[int, tuple[Tensor, tuple[Any, Any, Any] | None]] = {}
+
+    def first_run_done(self, run: FirstRun) -> None:
+        # Streams come back as they were, whatever is edited, and the modules' parameters have a guard of their own.
+        own, streams = self.tree.parameter_ids, {id(view_base(s)) for s in run.state}
+        for place, placeholder in run.saved:
+            t = placeholder.tensor
+            if t is None or id(t) in own:
+                continue
+            source = view_base(t)
+            if id(source) not in own and id(source) not in streams:
+                view = (
+                    (t.shape, t.stride(), t.storage_offset())
+                    if source is not t and type(t) is Tensor
+                    else None
+                )
+                self.read.append(
+                    _Read(
+                        place,
+                        weakref.ref(source),
+                        placeholder.version,
+                        view,
+                        place < run.function_saves,
+                    )
+                )
+
+    def saved_tensors_dropped(self) -> None:
+        """What is alive now belongs to the user. Intermediate results of the function are gone."""
+        self.read = [r for r in self.read if r.alive() is not None]
+        if self.read and self.compares:
+            slots = self.tree.buffer_slots
+            buffers = {id(view_base(b)) for named in slots for b in named.values() if b is not None}
+            for read in self.read:
+                t = read.alive()
+                if (
+                    t is None
+                    or not read.of_function
+                    or t.requires_grad
+                    or is_parameter(t)
+                    or id(t) in buffers
+                ):
+                    continue
+                self.constants[read.place] = t, read.view
+
+    def check(self) -> None:
+        for key, t, version in self.context:
+            if version_of(t) != version:
+                raise RuntimeError(
+                    f"context tensor {key!r} of {self.step.name} was modified by an inplace operation between forward "
+                    "and backward; edit a clone of it instead."
+                )
+        for read in self.read:
+            source = read.alive()
+            if source is not None:
+                keep_alive(source)
+                if version_of(source) != read.version:
+                    raise RuntimeError(
+                        f"a tensor of shape {tuple(source.shape)} that {self.step.name} reads was modified by an "
+                        "inplace operation between forward and backward; edit a clone of it instead."
+                    )
+
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
+        """Compare a constant with what came in its place, which may be a small difference of streams."""
+        for place, (constant, view) in self.constants.items():
+            t = saved[place] if place < len(saved) else constant
+            if view_base(t) is not constant:
+                before = constant if view is None else constant.as_strided(*view)
+                if (
+                    before.shape == t.shape and before.dtype == t.dtype
+                ):  # and is not seen as another dtype
+                    reference = inputs[0].detach() if before.is_floating_point() else None
+                    self.recovery.compare(
+                        key, Comparison(self.step.name, before, t.detach(), reference)
+                    )

@@ -1,0 +1,157 @@
+"""Random numbers: a repetition draws those that the first run drew, and leaves the generators as it found them.
+
+Catches: every draw from the default generator of a device that the stack's tensors are on, and of the CPU.
+Cannot see: generators of the user's own (``torch.Generator``, ``random``, NumPy); the recovery check notices those.
+Cost: for a function that draws, 5 kB on the CPU and 16 bytes on CUDA; two snapshots and a comparison a step.
+
+This is the one place that touches random generators.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from revlib._torch import dispatch_modes_active, no_dispatch_modes
+from revlib.core.guard import Guard, StepGuard, StepView
+from revlib.step import State
+
+__all__ = ["CpuGeneratorLock", "Draws", "Randomness", "devices_of"]
+
+
+class CpuGeneratorLock:
+    """Threads draw from the CPU generator one function at a time, since it belongs to the whole process.
+
+    After some seconds a thread goes ahead without the lock, because the function that holds it may be waiting for this
+    very thread. Generators of other devices need no lock: autograd runs all of a device's backward on one thread.
+    """
+
+    lock = threading.RLock()
+    turns = itertools.count()
+    patience = 5.0
+
+    def acquire(self) -> None:
+        self.taken = self.lock.acquire(timeout=self.patience)
+        self.turn = next(self.turns)  # whoever gets the next number knows that nobody came between
+        if not self.taken:
+            warnings.warn(
+                f"a thread has waited {self.patience:.0f} s for another to leave a function of a reversible sequence; "
+                "if both draw random numbers, backward may refuse to repeat them",
+                stacklevel=3,
+            )
+
+    def release(self) -> None:
+        if self.taken:
+            self.lock.release()
+
+    __enter__ = acquire
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The devices whose default generators a function on these tensors may draw from; always with the CPU."""
+    return sorted(
+        {t.device for t in tensors if t.device.type != "meta"} | {torch.device("cpu")}, key=str
+    )
+
+
+def _state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _bytes(state: Tensor) -> bytes:
+    """The contents of a state, which lies on the host. Comparing these takes a third of the time of torch.equal."""
+    if not dispatch_modes_active():
+        return state.numpy().tobytes()
+    with no_dispatch_modes():  # states are real where the stack's tensors are fake
+        return state.numpy().tobytes()
+
+
+class Generators:
+    """The default generators that the functions of one pass may draw from, and their latest known states.
+
+    Nothing of ours draws between two functions, so the state after one serves as the state before the next, unless
+    another thread had the generator meanwhile.
+    """
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self.devices = devices
+        self.lock = CpuGeneratorLock() if len(devices) == 1 else None
+        self.turn = -1
+        self.states: list[Tensor] = []
+        self.contents: list[bytes] = []
+
+    def look(self) -> None:
+        self.states = [_state(d) for d in self.devices]
+        self.contents = [_bytes(state) for state in self.states]
+
+
+class Draws(StepGuard):
+    """Of one function: the generators that it draws from, and their states before its first run."""
+
+    def __init__(self, generators: Generators) -> None:
+        self.generators, self.lock = generators, generators.lock
+        self.drawn: list[tuple[torch.device, Tensor]] = []
+        self.present: list[tuple[torch.device, Tensor]] = []
+
+    def enter_first_run(self) -> None:
+        known = self.generators
+        if self.lock:
+            self.lock.acquire()
+        if self.lock is None or self.lock.turn != known.turn:
+            known.look()
+
+    def exit_first_run(self) -> None:
+        known = self.generators
+        before, contents = known.states, known.contents
+        known.look()
+        for device, state, was, now in zip(
+            known.devices, before, contents, known.contents, strict=True
+        ):
+            if was != now:
+                self.drawn.append((device, state))
+        if self.lock:
+            known.turn = self.lock.turn + 1
+            self.lock.release()
+
+    def enter_repetition(self) -> None:
+        if self.drawn:
+            if self.lock:
+                self.lock.acquire()
+            self.present = [(device, _state(device)) for device, _ in self.drawn]
+            for device, state in self.drawn:
+                _set_state(device, state)
+
+    def exit_repetition(self) -> None:
+        if self.drawn:
+            for device, state in self.present:
+                _set_state(device, state)
+            if self.lock:
+                self.lock.release()
+
+
+class Randomness(Guard):
+    """The default generators of a stack's devices."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.devices = devices_of(tensors)
+        self.generators = Generators(self.devices)
+
+    def step(self, view: StepView, state: State) -> StepGuard:
+        return Draws(self.generators)

@@ -1,0 +1,369 @@
+"""Recovery check: what backward recovered must be what forward had.
+
+Catches what no version counter sees: a random generator of the user's own, a function that counts its calls, a stream
+that does not invert accurately. All of them leave a trace: a stream recovered in backward differs from the stream that
+forward merged away. Forward keeps a sample of up to 128 elements of each such stream, and backward compares.
+Cannot see: differences below the tolerance, or outside of the sample. The sample moves from one forward to the next.
+Cost: the samples, 512 bytes a step in float32, and at the end of backward a dozen operations on all of them together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from revlib import cuda_streams
+from revlib._torch import is_fake
+from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
+from revlib.step import State
+from revlib.tensors import has_dense_memory, is_integral, is_parameter, local_part, sum_dtype
+
+__all__ = [
+    "Comparison",
+    "RecoveryCheck",
+    "Sampler",
+    "StreamRange",
+    "default_tolerance",
+    "raise_pending",
+    "report",
+]
+
+_SAMPLES, _FEWEST, _ALL = (
+    128,
+    8,
+    2**13,
+)  # elements of a stream: at most, at least, and of a whole stack
+_serial = itertools.count()
+
+
+class Sampler:
+    """Picks a grid of up to 128 elements of a tensor, at an offset that moves from one forward to the next.
+
+    Stacks of more than 64 steps take fewer of each, down to 8: what is kept to compare must not grow with depth.
+    """
+
+    def __init__(self, steps: int = 1) -> None:
+        self.samples = min(_SAMPLES, max(_FEWEST, _ALL // max(1, steps)))
+        self.offset = next(_serial)
+        self.places: dict[
+            torch.Size, Tensor
+        ] = {}  # numbers of elements; forget them to save their memory
+
+    def __call__(self, t: Tensor) -> Tensor:
+        t = local_part(t).detach()
+        places = self.places.get(t.shape)
+        if places is None or places.device != t.device:
+            places = self.places[t.shape] = self._places(t)
+        return torch.take(t, places)
+
+    def _places(self, t: Tensor) -> Tensor:
+        """The numbers of the chosen elements, counted in rows as if the tensor were contiguous."""
+        per_dim = max(1, int(self.samples ** (1 / max(1, t.ndim)) + 1e-9))
+        places = torch.zeros((), dtype=torch.int64, device=t.device)
+        for n in t.shape:
+            count = min(n, per_dim)
+            stride = n // count if count else 1
+            first = (
+                self.offset % (n - stride * (count - 1)) if count else 0
+            )  # each of the n at some offset
+            along = torch.arange(first, first + stride * count, stride, device=t.device)
+            places = places[..., None] * n + along
+        return places
+
+
+class Comparison(NamedTuple):
+    """A recovered tensor, a stream or an activation, beside the original: samples of both."""
+
+    name: str  # of the step
+    original: Tensor
+    recovered: Tensor
+    reference: Tensor | None = (
+        None  # what the difference is measured against, if that is not the original
+    )
+
+
+class StreamRange(NamedTuple):
+    """The least and the largest element of a merged stream, and the magnitude that its coupling allows."""
+
+    name: str
+    least: Tensor
+    largest: Tensor
+    limit: float
+
+
+def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
+    r"""$4\sqrt{\epsilon}$ of the coarsest arithmetic that took part: half of the digits, and two bits.
+
+    float64 6e-8, float32 1.4e-3, float16 0.13, bfloat16 0.35. Accelerators may multiply float32 with TF32's 10-bit
+    mantissa, so float32 counts as float16 there.
+    """
+    eps = max((torch.finfo(d).eps for d in dtypes), default=torch.finfo(torch.float64).eps)
+    if on_accelerator and torch.float32 in dtypes:
+        eps = max(eps, 2.0**-10)
+    return 4 * math.sqrt(eps)
+
+
+# ------------------------------------------------------------------------------------------ the guard
+class RecoveryCheck(Guard):
+    """Samples of what forward had, compared with what backward recovers at the end of each backward pass."""
+
+    def __init__(self, steps: int, tolerance: float | None, outer: RecoveryCheck | None) -> None:
+        self.steps, self.tolerance = steps, tolerance
+        self.outer = (
+            None if outer is None else weakref.ref(outer)
+        )  # of the stack that this one runs inside
+        self.sampler = Sampler(steps)
+        self.comparisons: dict[Hashable, list[Comparison]] = {}
+        self.ranges: list[StreamRange] = []
+        self.dtypes: set[torch.dtype] = set()
+        self.total: Tensor | None = (
+            None  # the sum of the last state, which is finite if the state is
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step is, here and in the stack around this one, which recovers our inputs."""
+        if len(self.ranges) != self.steps or self.outer is None:
+            return len(self.ranges) == self.steps
+        outer = self.outer()
+        return outer is not None and outer.exact
+
+    def step(self, view: StepView, state: State) -> StepGuard:
+        return _StepRecovery(view, self)
+
+    def forward_done(self, state: State) -> None:
+        self.sampler.places.clear()
+        if self.tolerance != math.inf:
+            with torch.no_grad():
+                device, parts = state[0].device, map(local_part, state)
+                sums = [s.sum(dtype=sum_dtype(s)) for s in parts]
+                self.total = sum(t.to(device) if t.device != device else t for t in sums)  # type: ignore[assignment]
+
+    def compare(self, key: Hashable, comparison: Comparison) -> None:
+        self.comparisons.setdefault(key, []).append(comparison)
+
+    def backward_done(self, key: Hashable) -> None:
+        self.sampler.places.clear()
+        found = self.comparisons.pop(key, [])
+        compare_recovered(found, self.ranges, self.exact, self.tolerance, self.dtypes, self.total)
+
+    def forget(self, key: Hashable) -> None:
+        self.comparisons.pop(key, None)
+
+
+class _StepRecovery(StepGuard):
+    def __init__(self, view: StepView, of: RecoveryCheck) -> None:
+        self.view, self.of = view, of
+        self.samples: dict[int, Tensor] = {}  # of saved tensors, by position; -1: of the stream
+        self.weight = -1  # the position of the last saved parameter. Only its first row is sampled: updates change all
+        self.reference: Tensor | None = None
+
+    def first_run_done(self, run: FirstRun) -> None:
+        view, of, stream = self.view, self.of, run.state[0]
+        if view.dropped and of.tolerance != math.inf:
+            if view.stream_kept:
+                self._sample_activations(run)
+            else:
+                self.samples = {-1: of.sampler(stream)}
+                if view.number == 0 and len(run.saved) == run.function_saves:
+                    # If no function reads the first stream, it may be far smaller than what is added to it. Rounding
+                    # then destroys it, which is harmless; so its error is measured against the merged stream.
+                    self.reference = of.sampler(run.merged)
+        of.dtypes.update((stream.dtype, run.merged.dtype, *(t.dtype for t in run.result)))
+        limit = view.step.coupling.limit_of(run.merged.dtype)
+        if limit < math.inf and run.merged.numel():
+            least, largest = torch.aminmax(
+                local_part(run.merged).detach()
+            )  # many times as fast as a norm on a CPU
+            of.ranges.append(StreamRange(view.step.name, least, largest, limit))
+
+    def _sample_activations(self, run: FirstRun) -> None:
+        """The stream is kept, so backward will not recover it. The last activations stand for what it recovers.
+
+        Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing. And no
+        activation depends on the last weight, whose data somebody may exchange unseen.
+        """
+        activations = 0
+        for place, placeholder in reversed(run.saved):
+            t = placeholder.tensor
+            if t is None or place >= run.function_saves or not has_dense_memory(t):
+                continue
+            if is_parameter(t):
+                if self.weight < 0:
+                    self.weight = place
+                    self.samples[place] = self.of.sampler(_first_row(t))
+            elif activations < 2 and not is_integral(t):
+                activations += 1
+                self.samples[place] = self.of.sampler(t)
+            if activations == 2 and self.weight >= 0:
+                return
+
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
+        for place, original in self.samples.items():
+            t = stream if place < 0 else saved[place] if place < len(saved) else None
+            if t is not None and (place < 0 or has_dense_memory(t)):
+                t = self.of.sampler(_first_row(t) if place == self.weight >= 0 else t)
+                self.of.compare(key, Comparison(self.view.step.name, original, t, self.reference))
+
+
+def _first_row(t: Tensor) -> Tensor:
+    return t[:1] if t.ndim else t
+
+
+# ------------------------------------------------------------------------------------------ comparing
+def _rows(samples: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Samples as the rows of a matrix, in at least single precision, filled up with zeros."""
+    if len({(t.shape, t.dtype, t.device) for t in samples}) == 1:  # as nearly always
+        rows = (
+            torch.stack(list(samples)).flatten(1)
+            if samples[0].ndim
+            else torch.stack(list(samples))[:, None]
+        )
+        return rows.to(device, sum_dtype(rows))
+    flat = [t.flatten() if t.device == device else t.flatten().to(device) for t in samples]
+    if len({t.dtype for t in flat}) > 1:
+        common = torch.cat([t[:0] for t in flat]).dtype
+        flat = [t.to(common) for t in flat]
+    rows = pad_sequence(flat, batch_first=True)
+    return rows.to(sum_dtype(rows))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).double()
+
+
+def _finite(rows: Tensor) -> Tensor:
+    return rows.masked_fill_(~rows.isfinite(), 0.0)
+
+
+def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tensor:
+    """$|r - o| / |o|$ of each recovered sample $r$ and its original $o$.
+
+    A stream of zeros is measured against the largest one. A stream that no function sees may lose digits to what was
+    merged into it, but must come back to one digit. The error is infinite where a stream came back as NaN.
+    """
+    device = comparisons[0].original.device  # streams may live on several
+    originals = _rows([c.original for c in comparisons], device)
+    gaps = _rows([c.recovered for c in comparisons], device)
+    same = gaps == originals  # infinities too, which attention may save
+    differences = _norms(gaps.sub_(originals).masked_fill_(same, 0.0))
+    del gaps, same
+    norms = _norms(_finite(originals))
+    del originals
+    sizes = norms
+    if any(c.reference is not None for c in comparisons):
+        references = _rows(
+            [c.original if c.reference is None else c.reference for c in comparisons], device
+        )
+        sizes = torch.maximum(norms, _norms(_finite(references)))
+        sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
+    sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
+    return (differences / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def compare_recovered(
+    comparisons: Sequence[Comparison],
+    ranges: Sequence[StreamRange],
+    exact: bool,
+    tolerance: float | None,
+    dtypes: set[torch.dtype],
+    total: Tensor | None,
+) -> None:
+    """Raises where a stream came back wrong or left its range, as :func:`report` says.
+
+    Nothing is wrong where forward itself overflowed: naive autograd has NaN gradients then too, and GradScaler skips
+    the step.
+    """
+    found = [c.original for c in comparisons] + [r.largest for r in ranges]
+    if not found or _unreadable(found[0]):
+        return
+    device = found[0].device
+    if tolerance is None:  # where every step is exact, equality, wherever kernels repeat their bits
+        tolerance = (
+            0.0
+            if exact and device.type == "cpu"
+            else default_tolerance(dtypes, device.type != "cpu")
+        )
+    autocast = torch.autocast(
+        device.type, enabled=False
+    )  # it would have a say in how samples are put together
+    with torch.no_grad(), autocast:
+        parts = [relative_errors(comparisons, tolerance)] if comparisons else []
+        if ranges:
+            ends = torch.stack(
+                [
+                    _rows([r.least for r in ranges], device),
+                    _rows([r.largest for r in ranges], device),
+                ]
+            )
+            parts.append(ends.abs().amax(0)[:, 0].double())
+        values = torch.cat(parts)
+        values = values if total is None else torch.where(total.isfinite(), values, 0.0)
+    report(values, [c.name for c in comparisons], ranges, tolerance)
+
+
+def _unreadable(values: Tensor) -> bool:
+    return values.is_meta or is_fake(values) or cuda_streams.driver.capturing()
+
+
+_pending: list[tuple[cuda_streams.Arriving, list[str], Sequence[StreamRange], float]] = []
+
+
+def report(
+    values: Tensor, names: list[str], ranges: Sequence[StreamRange], tolerance: float
+) -> None:
+    """Raise where one of the errors, or of the magnitudes after them, is too large: at once on a CPU.
+
+    On CUDA the values are copied without a synchronisation. The first forward or backward of any stack that finds them
+    arrived raises, or :func:`raise_pending`. Inside a CUDA-graph capture nothing can be raised.
+    """
+    if _unreadable(values):
+        return
+    if values.is_cuda:
+        _pending.append((cuda_streams.Arriving(values), names, ranges, tolerance))
+    else:
+        _judge(values, names, ranges, tolerance, "backward")
+
+
+def raise_pending(*, wait: bool = True) -> None:
+    """Raise if an earlier backward on a GPU recovered a stream wrongly.
+
+    Such verdicts arrive without a host synchronisation, so the last one of a run may still be under way when the run
+    ends; call this once there. ``wait=False`` looks only at those that have arrived, as every stack does by itself.
+    """
+    while _pending and not cuda_streams.driver.capturing() and (wait or _pending[0][0].here()):
+        verdict, names, ranges, tolerance = _pending.pop(0)
+        _judge(verdict.get(), names, ranges, tolerance, "an earlier backward")
+
+
+def _judge(
+    values: Tensor, names: Sequence[str], ranges: Sequence[StreamRange], tolerance: float, when: str
+) -> None:
+    """Raise for the first of the magnitudes, then errors, that is too large."""
+    errors, sizes = values[: len(names)].tolist(), values[len(names) :].tolist()
+    for size, (name, _, _, limit) in zip(sizes, ranges, strict=True):
+        if not size < limit:
+            raise RuntimeError(
+                f"{name} took its stream to a magnitude of {size:.6g}, beyond the limit of {limit:g} below which its "
+                "coupling is exact. Give the coupling a larger limit, at a coarser resolution, or normalise the branch."
+            )
+    for error, name in zip(errors, names, strict=True):
+        if error > tolerance:
+            raise RuntimeError(
+                f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
+                f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
+                "(a random generator of its own, a call counter, a tensor edited or replaced since forward), or its "
+                "stream does not invert accurately (its coupling's unmerge does not undo merge: "
+                "revlib.testing.assert_unmerges tells; its result is far larger than the stream, or computed in a "
+                "lower precision: use the ExactAdditive coupling, keep the streams in float32, or normalise the "
+                "branches). Compare with scheduler=Naive(); if the error is acceptable, raise the tolerance."
+            )

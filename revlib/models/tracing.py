@@ -1,0 +1,80 @@
+"""What tools that read a model's code see of its reversible parts: a symbolic trace one call, a script a refusal.
+
+``torch.fx`` cannot look into a reversible sequence, whose backward is Python that inverts it. A trace therefore notes
+the call of the whole module, which then trains in a traced network with the memory that it has outside of one. timm's
+and torchvision's feature extraction trace too, and are told by timm's list of modules that are not traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from timm.models import register_notrace_module
+from torch import Tensor, fx, nn
+
+from revlib.sequence import ReversibleSequence
+from revlib.step import State
+
+__all__ = ["Blocks", "NotScripted", "Tap", "joined", "noted", "register_notrace_module", "traced"]
+
+
+def traced(value: Any) -> bool:
+    """Whether a value stands for one in a symbolic trace."""
+    return isinstance(value, fx.Proxy)
+
+
+def noted(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """The call of a module in the trace that its first argument belongs to."""
+    tracer: Any = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, dict(kwargs or {}))
+
+
+class NotScripted(nn.Module):
+    """A module that ``torch.jit.script`` refuses in one sentence."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose backward is Python that inverts the stack; "
+            "export it with torch.export or torch.onnx.export, or use torch.jit.trace under torch.no_grad()"
+        )
+
+
+@register_notrace_module
+class Blocks(NotScripted, ReversibleSequence):
+    """The reversible sequence of a model. ``start`` and ``stop`` run a part of it, under its coupling and scheduler."""
+
+    def forward(self, *streams: Tensor, start: int | None = None, stop: int | None = None, **context: Any) -> State:
+        part = {name: at for name, at in (("start", start), ("stop", stop)) if at is not None}
+        if traced(streams[0]):
+            return noted(self, streams, {**part, **context})
+        return self[start:stop](*streams, **context) if part else super().forward(*streams, **context)
+
+    def part(self, start: int, stop: int, *streams: Tensor) -> State:
+        """Some of the blocks; all of them as a call of the module itself, so that its hooks run."""
+        if (start, stop) == (0, len(self)):
+            return self(*streams)
+        if traced(streams[0]):
+            return noted(self, streams, {"start": start, "stop": stop})
+        return self[start:stop](*streams)
+
+
+class Tap(nn.Module):
+    r"""The feature map of a level, $[x_1; x_2]$: a module for hooks, which runs only where it has some.
+
+    Shapes: (..., dim), twice -> (..., 2 dim). No parameters.
+    """
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return joined((x1, x2))
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
+
+def joined(streams: State) -> Tensor:
+    """Both streams side by side; by index, as those of a symbolic trace are found."""
+    return torch.cat([streams[0], streams[1]], dim=-1)

@@ -1,0 +1,111 @@
+"""Each guard is needed: without it, one scene has a wrong gradient that nobody notices. With it, the gradient is right,
+or an error says what is wrong."""
+
+import math
+import random
+
+import pytest
+import torch
+from common import error
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine
+from revlib.core import Guards
+
+
+class Body(nn.Module):
+    """A linear layer, and something of a scene's own in front of it."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.linear, self.before, self.calls = nn.Linear(4, 4), before, 0
+
+    def forward(self, x):
+        return self.linear(self.before(self, x)).tanh()
+
+
+class SinesAreCosines(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (torch.cos if func is torch.sin else func)(*args, **(kwargs or {}))
+
+
+def draws(module, x):
+    return nn.functional.dropout(x, 0.5)
+
+
+def counts(module, x):
+    module.calls += 1
+    return x * module.calls
+
+
+def chooses(module, x):
+    return x * random.choice([1.0, 2.0, 3.0, 4.0])
+
+
+def gradients(scheduler, before, *, forward=None, between=None):
+    torch.manual_seed(0)
+    random.seed(0)
+    stack = ReversibleSequence([(Body(before), Body(before)) for _ in range(3)], scheduler=scheduler).double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    if forward is None:
+        y = stack(x, x.sin())
+    else:
+        with forward:
+            y = stack(x, x * 2)
+    if between is not None:
+        between()
+    random.seed(1)
+    y[0].square().sum().backward()
+    return [p.grad for p in [x, *stack.parameters()]]
+
+
+def leave_out(monkeypatch, *names):
+    """Passes without these guards."""
+    make = engine._guards
+
+    def some(*args):
+        guards, recovery = make(*args)
+        left = [g for g in guards.guards if type(g).__name__ not in names]
+        assert len(left) == len(guards.guards) - len(names)
+        return Guards(left), recovery
+
+    monkeypatch.setattr(engine, "_guards", some)
+
+
+SCENES = {
+    "Randomness": {"before": draws},
+    "Settings": {"before": lambda module, x: torch.sin(x), "forward": SinesAreCosines()},
+    "ModuleStates": {"before": counts},
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_what_is_put_back_is_wrong_without_its_guard(name, monkeypatch):
+    want = gradients(Naive(), **SCENES[name])
+    assert error(gradients(Reversible(), **SCENES[name]), want) < 1e-9
+    leave_out(monkeypatch, name)
+    assert error(gradients(Checkpoint(tolerance=math.inf), **SCENES[name]), want) > 1e-2
+
+
+def test_an_edited_tensor_is_refused_and_wrong_without_its_guard(monkeypatch):
+    def run(scheduler, edits):
+        table = torch.linspace(1, 2, 4, dtype=torch.float64)
+        between = (lambda: table.mul_(2)) if edits else None
+        return gradients(scheduler, lambda module, x: (x * table).sin(), between=between)
+
+    want = run(Naive(), edits=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(Naive(), edits=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(Checkpoint(), edits=True)
+    leave_out(monkeypatch, "Edits")
+    assert error(run(Checkpoint(tolerance=math.inf), edits=True), want) > 1e-2
+
+
+def test_a_function_that_does_not_repeat_is_refused_and_wrong_without_the_check(monkeypatch):
+    want = gradients(Naive(), chooses)
+    with pytest.raises(RuntimeError, match="recovered what enters"):
+        gradients(Reversible(), chooses)
+    leave_out(monkeypatch, "RecoveryCheck")
+    assert error(gradients(Reversible(), chooses), want) > 1e-2
