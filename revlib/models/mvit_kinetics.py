@@ -103,9 +103,10 @@ class PublishedRevMViTVideo(Published):
 
     $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
 
-    within a stage, and :class:`ProjectedTransition` of the mean of both streams between stages. Patches and pools reach
-    into time, where frames keep their rate; positions are the sum of one of space and one of time; projections to
-    queries, keys and values have no bias. The head sees the normalised concatenation of both streams, averaged.
+    within a stage, and :class:`~revlib.models.mvit_kinetics.ProjectedTransition` of the mean of both streams between
+    stages. Patches and pools reach into time, where frames keep their rate; positions are the sum of one of space and
+    one of time; projections to queries, keys and values have no bias. The head sees the normalised concatenation of
+    both streams, averaged.
 
     Args:
         clip_size: (frames, height, width), multiples of patch_size · (1, 2^(stages - 1), 2^(stages - 1)).
