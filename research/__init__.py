@@ -22,6 +22,7 @@ Measuring::
     drift.py          how accurately inversion works
     simulate.py       sizes models without the hardware, by footprints.py
     gpu.py            runs everything that wants a GPU
+    trace.py          how much of revlib's code one training step runs
     machine.py        the machine that something ran on; files.py writes files that are whole or absent
 
 Documentation::

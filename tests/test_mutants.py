@@ -17,6 +17,7 @@ def test_each_changes_one_place_of_its_file_into_other_python(mutant):
     assert mutant.after != mutant.before and all((ROOT / test).exists() for test in mutant.tests)
 
 
+@pytest.mark.slow
 def test_what_breaks_nothing_survives_and_what_breaks_the_import_does_not():
     version, tests = "__version__ = ", ("tests/test_encoder.py",)
     assert mutants.survives(mutants.Mutant("revlib/__init__.py", version, "__version__  = ", "nothing", tests))

@@ -19,17 +19,14 @@ LACKING = """
     revlib.ReversibleSequence.extra_repr has no docstring
     revlib.Step.forward has no docstring
     revlib.Step.extra_repr has no docstring
-    revlib.schedulers.Plan.check has no docstring
     revlib.models.ConcatLinear.forward has no docstring
     revlib.models.ConcatMlp.forward has no docstring
     revlib.models.Mean.forward has no docstring
-    revlib.models.PublishedRevMViT.forward has no docstring
     revlib.models.RevMViTVideo.forward has no docstring
     revlib.convert.ReversibleResidual.forward has no docstring
     revlib.convert.ReversibleResidual.sequence has no docstring
     revlib.convert.ReversibleResidual.scheduler has no docstring
     revlib.checkpoints.Report.complete has no docstring
-    revlib.models.PublishedRevMViT refers to StageTransition, which does not exist
 """
 
 

@@ -10,10 +10,11 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib._torch import exporting, transforming
 from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
-from revlib.step import State, exporting
+from revlib.step import State
 
 __all__ = ["Blocks", "each_alone", "parts_of", "separable"]
 
@@ -68,7 +69,7 @@ class InParts(nn.Module):
         self.fn, self.parts, self.kept = fn, parts, kept
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.kept or torch._C._are_functorch_transforms_active()  # which refuse to checkpoint
+        kept = self.kept or transforming()  # which refuse to checkpoint
         pieces = x.tensor_split(self.parts)
         with each_alone(x):
             return torch.cat([self.fn(p) if kept else checkpoint(self.fn, p, use_reentrant=False) for p in pieces])

@@ -116,9 +116,10 @@ class PublishedRevMViT(Published):
 
     $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
 
-    within a stage, and :class:`StageTransition` of both streams between stages. Against RevMViT: positions are absolute
-    and not relative, queries are pooled in transitions only and not added again after attention, transitions fuse two
-    streams by an MLP with a residual, and the head sees the normalised concatenation of both, averaged over patches.
+    within a stage, and :class:`~revlib.models.mvit_published.StageTransition` of both streams between stages. Against
+    RevMViT: positions are absolute and not relative, queries are pooled in transitions only and not added again after
+    attention, transitions fuse two streams by an MLP with a residual, and the head sees the normalised concatenation
+    of both, averaged over patches.
 
     Args:
         img_size: pixels, a number or (height, width), multiples of patch_size · 2^(stages - 1).
