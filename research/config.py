@@ -18,6 +18,8 @@ FusionName = Literal["mean", "concat-linear", "concat-mlp", "concat"]
 SchedulerName = Literal["naive", "reversible", "pareprop", "checkpoint"]
 OptimizerName = Literal["adam", "adamw"]
 AmpDtypeName = Literal["bfloat16", "float16"]
+VariantName = Literal["default", "minrev"]
+StatisticsName = Literal["measured", "minrev"]
 RecipeName = Literal["minrev-vit", "minrev-swin", "minrev-mvit", "tuned-vit", "tuned-swin", "tuned-mvit"]
 
 # Defaults that a data set changes. Config's own are those of digits, the others' are minREV's.
@@ -113,6 +115,14 @@ class Config:
     limit_train: Annotated[int | None, _data("Train on this many images only.", **whole(1))] = None
     limit_test: Annotated[int | None, _data("Test on this many images only.", **whole(1))] = None
 
+    statistics: Annotated[
+        StatisticsName,
+        _data(
+            "What images are normalised by, per channel: means and standard deviations measured on the training "
+            "images, or the numbers in minREV's script, for images in colour."
+        ),
+    ] = "measured"
+
     rand_augment: Annotated[
         int, _augment("Magnitude of RandAugment's two operations, 0 for none; 9 is usual.", **whole(0, 30))
     ] = 0
@@ -132,6 +142,14 @@ class Config:
             callback=_defaults_of_model,
         ),
     ] = "vit"
+    variant: Annotated[
+        VariantName,
+        _model(
+            "Details of a network, such as initial weights and epsilons. default: those of timm's layers. minrev: all "
+            "that changes a number is as in minREV's code, see research/recipes; plain-... get its initial weights "
+            "and epsilons."
+        ),
+    ] = "default"
     coupling: Annotated[CouplingName, _model("How blocks merge; exact keeps streams on a grid.")] = "additive"
     fusion: Annotated[
         FusionName,
@@ -157,6 +175,14 @@ class Config:
     optimizer: Annotated[OptimizerName, _training("adamw decays weights apart from the gradients.")] = "adam"
     lr: Annotated[float, _training("Highest learning rate; falls to 0 on a cosine.", **real(0, math.inf))] = 2e-3
     warmup_epochs: Annotated[int, _training("Epochs in which --lr is approached, of --epochs.", **whole(0))] = 0
+    cosine_lag: Annotated[
+        int,
+        _training(
+            "Epochs by which the cosine is late, so that it does not reach 0; after the first epoch it starts at "
+            "minus this number. 2 in minREV's script.",
+            **whole(0),
+        ),
+    ] = 0
     weight_decay: Annotated[
         float, _training("Of all but biases, norms and tables of positions.", **real(0, math.inf))
     ] = 0.0
@@ -235,6 +261,10 @@ class Config:
             raise typer.BadParameter(
                 f"expected less than --epochs {self.epochs}, got {self.warmup_epochs}; nothing is left for the cosine.",
                 param_hint="--warmup-epochs",
+            )
+        if self.warmup_epochs and self.cosine_lag:
+            raise typer.BadParameter(
+                "is for a cosine that starts at once; drop it, or --warmup-epochs.", param_hint="--cosine-lag"
             )
         if self.resume and self.overwrite:
             raise typer.BadParameter("continues a run, --overwrite drops it; give one.", param_hint="--resume")

@@ -14,10 +14,10 @@ from timm.models import SwinTransformer, VisionTransformer
 from timm.models.mvitv2 import MultiScaleBlock, MultiScaleVit, MultiScaleVitCfg
 from torch import Tensor, nn
 
-from research.config import Config, CouplingName, FusionName, ModelName, SchedulerName
+from research.config import Config, CouplingName, FusionName, ModelName, SchedulerName, VariantName
 from research.data import Dataset
 from revlib import Additive, Coupling, ExactAdditive
-from revlib.models import RevMViT, RevSwin, RevViT
+from revlib.models import RevMViT, RevSwin, RevViT, minrev_vit
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Fusion, Mean
 from revlib.schedulers import Checkpoint, Naive, PaReprop, Reversible, Scheduler
 
@@ -32,11 +32,11 @@ class Concat(nn.Module):
 FUSIONS: dict[FusionName, Fusion] = {"mean": Mean, "concat-linear": ConcatLinear, "concat-mlp": ConcatMlp}
 
 
-def vit(fusion: FusionName = "mean", **sizes: Any) -> nn.Module:
-    return RevViT(**sizes)
+def vit(fusion: FusionName = "mean", variant: VariantName = "default", **sizes: Any) -> nn.Module:
+    return minrev_vit(**sizes) if variant == "minrev" else RevViT(**sizes)
 
 
-def plain_vit(fusion: FusionName, coupling: Coupling, scheduler: Scheduler, **sizes: Any) -> nn.Module:
+def plain_vit(fusion: FusionName, coupling: Coupling, scheduler: Scheduler, variant: VariantName = "default", **sizes: Any) -> nn.Module:
     return VisionTransformer(**sizes, class_token=False, global_pool="avg")
 
 
@@ -46,12 +46,12 @@ def two_stages(depth: int, num_heads: int) -> dict[str, Any]:
     return {"depths": depths, "num_heads": (num_heads, 2 * num_heads)[: len(depths)]}
 
 
-def swin(depth: int, num_heads: int, fusion: FusionName = "mean", **sizes: Any) -> nn.Module:
+def swin(depth: int, num_heads: int, fusion: FusionName = "mean", variant: VariantName = "default", **sizes: Any) -> nn.Module:
     return RevSwin(**sizes, **two_stages(depth, num_heads), fusion=FUSIONS[fusion])
 
 
 def plain_swin(
-    depth: int, num_heads: int, fusion: FusionName, coupling: Coupling, scheduler: Scheduler, **sizes: Any
+    depth: int, num_heads: int, fusion: FusionName, coupling: Coupling, scheduler: Scheduler, variant: VariantName = "default", **sizes: Any
 ) -> nn.Module:
     return SwinTransformer(**sizes, **two_stages(depth, num_heads), window_size=4)
 
@@ -61,7 +61,7 @@ def three_stages(depth: int) -> tuple[int, ...]:
     return tuple(blocks for blocks in (1, min(depth - 1, 2), depth - 3) if blocks > 0)
 
 
-def mvit(depth: int, fusion: FusionName = "mean", **sizes: Any) -> nn.Module:
+def mvit(depth: int, fusion: FusionName = "mean", variant: VariantName = "default", **sizes: Any) -> nn.Module:
     try:
         model = RevMViT(depths=three_stages(depth), **sizes, fusion=FUSIONS.get(fusion, Mean))
     except ValueError as error:

@@ -90,7 +90,7 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
     say(describe(run.model, data, config, here))
 
     mix = mixer(config, len(data.classes))
-    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix)
+    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix, config.statistics)
     amp = torch.autocast(device.type, AMP_DTYPES[config.amp_dtype], enabled=config.amp)
     step = train_step(run, amp, processes, config.label_smoothing, config.clip_grad)
     tested = run.model if run.ema is None else run.ema.module

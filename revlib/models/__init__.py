@@ -5,6 +5,7 @@ Importing this registers their published sizes with timm, see :mod:`revlib.model
 
 from revlib.models import presets
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
+from revlib.models.minrev import minrev_vit
 from revlib.models.mvit import RevMViT
 from revlib.models.mvit_published import PublishedRevMViT
 from revlib.models.swin import RevSwin
@@ -20,5 +21,6 @@ __all__ = [
     "RevMViTVideo",
     "RevSwin",
     "RevViT",
+    "minrev_vit",
     "presets",
 ]

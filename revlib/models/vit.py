@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
+from revlib.models.attention import SelfAttention
 from revlib.models.base import TimmModel
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
@@ -81,7 +82,9 @@ class RevViT(TimmModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         self.blocks = ReversibleSequence(coupling=coupling, scheduler=scheduler)
         for rate in calculate_drop_path_rates(drop_path_rate, depth):
-            attention = Attention(embed_dim, num_heads, qkv_bias=True, attn_drop=attn_drop_rate, proj_drop=drop_rate)
+            attention = SelfAttention(
+                embed_dim, num_heads, qkv_bias=True, attn_drop=attn_drop_rate, proj_drop=drop_rate
+            )
             mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate)
             self.blocks.append(tuple(nn.Sequential(norm_layer(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
         self.norm = nn.Identity() if fc_norm else norm_layer(2 * embed_dim)
