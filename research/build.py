@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRSc
 from research.checkpoint import Run
 from research.config import Config
 from research.data import Dataset
-from research.networks import COUPLINGS, MODELS, SCHEDULERS
+from research.networks import COUPLINGS, MODELS
+from research.schedulers import scheduler
 from revlib import ReversibleSequence
 
 
@@ -38,7 +39,8 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
         fusion=config.fusion,
         variant=config.variant,
         coupling=COUPLINGS[config.coupling],
-        scheduler=SCHEDULERS[config.scheduler],
+        scheduler=scheduler(config.scheduler),
+        **({"unrolled_windows": True} if config.unrolled_windows else {}),
     ).to(device)
     ema = ModelEmaV3(model, config.ema) if config.ema else None
     if config.compile:
@@ -57,7 +59,14 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
     draws = torch.Generator().manual_seed(config.seed)
-    return Run(model, optimizer, schedule(optimizer, config.epochs, config.warmup_epochs, config.cosine_lag), scaler, draws, ema)
+    return Run(
+        model,
+        optimizer,
+        schedule(optimizer, config.epochs, config.warmup_epochs, config.cosine_lag),
+        scaler,
+        draws,
+        ema,
+    )
 
 
 def schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup: int, lag: int = 0) -> LRScheduler:

@@ -9,8 +9,11 @@ from research.files import replacing
 from research.log import Row
 
 
-def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Loss and accuracy against epoch: a colour per run, test solid and train dashed."""
+def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path, resumed: Sequence[int] = ()) -> None:
+    """Loss and accuracy against epoch: a colour per run, test solid and train dashed.
+
+    A dotted line marks where a run was resumed, after each of the epochs in ``resumed``.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for number, (name, rows) in enumerate(runs.items()):
@@ -19,6 +22,8 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                 values = [row[f"{split}_{metric}"] for row in rows]  # type: ignore[literal-required]
                 label = f"{name} {split}"
                 axes.plot(epochs, values, style, color=f"C{number}", marker=".", markersize=3, label=label)
+        for number, epoch in enumerate(resumed):
+            axes.axvline(epoch + 0.5, linestyle=":", color="grey", label=None if number else "resumed")
         axes.set(xlabel="epoch", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

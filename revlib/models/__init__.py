@@ -4,8 +4,8 @@ Importing this registers their published sizes with timm, see :mod:`revlib.model
 """
 
 from revlib.models import presets
-from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
-from revlib.models.minrev import minrev_vit
+from revlib.models.fusion import Concat, ConcatLinear, ConcatMlp, Mean
+from revlib.models.minrev import minrev_mvit, minrev_swin, minrev_vit
 from revlib.models.mvit import RevMViT
 from revlib.models.mvit_published import PublishedRevMViT
 from revlib.models.swin import RevSwin
@@ -13,6 +13,7 @@ from revlib.models.video import RevMViTVideo
 from revlib.models.vit import RevViT
 
 __all__ = [
+    "Concat",
     "ConcatLinear",
     "ConcatMlp",
     "Mean",
@@ -21,6 +22,8 @@ __all__ = [
     "RevMViTVideo",
     "RevSwin",
     "RevViT",
+    "minrev_mvit",
+    "minrev_swin",
     "minrev_vit",
     "presets",
 ]

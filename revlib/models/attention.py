@@ -17,15 +17,16 @@ class SelfAttention(Attention):  # type: ignore[misc]  # timm comes without type
 
     $$\mathrm{softmax}(Q K^\top / \sqrt d)\, V, \qquad Q, K, V = x W_{qkv}$$
 
-    On a CPU, the backward pass of torch's fused kernel takes much longer in bfloat16 than plain matrix products do. On
-    one core of an AMD EPYC with bfloat16 instructions, forward and backward of 16 to 1,024 tokens and heads of 16 to 128
-    features took 1.4 to 7 times as long. In float32 the fused kernel is up to 1.5 times as fast, and is used.
+    On a CPU, the backward pass of torch's fused kernel takes much longer in bfloat16 than plain matrix products do.
+    On one core of an AMD EPYC with bfloat16 instructions, forward and backward of 16 to 1,024 tokens and heads of
+    16 to 128 features took 1.4 to 7 times as long. In float32 the fused kernel is up to 1.5 times as fast, and is
+    used.
 
     The choice depends on nothing that differs between a forward pass and its repetition in backward, so that both
     compute the same numbers. Softmax is computed in float32 in both ways, and its result is rounded to bfloat16.
 
-    Shapes: (batch, tokens, features) to the same.
-    Cost: the plain way stores batch · heads · tokens² numbers in bfloat16, for as long as this layer's activations live.
+    Shapes: (batch, tokens, features) to the same. Cost: the plain way stores batch · heads · tokens² numbers in
+    bfloat16, for as long as this layer's activations live.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -49,6 +49,7 @@ class RevSwin(TimmModel):
             stage; hidden width of the MLP / width.
         drop_rate, attn_drop_rate, drop_path_rate: dropout after projections, of attention weights, and stochastic depth
             (rising linearly over the blocks of all stages).
+        always_partition: keep windows and their shifts on maps that a window covers, as timm's Swin has it.
         global_pool: "avg", or "" for none: the head then sees every patch.
         fusion: how two streams become one between stages: see :mod:`revlib.models.fusion`.
         coupling, scheduler: of all stages, see :class:`~revlib.ReversibleSequence`; also ``model.scheduler = ...``.
@@ -59,6 +60,8 @@ class RevSwin(TimmModel):
     Source: Liu et al., *Swin Transformer*, ICCV 2021; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022,
     section 3.3 (stages); Zhu & Mangalam, *PaReprop*, 2023 (Rev-Swin).
     """
+
+    branch = WindowBranch  # F of a pair
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class RevSwin(TimmModel):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        always_partition: bool = False,
         global_pool: str = "avg",
         fusion: Fusion = Mean,
         coupling: Coupling | None = None,
@@ -97,6 +101,7 @@ class RevSwin(TimmModel):
         embed = {"output_fmt": "NHWC", "strict_img_size": False, "dynamic_img_pad": True}
         self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm_layer, **embed)
         sizes = {"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio}
+        sizes["always_partition"] = always_partition
         rates = {"proj_drop": drop_rate, "attn_drop": attn_drop_rate}
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages: Any = nn.ModuleList()
@@ -105,7 +110,7 @@ class RevSwin(TimmModel):
             blocks = ReversibleSequence(coupling=coupling, scheduler=scheduler)
             for j, rate in enumerate(drop_paths[i]):
                 own = {"shift_size": [j % 2 * (side // 2) for side in window], "drop_path": rate}
-                blocks.append(WindowBranch(width, grid, heads, **sizes, **rates, **own, norm_layer=norm_layer).pair())
+                blocks.append(self.branch(width, grid, heads, **sizes, **rates, **own, norm_layer=norm_layer).pair())
             self.stages.append(blocks)
         self.fusions = nn.ModuleList(fusion(width, norm_layer) for width in widths[:-1])
         self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm_layer) for width in widths[:-1])
