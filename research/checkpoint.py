@@ -76,6 +76,15 @@ def make_room(config: Config, run: Run) -> None:
         ) from error
 
 
+def unwritten(config: Config, epoch: int, error: Exception) -> SystemExit:
+    """What ends a run that could not write an epoch, and says what it has and how to go on."""
+    kept = "last.pt there has the epochs before it" if epoch > 1 else "nothing of the run is kept"
+    how = "repeat the flags and add --resume" if epoch > 1 else "start it again"
+    return SystemExit(
+        f"epoch {epoch} could not be written to {config.folder}: {error}. {kept}: make room there, then {how}"
+    )
+
+
 def resume(
     path: Path, run: Run, config: Config, environment: dict[str, Any], say: Callable[[str], None] = typer.echo
 ) -> Log:

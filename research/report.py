@@ -104,6 +104,7 @@ def usual(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def command(config: Mapping[str, Any]) -> str:
     """The call that had these settings."""
+    config = Config().as_json() | config  # an older log lacks flags made since, which were as if at their defaults
     before, found = usual(config), ["python -m research.train"]
     first = ["recipe"] if config.get("recipe") else ["dataset", "model"]
     names = [field.name for field in dataclasses.fields(Config) if field.name in config]

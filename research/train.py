@@ -76,6 +76,8 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
     with processes.first_first():
         data = read(config)
     data = data.prepare(config.limit_train, config.limit_test, device)
+    mix = mixer(config, len(data.classes))
+    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix, config.statistics)
     run = build(config, data, device)
     if processes.rank == 0:
         checkpoint.make_room(config, run)
@@ -94,8 +96,6 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
     tell = trackers(config, log) if processes.rank == 0 else []
     say(describe(run.model, data, config, here))
 
-    mix = mixer(config, len(data.classes))
-    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix, config.statistics)
     amp = torch.autocast(device.type, AMP_DTYPES[config.amp_dtype], enabled=config.amp)
     step = train_step(run, amp, processes, config.label_smoothing, config.clip_grad)
     tested = run.model if run.ema is None else run.ema.module
@@ -127,11 +127,7 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
                 checkpoint.save(last, run, log)
                 draw_curves({config.folder.name: log.rows}, curve, log.resumed)
             except (OSError, RuntimeError) as error:  # torch.save raises the second for a full disk
-                kept = f"{last} has the epochs before it" if epoch > 1 else "nothing of the run is kept"
-                raise SystemExit(
-                    f"epoch {epoch} could not be written to {config.folder}: {error}. {kept}: make room there, then "
-                    "repeat the flags and add --resume"
-                ) from error
+                raise checkpoint.unwritten(config, epoch, error) from error
             for tracker in tell:
                 tracker(row)
     say(f"{len(log.rows)} of {config.epochs} epochs done: see {logfile}, {curve}, {last}")

@@ -211,7 +211,7 @@ def test_every_network_trains_in_mixed_precision(tmp_path, model, precision):
 def test_a_plain_twin_is_of_the_same_size(model):
     counts = []
     for name in (model, f"plain-{model}"):
-        chosen = dataclasses.replace(RECIPES[f"minrev-{model}"], model=name, fusion="mean")
+        chosen = dataclasses.replace(RECIPES[f"minrev-{model}"], model=name, variant="default")
         network = build.build(chosen, small((3, 32, 32)), torch.device("cpu")).model
         counts.append(sum(p.numel() for p in network.parameters()))
     assert counts[1] == pytest.approx(counts[0], rel=0.02)  # the head of two streams is wider

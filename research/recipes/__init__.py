@@ -17,7 +17,7 @@ ran over the images of a batch. What differs on purpose is this, and nothing els
 - --amp is bfloat16 autocast around the whole network, whose streams stay in float32. minREV's is float16 with loss
   scaling inside F and G of RevViT alone; its RevSwin and RevMViT ignore it. --amp-dtype float16 has the scaling.
 - Random numbers come from one generator on the CPU, not from a data loader's workers: the distributions are the same.
-  Its losses and accuracies are means over batches of means, of which the last batch is smaller; here over images.
+  Its losses are means over batches, of which the last is smaller; here they are means over images.
 
 tuned_*: the same networks under today's rules, to aim past what transformers of three times the parameters reach from
 scratch: ViT-Lite-7/4 91.4 % in 200 epochs, CVT 92.6 %, CCT-7/3x1 94.8 % (Hassani et al., *Escaping the Big Data
