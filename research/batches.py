@@ -6,11 +6,16 @@ Drawn batch by batch, each copy of the numbers to the device would make the host
 from collections.abc import Callable, Iterator
 
 import torch
+import typer
 from torch import Tensor
 from tqdm import tqdm
 
 from research.augment import Mix, drawing_from, rand_augment, random_crop, random_flip
+from research.config import StatisticsName
 from research.data import Dataset, Split
+
+# In minREV's main.py. Its deviations are means over single images; those over all pixels are near 0.247.
+MINREV_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64 or parts of classes (B, classes) float32
 
@@ -19,9 +24,15 @@ class Batches:
     """Training and test batches of `data`. All draws come from the generator given."""
 
     def __init__(
-        self, data: Dataset, size: int, quiet: bool = False, magnitude: int = 0, mix: Mix | None = None
+        self,
+        data: Dataset,
+        size: int,
+        quiet: bool = False,
+        magnitude: int = 0,
+        mix: Mix | None = None,
+        statistics: StatisticsName = "measured",
     ) -> None:
-        self.data, self.size, self.normalize = data, size, normalizer(data.train)
+        self.data, self.size, self.normalize = data, size, normalizer(data.train, statistics)
         self.magnitude, self.mix = magnitude, mix
         self.quiet = quiet or None  # None: only on a terminal
 
@@ -52,12 +63,21 @@ class Batches:
             yield self.normalize(some), theirs
 
 
-def normalizer(train: Split) -> Callable[[Tensor], Tensor]:
-    """uint8 -> float32 with mean 0 and standard deviation 1 per channel over the training images."""
-    channels = [channel.float() / 255 for channel in train.images.transpose(0, 1)]
+def normalizer(train: Split, statistics: StatisticsName = "measured") -> Callable[[Tensor], Tensor]:
+    """uint8 -> float32, minus a mean and over a standard deviation per channel: those of the training images, or
+    minREV's."""
     # Tensors on the device, where torchvision's Normalize would copy a list there with each batch.
-    mean = torch.stack([channel.mean() for channel in channels]).view(-1, 1, 1)
-    std = torch.stack([channel.std() for channel in channels]).view(-1, 1, 1).clamp_min(1 / 255)  # blank channels
+    if statistics == "minrev":
+        mean, std = train.images.new_tensor(MINREV_STATISTICS, dtype=torch.float32).view(2, -1, 1, 1)
+        if train.images.shape[1] != len(mean):
+            raise typer.BadParameter(
+                f"minrev is for images of 3 channels, these have {train.images.shape[1]}; drop it.",
+                param_hint="--statistics",
+            )
+    else:
+        channels = [channel.float() / 255 for channel in train.images.transpose(0, 1)]
+        mean = torch.stack([channel.mean() for channel in channels]).view(-1, 1, 1)
+        std = torch.stack([channel.std() for channel in channels]).view(-1, 1, 1).clamp_min(1 / 255)  # blank channels
 
     def normalize(images: Tensor) -> Tensor:
         return (images.float() * (1 / 255) - mean) / std

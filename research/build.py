@@ -1,16 +1,19 @@
 """From settings to what trains: network, optimizer, schedule, average of the weights, loss scaling."""
 
+import math
+
 import torch
 import typer
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from research.checkpoint import Run
 from research.config import Config
 from research.data import Dataset
-from research.networks import COUPLINGS, MODELS, SCHEDULERS
+from research.networks import COUPLINGS, MODELS
+from research.schedulers import scheduler
 from revlib import ReversibleSequence
 
 
@@ -34,8 +37,10 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
         mlp_ratio=config.mlp_ratio,
         drop_path_rate=config.drop_path,
         fusion=config.fusion,
+        variant=config.variant,
         coupling=COUPLINGS[config.coupling],
-        scheduler=SCHEDULERS[config.scheduler],
+        scheduler=scheduler(config.scheduler),
+        **({"unrolled_windows": True} if config.unrolled_windows else {}),
     ).to(device)
     ema = ModelEmaV3(model, config.ema) if config.ema else None
     if config.compile:
@@ -45,15 +50,30 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
     # Given the model, timm groups its parameters by whether they decay.
     decaying = model if config.weight_decay else model.parameters()
     optimizer = create_optimizer_v2(
-        decaying, config.optimizer, lr=lr, weight_decay=config.weight_decay, capturable=config.graph
+        decaying,
+        config.optimizer,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        capturable=config.graph,
+        fused=True if device.type == "cpu" else None,  # one pass over the parameters, not one for each operation
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
     draws = torch.Generator().manual_seed(config.seed)
-    return Run(model, optimizer, schedule(optimizer, config.epochs, config.warmup_epochs), scaler, draws, ema)
+    return Run(
+        model,
+        optimizer,
+        schedule(optimizer, config.epochs, config.warmup_epochs, config.cosine_lag),
+        scaler,
+        draws,
+        ema,
+    )
 
 
-def schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup: int) -> LRScheduler:
-    """Up on a line in the first epochs, then down to 0 on a cosine."""
+def schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup: int, lag: int = 0) -> LRScheduler:
+    """Up on a line in the first epochs, then down to 0 on a cosine; or at once down on a cosine that is late."""
+    if lag:
+        # In the first epoch the highest rate, then the cosine from -lag + 1 on, where it is the same as at lag - 1.
+        return LambdaLR(optimizer, lambda epoch: 0.5 + math.cos(math.pi * (epoch and epoch - lag) / epochs) / 2)
     cosine = CosineAnnealingLR(optimizer, T_max=epochs - warmup)
     if not warmup:
         return cosine

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from research.config import Config
-from research.files import replacing
+from research.files import check_room, remove_leftovers, replacing
 from research.log import Log
 
 # Flags that may differ when a run is resumed: where things lie and when to stop, not what is computed.
@@ -59,6 +59,30 @@ def save(path: Path, run: Run, log: Log) -> None:
     """Write the run and its log, atomically. Cost: three copies of the parameters (Adam) on disk, four with --ema."""
     with replacing(path) as temporary:
         torch.save({"run": run.state_dict(), "log": dataclasses.asdict(log)}, temporary)
+
+
+def make_room(config: Config, run: Run) -> None:
+    """Remove what a killed run has left in the folder, and make sure that checkpoints can be written there."""
+    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    size = 2 * weights * (4 if run.ema else 3) + 2**21  # two checkpoints for a moment, a picture and the log
+    try:
+        remove_leftovers(config.folder, {"log.jsonl", "curve.png", "last.pt"})
+        check_room(config.folder, size)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"expected a folder that can be written, with room for the run; {config.folder} is none ({error}). "
+            "Make room, or name another folder.",
+            param_hint="--out",
+        ) from error
+
+
+def unwritten(config: Config, epoch: int, error: Exception) -> SystemExit:
+    """What ends a run that could not write an epoch, and says what it has and how to go on."""
+    kept = "last.pt there has the epochs before it" if epoch > 1 else "nothing of the run is kept"
+    how = "repeat the flags and add --resume" if epoch > 1 else "start it again"
+    return SystemExit(
+        f"epoch {epoch} could not be written to {config.folder}: {error}. {kept}: make room there, then {how}"
+    )
 
 
 def resume(

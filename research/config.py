@@ -10,18 +10,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from research.flags import flag, keywords, real, whole
+from research.schedulers import EXAMPLES, checked
 
 DatasetName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 ModelName = Literal["vit", "swin", "mvit", "plain-vit", "plain-swin", "plain-mvit"]
 CouplingName = Literal["additive", "exact"]
 FusionName = Literal["mean", "concat-linear", "concat-mlp", "concat"]
-SchedulerName = Literal["naive", "reversible", "pareprop", "checkpoint"]
 OptimizerName = Literal["adam", "adamw"]
 AmpDtypeName = Literal["bfloat16", "float16"]
+VariantName = Literal["default", "minrev"]
+StatisticsName = Literal["measured", "minrev"]
 RecipeName = Literal["minrev-vit", "minrev-swin", "minrev-mvit", "tuned-vit", "tuned-swin", "tuned-mvit"]
 
-# Defaults that a data set changes. Config's own are those of digits, the others' are minREV's.
-_MINREV: dict[str, Any] = {
+# Defaults that a data set changes. Config's own are those of digits. Those of cifar10 are minREV's in every respect, so
+# that its own command lines train its networks; the others have its sizes.
+_SIZES: dict[str, Any] = {
     "patch_size": 4,
     "embed_dim": 128,
     "depth": 6,
@@ -33,13 +36,21 @@ _MINREV: dict[str, Any] = {
 }
 DATASET_DEFAULTS: dict[DatasetName, dict[str, Any]] = {
     "digits": {},
-    "cifar10": _MINREV,
-    "fashion-mnist": _MINREV | {"epochs": 30},
-    "folder": _MINREV | {"epochs": 30, "batch_size": 32},
+    "cifar10": _SIZES | {"statistics": "minrev", "variant": "minrev", "cosine_lag": 2},
+    "fashion-mnist": _SIZES | {"epochs": 30},
+    "folder": _SIZES | {"epochs": 30, "batch_size": 32},
 }
-# And those that a model changes, on every data set.
+# And those that a model changes, on every data set and on one.
 _MVIT: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 1}
 MODEL_DEFAULTS: dict[ModelName, dict[str, Any]] = {"mvit": _MVIT, "plain-mvit": _MVIT}
+_SWIN: dict[str, Any] = {"depth": 4, "num_heads": 4, "drop_path": 0.2}
+CIFAR10_MODEL_DEFAULTS: dict[ModelName, dict[str, Any]] = {"swin": _SWIN, "plain-swin": _SWIN}
+
+
+def defaults(dataset: DatasetName, model: ModelName) -> dict[str, Any]:
+    """What a call that names a data set and a model changes of Config's own defaults."""
+    only = CIFAR10_MODEL_DEFAULTS.get(model, {}) if dataset == "cifar10" else {}
+    return DATASET_DEFAULTS[dataset] | MODEL_DEFAULTS.get(model, {}) | only
 
 
 # These run before other flags are read. A recipe sets all of them, so data set and model then set none.
@@ -54,13 +65,14 @@ def _defaults_of_recipe(context: typer.Context, recipe: RecipeName | None) -> Re
 
 def _defaults_of_dataset(context: typer.Context, dataset: DatasetName) -> DatasetName:
     if "recipe" not in context.meta:
+        context.meta["dataset"] = dataset
         context.default_map = dict(DATASET_DEFAULTS[dataset])
     return dataset
 
 
 def _defaults_of_model(context: typer.Context, model: ModelName) -> ModelName:
     if "recipe" not in context.meta:
-        context.default_map = {**(context.default_map or {}), **MODEL_DEFAULTS.get(model, {})}
+        context.default_map = defaults(context.meta["dataset"], model)
     return model
 
 
@@ -113,6 +125,14 @@ class Config:
     limit_train: Annotated[int | None, _data("Train on this many images only.", **whole(1))] = None
     limit_test: Annotated[int | None, _data("Test on this many images only.", **whole(1))] = None
 
+    statistics: Annotated[
+        StatisticsName,
+        _data(
+            "What images are normalised by, per channel: means and standard deviations measured on the training "
+            "images, or the numbers in minREV's script, for images in colour."
+        ),
+    ] = "measured"
+
     rand_augment: Annotated[
         int, _augment("Magnitude of RandAugment's two operations, 0 for none; 9 is usual.", **whole(0, 30))
     ] = 0
@@ -132,17 +152,37 @@ class Config:
             callback=_defaults_of_model,
         ),
     ] = "vit"
+    variant: Annotated[
+        VariantName,
+        _model(
+            "Details of a network, such as initial weights and epsilons. default: those of timm's layers. minrev: all "
+            "that changes a number is as in minREV's code, see research/recipes; plain-... get its initial weights "
+            "and epsilons."
+        ),
+    ] = "default"
     coupling: Annotated[CouplingName, _model("How blocks merge; exact keeps streams on a grid.")] = "additive"
     fusion: Annotated[
         FusionName,
         _model(
             "How the two streams become one between stages of swin and mvit. concat-linear and concat-mlp put a layer "
-            "on both, concat gives both to the next stage (mvit only)."
+            "on both, concat gives both to the next stage (mvit only). --variant minrev has its own, and takes none."
         ),
     ] = "mean"
-    scheduler: Annotated[SchedulerName, _model("How backward gets activations back: the gradients are the same.")] = (
-        "reversible"
-    )
+    unrolled_windows: Annotated[
+        bool,
+        _model(
+            "Of --model swin --variant minrev: do not roll shifted windows back, as minREV's code by mistake does not."
+        ),
+    ] = False
+    scheduler: Annotated[
+        str,
+        _model(
+            f"How backward gets activations back: the gradients are the same. {', '.join(EXAMPLES)}. Numbers: steps, "
+            "and for a budget a fraction of all activations, or bytes.",
+            parser=checked,
+            metavar="NAME[:NUMBER]",
+        ),
+    ] = "reversible"
     patch_size: Annotated[int, _model("Side of a patch, in pixels.", **whole(1))] = 4
     embed_dim: Annotated[int, _model("Features per token.", **whole(1))] = 64
     depth: Annotated[int, _model("Number of blocks.", **whole(1))] = 6
@@ -157,6 +197,14 @@ class Config:
     optimizer: Annotated[OptimizerName, _training("adamw decays weights apart from the gradients.")] = "adam"
     lr: Annotated[float, _training("Highest learning rate; falls to 0 on a cosine.", **real(0, math.inf))] = 2e-3
     warmup_epochs: Annotated[int, _training("Epochs in which --lr is approached, of --epochs.", **whole(0))] = 0
+    cosine_lag: Annotated[
+        int,
+        _training(
+            "Epochs by which the cosine is late, so that it does not reach 0; after the first epoch it starts at "
+            "minus this number. 2 in minREV's script.",
+            **whole(0),
+        ),
+    ] = 0
     weight_decay: Annotated[
         float, _training("Of all but biases, norms and tables of positions.", **real(0, math.inf))
     ] = 0.0
@@ -213,10 +261,17 @@ class Config:
                 f"images of {self.dataset} stay as they are; drop it, or choose --dataset folder.",
                 param_hint="--image-size",
             )
-        if self.fusion != "mean" and self.model not in ("mvit", "swin" if self.fusion != "concat" else "mvit"):
+        fusing = () if self.variant == "minrev" else ("mvit",) if self.fusion == "concat" else ("mvit", "swin")
+        if self.fusion != "mean" and self.model not in fusing:
             raise typer.BadParameter(
-                f"{self.model} has no use for {self.fusion}; drop it, or choose another --model.",
+                f"{self.model} has no use for {self.fusion} in --variant {self.variant}; drop it, or choose another "
+                "--model or --variant.",
                 param_hint="--fusion",
+            )
+        if self.unrolled_windows and (self.model, self.variant) != ("swin", "minrev"):
+            raise typer.BadParameter(
+                f"is for --model swin --variant minrev, got {self.model} and {self.variant}; drop it.",
+                param_hint="--unrolled-windows",
             )
         if self.amp_dtype == "float16" and not self.amp:
             raise typer.BadParameter("float16 has no effect without --amp; add it.", param_hint="--amp-dtype")
@@ -236,13 +291,19 @@ class Config:
                 f"expected less than --epochs {self.epochs}, got {self.warmup_epochs}; nothing is left for the cosine.",
                 param_hint="--warmup-epochs",
             )
+        if self.warmup_epochs and self.cosine_lag:
+            raise typer.BadParameter(
+                "is for a cosine that starts at once; drop it, or --warmup-epochs.", param_hint="--cosine-lag"
+            )
         if self.resume and self.overwrite:
             raise typer.BadParameter("continues a run, --overwrite drops it; give one.", param_hint="--resume")
 
     @property
     def folder(self) -> Path:
         """Where this run's files go."""
-        return self.out or Path("runs") / f"{self.recipe or f'{self.dataset}-{self.model}'}-{self.scheduler}"
+        return self.out or Path("runs") / f"{self.recipe or f'{self.dataset}-{self.model}'}-{self.scheduler}".replace(
+            ":", "-"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -110,7 +110,11 @@ def trainings(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job
         "minrev-vit-exact-amp": ["--recipe", "minrev-vit", "--coupling", "exact", *amp],
         "minrev-plain-vit-amp": ["--recipe", "minrev-vit", "--model", "plain-vit", *amp],
     }
-    source = ["--data-dir", str(data), "--cache-dir", str(data)] if data else ["--dataset", "digits"]
+    source = (
+        ["--data-dir", str(data), "--cache-dir", str(data)]
+        if data
+        else ["--dataset", "digits", "--statistics", "measured"]
+    )
     few = "--limit-train 256 --limit-test 64 --epochs 2 --warmup-epochs 0".split() if tiny else []
     fast = ["--no-deterministic", *([] if device == "cpu" else ["--graph"])]
     found = []

@@ -39,10 +39,14 @@ class Log:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [self.header, *self.rows]))
 
     def append(self, row: Row, path: Path) -> None:
-        """Add one epoch, here and at the end of the file."""
+        """Add one epoch, and write the whole log: a reader never meets half a line."""
         self.rows.append(row)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.write(path)
+
+    @property
+    def resumed(self) -> list[int]:
+        """The last epochs before the run was stopped and resumed."""
+        return list(self.header.get("resumed", []))
 
 
 def read_log(path: Path) -> Log:
@@ -63,3 +67,17 @@ def read_log(path: Path) -> Log:
     if not rows:
         raise ValueError(f"{path}: holds no finished epoch")
     return Log(header, rows)
+
+
+def duration(seconds: float) -> str:
+    """Such as 2 h 05 min, or 12 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def told(row: Row) -> str:
+    """An epoch in one line."""
+    train, test = (f"{row[f'{s}_loss']:.4f} {row[f'{s}_accuracy']:7.2%}" for s in ("train", "test"))  # type: ignore[literal-required]
+    return f"train {train}  test {test}  lr {row['lr']:.2e}  {row['seconds']:.1f} s"

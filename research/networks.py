@@ -1,43 +1,44 @@
-"""The networks, couplings and schedulers that flags of training name, and a line that tells of them.
+"""The networks and couplings that flags of training name, and a line that tells of them.
 
 Those with `plain` are timm's own of the same sizes: one stream, every activation stored.
 """
 
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
-import torch
 import typer
 from timm.models import SwinTransformer, VisionTransformer
-from timm.models.mvitv2 import MultiScaleBlock, MultiScaleVit, MultiScaleVitCfg
-from torch import Tensor, nn
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from torch import nn
 
-from research.config import Config, CouplingName, FusionName, ModelName, SchedulerName
+from research.config import Config, CouplingName, FusionName, ModelName, VariantName
 from research.data import Dataset
 from revlib import Additive, Coupling, ExactAdditive
-from revlib.models import RevMViT, RevSwin, RevViT
+from revlib.models import RevMViT, RevSwin, RevViT, minrev_mvit, minrev_swin, minrev_vit
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Fusion, Mean
-from revlib.schedulers import Checkpoint, Naive, PaReprop, Reversible, Scheduler
-
-
-class Concat(nn.Module):
-    """Both streams side by side. Shapes: (..., dim), twice -> (..., 2 dim)."""
-
-    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        return torch.cat([x1, x2], dim=-1)
-
+from revlib.models.minrev import init_like_torch, take_both_streams
+from revlib.schedulers import Scheduler
 
 FUSIONS: dict[FusionName, Fusion] = {"mean": Mean, "concat-linear": ConcatLinear, "concat-mlp": ConcatMlp}
 
 
-def vit(fusion: FusionName = "mean", **sizes: Any) -> nn.Module:
-    return RevViT(**sizes)
+def vit(fusion: FusionName = "mean", variant: VariantName = "default", **sizes: Any) -> nn.Module:
+    return minrev_vit(**sizes) if variant == "minrev" else RevViT(**sizes)
 
 
-def plain_vit(fusion: FusionName, coupling: Coupling, scheduler: Scheduler, **sizes: Any) -> nn.Module:
-    return VisionTransformer(**sizes, class_token=False, global_pool="avg")
+def plain_vit(
+    fusion: FusionName, coupling: Coupling, scheduler: Scheduler, variant: VariantName = "default", **sizes: Any
+) -> nn.Module:
+    model = VisionTransformer(**sizes, class_token=False, global_pool="avg")
+    if variant == "minrev":
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5
+        for block in model.blocks:
+            block.norm1.eps = 1e-6
+        nn.init.zeros_(model.pos_embed)
+        init_like_torch(model)
+    return model
 
 
 def two_stages(depth: int, num_heads: int) -> dict[str, Any]:
@@ -46,14 +47,36 @@ def two_stages(depth: int, num_heads: int) -> dict[str, Any]:
     return {"depths": depths, "num_heads": (num_heads, 2 * num_heads)[: len(depths)]}
 
 
-def swin(depth: int, num_heads: int, fusion: FusionName = "mean", **sizes: Any) -> nn.Module:
-    return RevSwin(**sizes, **two_stages(depth, num_heads), fusion=FUSIONS[fusion])
+def swin(
+    depth: int,
+    num_heads: int,
+    fusion: FusionName = "mean",
+    variant: VariantName = "default",
+    unrolled_windows: bool = False,
+    **sizes: Any,
+) -> nn.Module:
+    stages = two_stages(depth, num_heads)
+    if variant == "minrev":
+        return minrev_swin(**sizes, **stages, unrolled_windows=unrolled_windows)
+    return RevSwin(**sizes, **stages, fusion=FUSIONS[fusion])
 
 
 def plain_swin(
-    depth: int, num_heads: int, fusion: FusionName, coupling: Coupling, scheduler: Scheduler, **sizes: Any
+    depth: int,
+    num_heads: int,
+    fusion: FusionName,
+    coupling: Coupling,
+    scheduler: Scheduler,
+    variant: VariantName = "default",
+    unrolled_windows: bool = False,
+    **sizes: Any,
 ) -> nn.Module:
-    return SwinTransformer(**sizes, **two_stages(depth, num_heads), window_size=4)
+    model = SwinTransformer(**sizes, **two_stages(depth, num_heads), window_size=4)
+    if variant == "minrev":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+                nn.init.constant_(module.bias, 0.02)
+    return model
 
 
 def three_stages(depth: int) -> tuple[int, ...]:
@@ -61,37 +84,16 @@ def three_stages(depth: int) -> tuple[int, ...]:
     return tuple(blocks for blocks in (1, min(depth - 1, 2), depth - 3) if blocks > 0)
 
 
-def mvit(depth: int, fusion: FusionName = "mean", **sizes: Any) -> nn.Module:
+def mvit(depth: int, fusion: FusionName = "mean", variant: VariantName = "default", **sizes: Any) -> nn.Module:
     try:
+        if variant == "minrev":
+            return minrev_mvit(depths=three_stages(depth), **sizes)
         model = RevMViT(depths=three_stages(depth), **sizes, fusion=FUSIONS.get(fusion, Mean))
     except ValueError as error:
         raise typer.BadParameter(f"{error}.", param_hint="--patch-size") from error
     if fusion == "concat":
         take_both_streams(model, sizes["mlp_ratio"])
     return model
-
-
-def take_both_streams(model: RevMViT, mlp_ratio: float) -> None:
-    """Put in transitions as minREV's: the streams side by side have the width of the next stage already, so that
-    nothing widens them."""
-    for before, stage in pairwise(model.stages):
-        old = stage.transition
-        stage.transition = MultiScaleBlock(
-            old.dim_out,
-            old.dim_out,
-            old.attn.num_heads,
-            stage.feat_size,
-            mlp_ratio,
-            drop_path=getattr(old.drop_path1, "drop_prob", 0.0),
-            norm_layer=partial(nn.LayerNorm, eps=old.norm1.eps),
-            kernel_q=old.attn.pool_q.kernel_size,
-            kernel_kv=old.attn.pool_k.kernel_size,
-            stride_q=old.attn.pool_q.stride,
-            stride_kv=old.attn.pool_k.stride,
-            has_cls_token=False,
-            expand_attn=True,
-        ).apply(model._init_weights)
-        before.fuse = Concat()
 
 
 def plain_mvit(
@@ -104,6 +106,7 @@ def plain_mvit(
     num_heads: int,
     mlp_ratio: float,
     drop_path_rate: float,
+    variant: VariantName = "default",
     **reversible: Any,
 ) -> nn.Module:
     depths = three_stages(depth)
@@ -115,8 +118,14 @@ def plain_mvit(
         patch_kernel=(2 * patch_size - 1,) * 2,
         patch_stride=(patch_size,) * 2,
         patch_padding=(patch_size - 1,) * 2,
+        norm_eps=1e-5 if variant == "minrev" else 1e-6,
     )
-    return MultiScaleVit(config, (img_size, img_size), in_chans, None, num_classes, drop_path_rate)
+    model = MultiScaleVit(config, (img_size, img_size), in_chans, None, num_classes, drop_path_rate)
+    if variant == "minrev":
+        for name, parameter in model.named_parameters():
+            if "rel_pos" in name:
+                nn.init.zeros_(parameter)
+    return model
 
 
 MODELS: dict[ModelName, Callable[..., nn.Module]] = {
@@ -128,12 +137,6 @@ MODELS: dict[ModelName, Callable[..., nn.Module]] = {
     "plain-mvit": plain_mvit,
 }
 COUPLINGS: dict[CouplingName, Coupling] = {"additive": Additive(), "exact": ExactAdditive()}
-SCHEDULERS: dict[SchedulerName, Scheduler] = {
-    "naive": Naive(),
-    "reversible": Reversible(),
-    "pareprop": PaReprop(),
-    "checkpoint": Checkpoint(),
-}
 
 
 def describe(model: nn.Module, data: Dataset, config: Config, here: dict[str, object]) -> str:

@@ -9,10 +9,11 @@ from research.files import replacing
 from research.log import Row
 
 
-def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path, resumed: Sequence[int] = ()) -> None:
     """Loss and accuracy against epoch: a colour per run, test solid and train dashed, the last values in the legend.
 
-    Each run is drawn thinner than the one before it, so that of runs that are the same none hides another.
+    Each run is drawn thinner than the one before it, so that of runs that are the same none hides another. A dotted line
+    marks where a run was resumed, after each of the epochs in ``resumed``.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -26,6 +27,8 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                     linewidth=1.5 + 5 * (len(runs) - 1 - number) / max(1, len(runs) - 1),
                     label=f"{name} {split}: {last}",
                 )  # fmt: skip
+        for number, epoch in enumerate(resumed):
+            axes.axvline(epoch + 0.5, linestyle=":", color="grey", label=None if number else "resumed")
         axes.set(xlabel="epoch", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

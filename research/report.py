@@ -17,7 +17,7 @@ import typer
 from research import figures, gpu
 from research.checkpoint import FREE
 from research.compare import show
-from research.config import DATASET_DEFAULTS, MODEL_DEFAULTS, Config
+from research.config import Config, defaults
 from research.files import replacing
 from research.log import Log, read_log
 from research.points import Record
@@ -109,12 +109,12 @@ def usual(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a call that names the recipe, or data set and model, and nothing else."""
     if config.get("recipe"):
         return RECIPES[config["recipe"]].as_json()
-    dataset, model = config["dataset"], config["model"]
-    return Config().as_json() | DATASET_DEFAULTS[dataset] | MODEL_DEFAULTS.get(model, {})
+    return Config().as_json() | defaults(config["dataset"], config["model"])
 
 
 def command(config: Mapping[str, Any]) -> str:
     """The call that had these settings."""
+    config = Config().as_json() | config  # an older log lacks flags made since, which were as if at their defaults
     before, found = usual(config), ["python -m research.train"]
     first = ["recipe"] if config.get("recipe") else ["dataset", "model"]
     names = [field.name for field in dataclasses.fields(Config) if field.name in config]

@@ -29,10 +29,11 @@ from research.checkpoint import Run
 from research.config import AmpDtypeName, Config, flags
 from research.data import read
 from research.distributed import ALONE, Processes, join
-from research.log import Log, Row
+from research.log import Log, Row, duration, told
 from research.machine import environment, make_reproducible
 from research.networks import describe
 from research.plots import draw_curves
+from research.seed_flags import Command
 from research.tracking import trackers
 from revlib import raise_pending
 
@@ -41,7 +42,7 @@ AMP_DTYPES: dict[AmpDtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "floa
 app = typer.Typer(add_completion=False)
 
 
-@app.command()
+@app.command(cls=Command)
 @flags
 def main(config: Config) -> None:
     """Train a reversible model. Each epoch writes log.jsonl, curve.png and last.pt, the checkpoint."""
@@ -75,11 +76,17 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
     with processes.first_first():
         data = read(config)
     data = data.prepare(config.limit_train, config.limit_test, device)
+    mix = mixer(config, len(data.classes))
+    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix, config.statistics)
     run = build(config, data, device)
+    if processes.rank == 0:
+        checkpoint.make_room(config, run)
     here = environment(device) | {"processes": processes.count}
     say: Callable[[str], None] = typer.echo if processes.rank == 0 else lambda message: None
     if config.resume:
         log = checkpoint.resume(last, run, config, here, say)
+        if log.resumed[-1:] != [len(log.rows)] and len(log.rows) < config.epochs:
+            log.header["resumed"] = [*log.resumed, len(log.rows)]
     else:
         log = Log({"config": config.as_json(), "environment": here}, [])
     if processes.rank == 0:
@@ -89,17 +96,17 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
     tell = trackers(config, log) if processes.rank == 0 else []
     say(describe(run.model, data, config, here))
 
-    mix = mixer(config, len(data.classes))
-    batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix)
     amp = torch.autocast(device.type, AMP_DTYPES[config.amp_dtype], enabled=config.amp)
     step = train_step(run, amp, processes, config.label_smoothing, config.clip_grad)
     tested = run.model if run.ema is None else run.ema.module
     step = Captured(step, {run.model, tested}, run.optimizer) if config.graph else step
-    for epoch in range(len(log.rows) + 1, min(config.epochs, config.stop_after or config.epochs) + 1):
+    end = min(config.epochs, config.stop_after or config.epochs)
+    for epoch in range(len(log.rows) + 1, end + 1):
         name = f"epoch {epoch}/{config.epochs}"
         began, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
         processes.seed(config.seed, epoch)
         train_loss, train_accuracy = train_epoch(run, batches.train(run.draws, f"{name} train"), step, processes)
+        trained = time.perf_counter() - began
         test_loss, test_accuracy = evaluate(tested, batches.test(f"{name} test"), amp, processes)
         row = Row(
             epoch=epoch,
@@ -110,18 +117,19 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
             lr=lr,
             seconds=time.perf_counter() - began,
         )
-        say(
-            f"{name}  train {train_loss:.4f} {train_accuracy:7.2%}  test {test_loss:.4f} {test_accuracy:7.2%}"
-            f"  lr {lr:.2e}  {row['seconds']:.1f} s"
-        )
+        speed, left = len(data.train) / trained, (end - epoch) * row["seconds"]
+        say(f"{name}  {told(row)}  {speed:,.0f} images/s" + f"  {duration(left)} left" * (end > epoch))
         if not math.isfinite(train_loss + test_loss):
             raise SystemExit("the loss is no longer a finite number; try a lower --lr, or drop --amp")
         if processes.rank == 0:
-            log.append(row, logfile)
-            checkpoint.save(last, run, log)
-            for told in tell:
-                told(row)
-            draw_curves({config.folder.name: log.rows}, curve)
+            try:
+                log.append(row, logfile)
+                checkpoint.save(last, run, log)
+                draw_curves({config.folder.name: log.rows}, curve, log.resumed)
+            except (OSError, RuntimeError) as error:  # torch.save raises the second for a full disk
+                raise checkpoint.unwritten(config, epoch, error) from error
+            for tracker in tell:
+                tracker(row)
     say(f"{len(log.rows)} of {config.epochs} epochs done: see {logfile}, {curve}, {last}")
 
 

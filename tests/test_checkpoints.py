@@ -18,7 +18,7 @@ from torch import nn
 import revlib.checkpoints
 from revlib import Naive, Reversible
 from revlib.checkpoints import load_minrev, load_pyslowfast, to_minrev, to_pyslowfast
-from revlib.models import PublishedRevMViT, RevMViT, RevViT
+from revlib.models import ConcatMlp, PublishedRevMViT, RevMViT, RevSwin, RevViT, minrev_mvit, minrev_swin, minrev_vit
 
 LN6 = partial(nn.LayerNorm, eps=1e-6)
 
@@ -37,7 +37,7 @@ def module(forward, **parts):
 
 
 class MinREV(nn.Module):
-    """Patches attend to patches, as the paper means; ``batch_first=False`` is what minREV runs."""
+    """Patches attend to patches. ``batch_first=False`` is what minREV's first two commits ran, of 8 February 2023."""
 
     def __init__(self, image=(8, 12), patch=4, dim=8, heads=2, depth=3, classes=5, batch_first=True):
         super().__init__()
@@ -65,10 +65,9 @@ class MinREV(nn.Module):
         return self.head(self.norm(torch.cat([x1, x2], -1).mean(1)))
 
 
-def mlp(dim, hidden):
-    return module(
-        lambda m, x: m.fc2(nn.functional.gelu(m.fc1(x))), fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)
-    )
+def mlp(dim, hidden, out=None):
+    fc1, fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out or dim)
+    return module(lambda m, x: m.fc2(nn.functional.gelu(m.fc1(x))), fc1=fc1, fc2=fc2)
 
 
 def pool(x, size, conv, norm):
@@ -142,15 +141,139 @@ class SlowFast(nn.Module):
         return self.head(self.norm(torch.cat([x1, x2], -1)).mean(1))
 
 
+class MinREVSwin(nn.Module):
+    """Windows by coordinates: each patch of a window gets its offset within it, and the quarter of the map it is from.
+
+    ``unrolled`` is what minREV runs: what attention finds for a patch is added half a window away from it.
+    """
+
+    def __init__(self, image=8, patch=2, dim=8, depths=(2, 2), heads=(2, 4), window=2, classes=5, unrolled=True):
+        super().__init__()
+        self.window, self.unrolled, self.sides = window, unrolled, [image // patch // 2**i for i in range(len(depths))]
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch), "norm": nn.LayerNorm(dim)})
+        self.layers = nn.ModuleList()
+        for i, (depth, n) in enumerate(zip(depths, heads, strict=True)):
+            w = dim * 2**i
+            layer = nn.ModuleDict({"blocks": nn.ModuleList(self.block(w, n) for _ in range(depth))})
+            if i + 1 < len(depths):
+                layer["lateral_fuse"] = nn.ModuleDict({"fuse_fn": mlp(2 * w, 2 * w, w)})
+                reduction = nn.Linear(4 * w, 2 * w, bias=False)
+                layer["downsample"] = nn.ModuleDict({"norm": nn.LayerNorm(4 * w), "reduction": reduction})
+            self.layers.append(layer)
+        self.norm, self.head = nn.LayerNorm(2 * w), nn.Linear(2 * w, classes)
+
+    def block(self, dim, heads):
+        attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        table = torch.zeros((2 * self.window - 1) ** 2, heads)
+        attn.register_parameter("relative_position_bias_table", nn.Parameter(table))
+        y, x = (torch.arange(self.window**2) // self.window, torch.arange(self.window**2) % self.window)
+        index = (y[:, None] - y + self.window - 1) * (2 * self.window - 1) + x[:, None] - x + self.window - 1
+        attn.register_buffer("relative_position_index", index)
+        return nn.ModuleDict(
+            {"norm1": nn.LayerNorm(dim), "attn": attn, "norm2": nn.LayerNorm(dim), "mlp": mlp(dim, 4 * dim)}
+        )
+
+    def attend(self, block, x, side, shift):
+        """Of (B, side², C). Where the map is shifted by s, place p holds the patch of p + s."""
+        attn, w, heads = block["attn"], self.window, block["attn"].relative_position_bias_table.shape[1]
+        place = torch.arange(side * side)
+        y, x_ = place // side, place % side
+        holds = (y + shift) % side * side + (x_ + shift) % side
+        q, k, v = attn["qkv"](block["norm1"](x)[:, holds]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        offset = y % w * w + x_ % w
+        bias = attn.relative_position_bias_table[attn.relative_position_index][offset][:, offset]
+        window = y // w * side + x_ // w
+        part = ((y >= side - shift).long() * 2 + (x_ >= side - shift)) * (shift > 0)  # came in from the other edge
+        same = window[:, None] == window
+        near = torch.where(part[:, None] == part, 0.0, -100.0)
+        scores = (scores + bias.permute(2, 0, 1) + near).masked_fill(~same, -torch.inf)
+        out = attn["proj"]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return out if self.unrolled else torch.empty_like(out).index_copy(1, holds, out)
+
+    def forward(self, images):
+        x = self.patch_embed["norm"](self.patch_embed["proj"](images).flatten(2).mT)
+        for layer, side in zip(self.layers, self.sides, strict=True):
+            x1 = x2 = x
+            for j, block in enumerate(layer["blocks"]):
+                x1 = x1 + self.attend(block, x2, side, j % 2 * (self.window // 2))
+                x2 = x2 + block["mlp"](block["norm2"](x1))
+            x = torch.cat([x1, x2], -1)
+            if "downsample" in layer:
+                x = layer["lateral_fuse"]["fuse_fn"](x).unflatten(1, (side, side))
+                x = torch.cat([x[:, a::2, b::2] for b in (0, 1) for a in (0, 1)], -1).flatten(1, 2)
+                x = layer["downsample"]["reduction"](layer["downsample"]["norm"](x))
+        return self.head(self.norm(x).mean(1))
+
+
+class MinREVMViT(nn.Module):
+    """Four blocks, of which the second and the last are ordinary ones on both streams side by side."""
+
+    def __init__(self, image=16, dim=4, heads=1, classes=5):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 3, 2, 1)})
+        side, self.blocks = image // 2, nn.ModuleList()
+        for scale, stride_q, stride_kv in ((1, 1, 2), (2, 2, 1), (2, 1, 2), (4, 2, 1)):
+            self.blocks.append(self.block(scale * dim, scale * heads, side, stride_q, stride_kv))
+            side //= stride_q
+        self.norm, self.head = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, classes)
+
+    def block(self, dim, heads, side, stride_q, stride_kv):
+        c, attn = dim // heads, nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        for x, stride in zip("qkv", (stride_q, stride_kv, stride_kv), strict=True):
+            attn[f"pool_{x}"] = nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False)
+            attn[f"norm_{x}"] = nn.LayerNorm(c)
+        for name in ("rel_pos_h", "rel_pos_w"):
+            attn.register_parameter(name, nn.Parameter(torch.zeros(2 * side // min(stride_q, stride_kv) - 1, c)))
+        return nn.ModuleDict(
+            {"norm1": nn.LayerNorm(dim), "attn": attn, "norm2": nn.LayerNorm(dim), "mlp": mlp(dim, 4 * dim)}
+        )
+
+    def attend(self, block, x):
+        """Of maps (B, side, side, C)."""
+        attn, heads = block["attn"], x.shape[-1] // block["attn"]["norm_q"].normalized_shape[0]
+        parts = attn["qkv"](block["norm1"](x)).unflatten(-1, (3, heads, -1)).permute(3, 0, 4, 5, 1, 2)
+        q, k, v = (
+            attn[f"norm_{name}"](attn[f"pool_{name}"](part.flatten(0, 1)).permute(0, 2, 3, 1))
+            for name, part in zip("qkv", parts, strict=True)
+        )
+        rows, columns = (torch.arange(t.shape[1]) * max(u.shape[1] / t.shape[1], 1.0) for t, u in ((q, k), (k, q)))
+        distance = (rows[:, None] - columns + columns.max()).long()
+        scores = torch.einsum("nabc,ndec->nabde", q, k) * q.shape[-1] ** -0.5
+        scores = scores + torch.einsum("nabc,adc->nabd", q, attn.rel_pos_h[distance])[..., None]
+        scores = scores + torch.einsum("nabc,bec->nabe", q, attn.rel_pos_w[distance])[..., None, :]
+        weights = scores.flatten(3).softmax(-1)
+        out = torch.einsum("nabj,njc->nabc", weights, v.flatten(1, 2)) + q
+        return attn["proj"](out.unflatten(0, (len(x), heads)).permute(0, 2, 3, 1, 4).flatten(3))
+
+    def forward(self, images):
+        x = self.patch_embed["proj"](images).permute(0, 2, 3, 1)
+        for i, block in enumerate(self.blocks):
+            if i % 2:
+                shorter = nn.functional.max_pool2d(x.permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
+                x = shorter + self.attend(block, x)
+                x = x + block["mlp"](block["norm2"](x))
+            else:
+                x1 = x + self.attend(block, x)
+                x = torch.cat([x1, x + block["mlp"](block["norm2"](x1))], -1)
+        return self.head(self.norm(x.flatten(1, 2).mean(1)))
+
+
 STAGES = {"conv": (7, 4, 3), "heads": 1, "depth": 6, "buffer_layers": (1, 3), "stride_kv": 4}  # depths (1, 2, 3)
 MINREV = (MinREV, {}, RevViT, {"img_size": (8, 12), "fc_norm": True, "depth": 3}, load_minrev, to_minrev)
+SWIN = (MinREVSwin, {}, partial(minrev_swin, unrolled_windows=True),
+        {"img_size": 8, "patch_size": 2, "num_heads": (2, 4), "window_size": 2}, load_minrev, to_minrev)  # fmt: skip
+THREE = (MinREVMViT, {}, minrev_mvit,
+         {"img_size": 16, "patch_size": 2, "embed_dim": 4, "num_heads": 1}, load_minrev, to_minrev)  # fmt: skip
 VIT = (SlowFast, {}, RevViT, {"img_size": 8, "depth": 2}, load_pyslowfast, to_pyslowfast)
 FUSED = (SlowFast, {"separate": False}, *VIT[2:5], partial(to_pyslowfast, separate_qkv=False))
 MVIT = (SlowFast, {"image": 32, **STAGES}, PublishedRevMViT, {"img_size": 32, "depths": (1, 2, 3), "num_heads": 1},
         load_pyslowfast, to_pyslowfast)  # fmt: skip
 MVIT_FUSED = (SlowFast, {**MVIT[1], "separate": False}, *MVIT[2:5], FUSED[5])
-CASES = [MINREV, VIT, FUSED, MVIT, MVIT_FUSED]
-every_case = pytest.mark.parametrize("case", CASES, ids=["minrev", "vit", "vit-fused", "mvit", "mvit-fused"])
+CASES = [MINREV, SWIN, THREE, VIT, FUSED, MVIT, MVIT_FUSED]
+every_case = pytest.mark.parametrize(
+    "case", CASES, ids=["minrev", "minrev-swin", "minrev-mvit", "vit", "vit-fused", "mvit", "mvit-fused"]
+)
 
 
 def build(case, **changes):
@@ -168,7 +291,7 @@ def build(case, **changes):
 def test_logits_and_gradients_are_those_of_the_published_equations(case, scheduler):
     theirs, ours, load, save = build(case, scheduler=scheduler)
     report = load(ours, theirs.state_dict())
-    size = (8, 12) if case is MINREV else (case[1].get("image", 8),) * 2
+    size = (8, 12) if case is MINREV else (16, 16) if case is THREE else (case[1].get("image", 8),) * 2
     images = torch.randn(3, 3, *size, dtype=torch.float64)
     want, got = theirs(images), ours(images)
     assert error(got, want) < 1e-11
@@ -335,8 +458,8 @@ def test_what_does_not_match_is_an_error_and_loads_nothing(case):
     theirs, ours, load, _ = build(case)
     eps = {name: m.eps for name, m in ours.named_modules() if hasattr(m, "eps")}
     state = theirs.state_dict()
-    head = "head.weight" if case is MINREV else "head.projection.weight"
-    key = next(name for name in state if ".0.F.attn." in name and name.endswith("weight"))
+    head = "head.weight" if load is load_minrev else "head.projection.weight"
+    key = next(name for name in state if ".0." in name and ".attn." in name and name.endswith("weight"))
     refused(
         load, ours, {**state, "head.extra": torch.ones(1)}, "head.extra of the checkpoint has no place in the model"
     )
@@ -345,7 +468,12 @@ def test_what_does_not_match_is_an_error_and_loads_nothing(case):
     message = f"{key} has shape [3, 1], expected {list(state[key].shape)}"
     refused(load, ours, {**state, key: torch.ones(3, 1)}, message)
     refused(
-        load, ours, {**state, head: torch.ones(7, 16)}, f"{head} has shape [7, 16], expected [5, ", "keep_classifier"
+        load,
+        ours,
+        {**state, head: torch.ones(7, 16)},
+        f"{head} has shape [7, 16], expected [5, ",
+        "keep_classifier",
+        "num_classes is 5 in the model and 7 in the checkpoint: build the model with num_classes=7",
     )
     refused(load, ours, {}, f"and {len(ours.state_dict()) - 10} more")
     assert {name: m.eps for name, m in ours.named_modules() if hasattr(m, "eps")} == eps
@@ -373,7 +501,8 @@ def test_reports_say_both_sides():
     report = load(ours, theirs.state_dict())
     assert str(report) == "minREV checkpoint for a RevViT: 43 parameters match\n  nothing is left over"
     assert ("blocks.2.F.1.qkv.bias", "layers.2.F.attn.in_proj_bias") in report.matched and len({report}) == 1
-    text = refused(load, build(MINREV, fc_norm=False)[1], theirs.state_dict(), "RevViT(..., fc_norm=True)")
+    text = refused(load, build(MINREV, fc_norm=False)[1], theirs.state_dict(), "RevViT(..., fc_norm=True)",
+                   "fc_norm is False, and minREV averages patches before the last norm: build")  # fmt: skip
     assert "norm.weight of the model gets nothing: expected no such thing in this format" in text
     assert "norm.weight of the checkpoint has no place in the model" in text
     theirs, ours, load, _ = build(VIT)
@@ -385,9 +514,9 @@ def test_reports_say_both_sides():
 
 def test_other_things_are_errors():
     theirs, ours, _, _ = build(MINREV)
-    with pytest.raises(TypeError, match=r"minREV takes a RevViT.*got RevMViT"):
-        load_minrev(RevMViT(), theirs.state_dict())
-    with pytest.raises(TypeError, match=r"minREV takes a RevViT\(..., fc_norm=True\), got PublishedRevMViT"):
+    with pytest.raises(TypeError, match=r"minREV takes a RevViT.*got Linear"):
+        load_minrev(nn.Linear(1, 1), theirs.state_dict())
+    with pytest.raises(TypeError, match=r"minREV takes a RevViT\(..., fc_norm=True\) or .*, got PublishedRevMViT"):
         to_minrev(build(MVIT)[1])
     with pytest.raises(TypeError, match="got 'epoch' of int; pass that part"):
         load_minrev(ours, {"epoch": 3, "weights": theirs.state_dict()})
@@ -397,13 +526,94 @@ def test_other_things_are_errors():
         to_pyslowfast(RevViT(8, 4, embed_dim=8, depth=1))
 
 
-def test_minrev_as_it_runs_attends_over_the_batch():
+def test_the_first_commits_of_minrev_attended_over_the_batch():
     right, wrong = build(MINREV)[0], MinREV(batch_first=False).double()
     wrong.load_state_dict(right.state_dict())
     images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
     assert not torch.allclose(wrong(images)[:1], wrong(images[:1])) and torch.allclose(
         right(images)[:1], right(images[:1])
     )
+
+
+def test_windows_that_are_rolled_back_are_another_function_of_the_same_weights():
+    theirs, _, load, save = build(SWIN)
+    rolled = minrev_swin(img_size=8, patch_size=2, num_classes=5, embed_dim=8, num_heads=(2, 4), window_size=2).double()
+    state = theirs.state_dict()
+    told = "unrolled_windows is False, and minREV never rolls shifted windows back: build the model by"
+    refused(load, rolled, state, told, "minrev_swin(..., unrolled_windows=True), or pass same_function=False")
+    with pytest.raises(ValueError, match="would compute something else") as caught:
+        save(rolled)
+    assert told in str(caught.value)
+    assert load(rolled, state, same_function=False).complete
+    assert_same_bits(save(rolled, same_function=False), state)
+    right = MinREVSwin(unrolled=False).double()
+    right.load_state_dict(state)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.allclose(rolled(images), right(images), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(right(images), theirs(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: RevSwin(drop_path_rate=0.2), ["always_partition is False", "minrev_swin"]),
+        (lambda: RevSwin(fusion=ConcatMlp), ["fusion has a norm, and minREV's has none"]),
+        (RevMViT, ["fc_norm is False", "fusion is not that of minREV", "keys of the third block are pooled by 1"]),
+        (lambda: minrev_mvit(depths=(1, 2, 2)), ["depths are not (1, 2, 1)"]),
+        (RevViT, ["fc_norm is False"]),
+    ],
+)
+def test_a_network_that_minrev_cannot_be_is_told_what_to_set(model, words):
+    with pytest.raises(ValueError, match="would compute something else") as caught:
+        to_minrev(model())
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        (MINREV, {"depth": 2}, ["depth is 2 in the model and 3 in the checkpoint: build the model with depth=3"]),
+        (MINREV, {"embed_dim": 4}, ["embed_dim is 4", "embed_dim=8"]),
+        (SWIN, {"depths": (2, 1)}, ["depths is (2, 1) in the model and (2, 2)"]),
+        (SWIN, {"num_heads": (1, 2)}, ["num_heads is (1, 2) in the model and (2, 4)"]),
+        (THREE, {"num_heads": 2}, ["num_heads is 2 in the model and 1 in the checkpoint"]),
+        (VIT, {"patch_size": 2}, ["patch_size is 2 in the model and 4 in the checkpoint"]),
+    ],
+)
+def test_settings_that_differ_are_named(case, changes, words):
+    theirs, ours, load, _ = build(case, **changes)
+    refused(load, ours, theirs.state_dict(), *words)
+
+
+@pytest.mark.parametrize("network", [minrev_vit, partial(minrev_swin, drop_path_rate=0.2), minrev_mvit])
+def test_networks_of_the_recipes_go_there_and_back(network):
+    torch.manual_seed(0)
+    model, other = network(), network()
+    rolled = {"same_function": False} if isinstance(model, RevSwin) else {}
+    assert load_minrev(other, to_minrev(model, **rolled), **rolled).complete
+    assert_same_bits(other.state_dict(), model.state_dict())
+
+
+def test_initial_weights_are_those_of_minrev():
+    """Its ViT starts as torch's layers do, its other two as timm's; and norms have torch's epsilon but for one."""
+    torch.manual_seed(0)
+    ours, theirs = minrev_vit(), MinREV((32, 32), 4, 128, 8, 6, 10)
+    there = theirs.state_dict()
+    for name, mine in to_minrev(ours).items():
+        if mine.std() > 0 and mine.numel() > 1000:
+            assert mine.std().item() == pytest.approx(there[name].std().item(), rel=0.05), name
+        else:
+            assert (mine.abs().max() > 0) == (there[name].abs().max() > 0), name
+    deviations = [ours.blocks[0].F[1].qkv, ours.blocks[0].F[1].proj, ours.blocks[0].G[1].fc1]
+    assert [p.weight.std().item() for p in deviations] == pytest.approx([0.0625, 0.051, 0.051], rel=0.02)
+    swin, mvit = minrev_swin(), minrev_mvit()
+    biases = [p for name, p in swin.named_parameters() if name.endswith("bias") and "patch_embed.proj" not in name]
+    assert biases and all((bias == 0.02).all() for bias in biases)
+    tables = [p for name, p in mvit.named_parameters() if "rel_pos" in name]
+    assert len(tables) == 8 and not any(table.any() for table in tables)
+    assert {m.eps for net in (swin, mvit) for m in net.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    rates = [step.F.drop_path1 for stage in minrev_swin(drop_path_rate=0.2).stages for step in stage]
+    assert [getattr(rate, "drop_prob", 0) for rate in rates] == pytest.approx([0, 0.2 / 3, 0.4 / 3, 0.2])
 
 
 def test_published_stages():
@@ -462,4 +672,5 @@ def test_images_of_another_size_are_errors():
 
 
 def test_it_stays_short():
-    assert len(Path(revlib.checkpoints.__file__).read_text().splitlines()) <= 230
+    for file in Path(revlib.checkpoints.__file__).parent.glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 250

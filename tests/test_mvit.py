@@ -305,7 +305,7 @@ def test_the_model_brings_its_defaults_and_flags_win():
     app.command()(config.flags(seen.append))
     for args in ["--model mvit --dataset cifar10", "--dataset cifar10 --patch-size 4 --model mvit"]:
         assert CliRunner().invoke(app, args.split()).exit_code == 0
-    minrev = config.DATASET_DEFAULTS["cifar10"] | config.MODEL_DEFAULTS["mvit"]
+    minrev = config.defaults("cifar10", "mvit")
     assert seen[0] == config.Config(dataset="cifar10", model="mvit", **minrev)
     assert seen[1] == config.Config(dataset="cifar10", model="mvit", **{**minrev, "patch_size": 4})
 

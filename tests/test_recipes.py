@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -21,9 +22,12 @@ from torchvision.transforms import v2
 
 from research import augment, build, config, train
 from research.augment import drawing_from, mixer, rand_augment
+from research.batches import normalizer
 from research.config import Config
+from research.data import Split
 from research.distributed import Processes
 from research.recipes import RECIPES
+from research.seed_flags import RENAMED, SWITCHES, Command
 
 _leave_no_trace = test_train._leave_no_trace  # of the training script
 
@@ -31,16 +35,106 @@ _leave_no_trace = test_train._leave_no_trace  # of the training script
 # Recipes
 
 
-@pytest.mark.parametrize(
-    ("network", "parameters"), [("vit", 1_207_178), ("swin", 2_220_706 + 512), ("mvit", 1_261_386)]
-)
-def test_recipes_have_the_parameters_of_minrev(network, parameters):
-    """Added up by hand from the shapes in its code; RevSwin's fusion has a norm besides."""
+PARAMETERS = {"vit": 1_207_178, "swin": 2_220_706, "mvit": 1_261_386}
+every_network = pytest.mark.parametrize("network", PARAMETERS)
+
+
+@every_network
+def test_recipes_have_the_parameters_of_minrev(network):
+    """Added up by hand from the shapes in its code."""
     for kind in ("minrev", "tuned"):
         model = build.build(RECIPES[f"{kind}-{network}"], small((3, 32, 32)), torch.device("cpu")).model
-        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[network]
         told = importlib.import_module(f"research.recipes.{kind}_{network}").__doc__
-        assert f"{parameters:,}" in told
+        assert f"{PARAMETERS[network]:,}" in told
+
+
+SEED = {
+    "vit": "--lr 1e-3 --bs 128 --embed_dim 128 --depth 6 --n_head 8 --epochs 100 --model vit",
+    "swin": "--lr 1e-3 --bs 128 --embed_dim 128 --depth 4 --n_head 4 --epochs 100 --model swin",
+    "mvit": "--lr 1e-3 --bs 128 --embed_dim 64 --depth 4 --n_head 1 --epochs 100 --model mvit",
+}
+
+
+def settings_of(args: str) -> tuple[Config, str]:
+    """What research.train gets from these flags, and what it says."""
+    seen: list[Config] = []
+    app = typer.Typer()
+    app.command(cls=Command)(config.flags(seen.append))
+    code, output = run(app, *args.split())
+    assert code == 0, output
+    return seen[0], output
+
+
+@every_network
+def test_minrevs_own_command_lines_give_its_recipes(network):
+    found, output = settings_of(f"--dataset cifar10 {SEED[network]}")
+    assert found == dataclasses.replace(RECIPES[f"minrev-{network}"], recipe=None)
+    for ours in ("--bs is --batch-size", "--embed_dim is --embed-dim", "--n_head is --num-heads"):
+        assert squeeze(f"note: {ours} here") in output
+    assert settings_of(f"{SEED[network]} --dataset cifar10")[0] == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--vanilla_bp True", {"scheduler": "naive"}),
+        ("--vanilla_bp False", {}),
+        ("--vanilla_bp=True", {"scheduler": "naive"}),
+        ("--pareprop True", {"scheduler": "pareprop"}),
+        ("--vanilla_bp True --pareprop True", {"scheduler": "naive"}),
+        ("--pareprop True --vanilla_bp True", {"scheduler": "naive"}),
+        ("--amp True", {"amp": True}),
+        ("--amp False", {"amp": False}),
+        ("--amp", {"amp": True}),
+        ("--amp --epochs 3", {"amp": True, "epochs": 3}),
+        ("--patch_size 4 --bs=64", {"patch_size": 4, "batch_size": 64}),
+    ],
+)
+def test_minrevs_flags_are_known(flags, wanted):
+    found, output = settings_of(flags)
+    assert found == Config(**wanted)
+    theirs = {*RENAMED, *SWITCHES} - ({"--amp"} if flags.split()[1:2] not in (["True"], ["False"]) else set())
+    assert output.count("note:") == sum(flag.split("=")[0] in theirs for flag in flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num_classes 10", ["--num_classes", "the data set tells", "drop it"]),
+        ("--image_size 32", ["--image_size", "--image-size", "drop it"]),
+        ("--vanilla_bp maybe", ["--vanilla_bp", "True or False, got maybe"]),
+        ("--pareprop", ["--pareprop", "True or False, got nothing"]),
+    ],
+)
+def test_a_flag_of_minrevs_without_meaning_is_an_error(tmp_path, flags, words):
+    code, output = run(train.app, "--out", tmp_path, *flags.split())
+    assert code == 2 and all(squeeze(word) in output for word in words), output
+
+
+def test_the_rate_of_minrev_is_two_epochs_late():
+    """That of its script: after each epoch, counted from 0, it sets the cosine to the epoch before."""
+    made = build.build(RECIPES["minrev-vit"], small((3, 32, 32)), torch.device("cpu"))
+    theirs = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 100)
+    for epoch in range(100):
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in (made.optimizer, theirs)]
+        assert rates[0] == rates[1] == made.schedule.get_last_lr()[0]
+        theirs.step()
+        made.optimizer.step()
+        made.schedule.step()
+        with warnings.catch_warnings(action="ignore"):
+            cosine.step(epoch - 1)
+
+
+def test_images_are_normalised_by_the_numbers_of_minrev():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    split = Split(images, torch.zeros(2))
+    pixels = normalizer(split, "minrev")(images)
+    theirs = v2.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))(images.float() / 255)
+    torch.testing.assert_close(pixels, theirs)
+    with pytest.raises(typer.BadParameter, match="3 channels, these have 1"):
+        normalizer(Split(images[:, :1], torch.zeros(2)), "minrev")
 
 
 def test_minrev_recipes_are_its_command_lines():
@@ -81,7 +175,8 @@ def test_a_recipe_sets_every_flag_and_others_override_it():
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_each_recipe_runs(tmp_path, recipe):
     """On tiny images, at its own settings but for the size of the network."""
-    sizes = "--embed-dim 16 --num-heads 2 --limit-train 16 --limit-test 8 --epochs 2 --warmup-epochs 1".split()
+    sizes = "--embed-dim 16 --num-heads 2 --limit-train 16 --limit-test 8 --epochs 2 --statistics measured".split()
+    sizes += [] if recipe.startswith("minrev") else ["--warmup-epochs", "1"]
     code, output = run(
         train.app, "--recipe", recipe, "--dataset", "digits", "--device", "cpu", "--out", tmp_path, *sizes
     )
@@ -117,7 +212,7 @@ def test_every_network_trains_in_mixed_precision(tmp_path, model, precision):
 def test_a_plain_twin_is_of_the_same_size(model):
     counts = []
     for name in (model, f"plain-{model}"):
-        chosen = dataclasses.replace(RECIPES[f"minrev-{model}"], model=name, fusion="mean")
+        chosen = dataclasses.replace(RECIPES[f"minrev-{model}"], model=name, variant="default")
         network = build.build(chosen, small((3, 32, 32)), torch.device("cpu")).model
         counts.append(sum(p.numel() for p in network.parameters()))
     assert counts[1] == pytest.approx(counts[0], rel=0.02)  # the head of two streams is wider
@@ -127,6 +222,10 @@ def test_fusion_is_for_stages():
     for model, fusion in [("vit", "concat-mlp"), ("swin", "concat"), ("plain-mvit", "concat")]:
         with pytest.raises(typer.BadParameter, match=f"{model} has no use for {fusion}"):
             Config(model=model, fusion=fusion)
+    with pytest.raises(typer.BadParameter, match="swin has no use for concat-mlp in --variant minrev"):
+        Config(model="swin", variant="minrev", fusion="concat-mlp")
+    with pytest.raises(typer.BadParameter, match="is for --model swin --variant minrev, got swin and default"):
+        Config(model="swin", unrolled_windows=True)
 
 
 def test_fused_side_by_side_the_next_stage_sees_both_streams():
@@ -368,6 +467,8 @@ def test_compiled_by_inductor_it_trains_as_eagerly(tmp_path):
         ("--label-smoothing 1", ["--label-smoothing", "0 <= x < 1"]),
         ("--warmup-epochs 30", ["--warmup-epochs", "less than --epochs 30, got 30"]),
         ("--fusion concat-mlp", ["--fusion", "vit has no use", "another --model"]),
+        ("--cosine-lag 2 --warmup-epochs 1", ["--cosine-lag", "--warmup-epochs"]),
+        ("--statistics minrev", ["--statistics", "3 channels, these have 1"]),
         ("--graph --compile", ["--graph", "not tried", "--compile"]),
     ],
 )

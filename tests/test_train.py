@@ -28,6 +28,8 @@ from research.batches import Batches, normalizer
 from research.distributed import Processes
 from research.files import replacing
 from research.log import Log, Row, read_log
+from research.schedulers import EXAMPLES, scheduler
+from revlib.schedulers import Anchored, Budget, Checkpoint, Functional, KeepLast, Naive, PaReprop, Reversible
 
 TINY = [
     "--limit-train",
@@ -140,11 +142,34 @@ def test_schedulers_give_the_losses_of_naive(tmp_path, scheduler):
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", get_args(config.SchedulerName))
-def test_the_model_gets_the_scheduler_named(name):
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("naive", Naive()),
+        ("reversible", Reversible()),
+        ("functional", Functional()),
+        ("pareprop", PaReprop()),
+        ("checkpoint", Checkpoint()),
+        ("checkpoint:2", Checkpoint(2)),
+        ("keep-last:4", KeepLast(4)),
+        ("anchored:8", Anchored(8)),
+        ("budget:0.5", Budget(fraction=0.5)),
+        ("budget:2000000000", Budget(bytes=2_000_000_000)),
+    ],
+)
+def test_the_model_gets_the_scheduler_named(name, wanted):
     chosen = config.Config(scheduler=name)
     model = train.build(chosen, data.digits(None, chosen.cache_dir), torch.device("cpu")).model
-    assert model.blocks.scheduler == networks.SCHEDULERS[name]
+    assert model.blocks.scheduler == scheduler(name) == wanted and name in EXAMPLES
+    assert ":" not in chosen.folder.name
+
+
+@pytest.mark.parametrize("name", ["best", "naive:1", "checkpoint:", "checkpoint:0", "keep-last", "keep-last:x",
+                                  "anchored:1.5", "budget", "budget:x", "budget:-3", "budget:1.5e"])  # fmt: skip
+def test_a_wrong_scheduler_is_named_with_what_there_is(tmp_path, name):
+    code, output = run(train.app, *TINY, "--out", tmp_path, "--scheduler", name)
+    assert code == 2 and "--scheduler" in output and squeeze(f"got {name}") in output and "keep-last:4" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_amp_runs_in_the_format_named(tmp_path):
@@ -194,15 +219,19 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, precision):
 )
 def test_an_interrupted_epoch_is_done_again_bit_for_bit(tmp_path, monkeypatch, place):
     straight = train_tiny(tmp_path / "straight", "--epochs", 3)
+
+    class KilledError(Exception):
+        pass
+
     original, calls = getattr(*place), []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
-            raise InterruptedError
+            raise KilledError
         return original(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(*place, interrupted)
         train_tiny(tmp_path / "killed", "--epochs", 3)
     resumed = train_tiny(tmp_path / "killed", "--epochs", 3, "--resume")
@@ -398,7 +427,6 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
 def test_every_name_has_its_value():
     assert tuple(networks.MODELS) == get_args(config.ModelName)
     assert tuple(recipes.RECIPES) == get_args(config.RecipeName)
-    assert tuple(networks.SCHEDULERS) == get_args(config.SchedulerName)
     assert tuple(train.AMP_DTYPES) == get_args(config.AmpDtypeName)
     assert tuple(data.DATASETS) == tuple(config.DATASET_DEFAULTS) == get_args(config.DatasetName)
 

@@ -9,6 +9,7 @@ TUNED: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 1e-3,
     "warmup_epochs": 10,
+    "cosine_lag": 0,
     "weight_decay": 0.05,
     "clip_grad": 1.0,
     "ema": 0.999,

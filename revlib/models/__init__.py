@@ -39,7 +39,8 @@ RevSwin, which run only while they have hooks. Both of torch's ONNX exporters ta
 from typing import TYPE_CHECKING, Any
 
 from revlib.models import presets
-from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean
+from revlib.models.fusion import Concat, ConcatLinear, ConcatMlp, Mean
+from revlib.models.minrev import minrev_mvit, minrev_swin, minrev_vit
 from revlib.models.mvit import RevMViT
 from revlib.models.mvit_kinetics import PublishedRevMViTVideo
 from revlib.models.mvit_published import PublishedRevMViT
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from revlib.models.video import RevMViTVideo
 
 __all__ = [
+    "Concat",
     "ConcatLinear",
     "ConcatMlp",
     "Mean",
@@ -59,6 +61,9 @@ __all__ = [
     "RevMViTVideo",
     "RevSwin",
     "RevViT",
+    "minrev_mvit",
+    "minrev_swin",
+    "minrev_vit",
     "presets",
 ]
 

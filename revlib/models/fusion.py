@@ -8,7 +8,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-__all__ = ["ConcatLinear", "ConcatMlp", "Fusion", "Mean"]
+__all__ = ["Concat", "ConcatLinear", "ConcatMlp", "Fusion", "Mean"]
 
 Fusion = Callable[[int, Callable[[int], nn.Module]], nn.Module]  # of channels and a norm -> module(x1, x2)
 
@@ -46,3 +46,11 @@ class ConcatMlp(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         return self.mlp(self.norm(torch.cat([x1, x2], dim=-1)))
+
+
+class Concat(nn.Module):
+    """Both streams side by side, for a next stage that takes twice the channels. Shapes: (..., dim), twice ->
+    (..., 2 dim)."""
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return torch.cat([x1, x2], dim=-1)

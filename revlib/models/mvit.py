@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.layers import get_act_layer, get_norm_layer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
-from torch import nn
+from torch import Tensor, nn
 
 from revlib.couplings import Coupling
 from revlib.models.base import Layer, Scheduled, TimmModel
@@ -39,6 +39,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         depths: blocks of each stage, counted as timm does: the first of every stage but the first is its transition.
         kv_stride: of the pooled keys and values in the first stage; it halves at each stage, down to 1.
         drop_rate, drop_path_rate: dropout before the classifier; stochastic depth, rising linearly over all blocks.
+        fc_norm: average over the patches first, and normalise after; by timm's name.
         class_token: put one in front of the patches, and classify by it.
         fusion: how two streams become one: ``Mean``, ``ConcatLinear`` or ``ConcatMlp``.
         coupling: how blocks merge into the streams; ``ExactAdditive()`` for inversion without rounding errors.
@@ -60,6 +61,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
     stages: Any  # timm's
     feature_info: Any
     _init_weights: Any
+    head: Any
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         class_token: bool = False,
+        fc_norm: bool = False,
         fusion: Fusion = Mean,
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
@@ -116,6 +119,9 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
             self.feature_info[i]["module"] = f"stages.{i}"
             feat_size = inner
+        self.fc_norm: nn.Module = nn.Identity()
+        if fc_norm:
+            self.norm, self.fc_norm = self.fc_norm, self.norm
         for stage in self.stages:
             stage.parts = separable(parts, self)
         self.stages[0].pairs.parts = stage.parts
@@ -125,3 +131,8 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Take images of another size: tables of relative positions are resampled to it."""
         resize_mvit(self, img_size)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""
+        pooled = self.fc_norm(super().forward_head(x, pre_logits=True))
+        return pooled if pre_logits else self.head(pooled)

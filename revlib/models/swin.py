@@ -39,6 +39,7 @@ class RevSwin(TimmModel):
             stage; hidden width of the MLP / width.
         drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the classifier, after projections and
             of attention weights, and stochastic depth (rising linearly over the blocks of all stages).
+        always_partition: keep windows and their shifts on maps that a window covers, as timm's Swin has it.
         norm_layer, act_layer: classes, or timm's names of them.
         global_pool: "avg", or "" for none: the head then sees every patch.
         dynamic_img_size: False refuses images of another size, as timm's Swin does unless told.
@@ -55,6 +56,7 @@ class RevSwin(TimmModel):
     """
 
     output_fmt = "NHWC"  # of features
+    branch = WindowBranch  # F of a pair
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class RevSwin(TimmModel):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Layer = nn.LayerNorm,
+        always_partition: bool = False,
         global_pool: str = "avg",
         fusion: Fusion = Mean,
         coupling: Coupling | None = None,
@@ -98,6 +101,7 @@ class RevSwin(TimmModel):
         embed = {"output_fmt": "NHWC", "strict_img_size": not dynamic_img_size, "dynamic_img_pad": True}
         layers = {"norm_layer": norm, "act_layer": act, "proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
         sizes = {"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio}
+        sizes["always_partition"] = always_partition
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         with placed(device):
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm, **embed)
@@ -108,7 +112,7 @@ class RevSwin(TimmModel):
                 for j, rate in enumerate(drop_paths[i]):
                     own = {"shift_size": [j % 2 * (side // 2) for side in window], "drop_path": rate}
                     grid = grid_of(size, patch_size, i)
-                    blocks.append(WindowBranch(width, grid, heads, **sizes, **layers, **own).pair())
+                    blocks.append(self.branch(width, grid, heads, **sizes, **layers, **own).pair())
                 self.stages.append(blocks)
             self.fusions = nn.ModuleList(fusion(width, norm) for width in widths[:-1])
             self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm) for width in widths[:-1])

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from timm.layers import (
-    Attention,
     DropPath,
     Mlp,
     PatchEmbed,
@@ -21,6 +20,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
+from revlib.models.attention import SelfAttention
 from revlib.models.base import Layer, TimmModel, placed
 from revlib.models.blocks import Blocks
 from revlib.models.sizes import divisible, resampled_positions, resize_vit
@@ -98,7 +98,7 @@ class RevViT(TimmModel):
             self.blocks: Any = Blocks(coupling=coupling, scheduler=scheduler)
             for rate in calculate_drop_path_rates(drop_path_rate, depth):
                 dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
-                attention = Attention(embed_dim, num_heads, qkv_bias=True, **dropout)
+                attention = SelfAttention(embed_dim, num_heads, qkv_bias=True, **dropout)
                 mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=act, drop=proj_drop_rate)
                 self.blocks.append(tuple(nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
             self.norm = nn.Identity() if fc_norm else norm(2 * embed_dim)
