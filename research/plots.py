@@ -12,8 +12,8 @@ from research.log import Row
 def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path, resumed: Sequence[int] = ()) -> None:
     """Loss and accuracy against epoch: a colour per run, test solid and train dashed, the last values in the legend.
 
-    Each run is drawn thinner than the one before it, so that of runs that are the same none hides another. A dotted line
-    marks where a run was resumed, after each of the epochs in ``resumed``.
+    Each run is drawn thinner than the one before it, so that of runs that are the same none hides another. A dotted
+    line marks where a run was resumed, after each of the epochs in ``resumed``.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):

@@ -52,9 +52,8 @@ class Sampler:
     def __init__(self, steps: int = 1) -> None:
         self.samples = min(_SAMPLES, max(_FEWEST, _ALL // max(1, steps)))
         self.offset = next(_serial)
-        self.places: dict[
-            torch.Size, Tensor
-        ] = {}  # numbers of elements; forget them to save their memory
+        # The numbers of the elements. They are forgotten between forward and backward, to save their memory.
+        self.places: dict[tuple[torch.Size, type], Tensor] = {}
 
     def __call__(self, t: Tensor) -> Tensor:
         t = local_part(t).detach()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from revlib.models.fusion import Concat, ConcatMlp, Mean
 from revlib.models.mvit import RevMViT
-from revlib.models.swin import RevSwin, WindowBranch
+from revlib.models.stage import WindowBranch
+from revlib.models.swin import RevSwin
 from revlib.models.vit import RevViT
 
 __all__ = ["UnrolledRevSwin", "init_like_torch", "minrev_mvit", "minrev_swin", "minrev_vit", "take_both_streams"]
@@ -142,4 +143,4 @@ def take_both_streams(model: RevMViT, mlp_ratio: float) -> None:
             has_cls_token=False,
             expand_attn=True,
         ).apply(model._init_weights)
-        before.fuse = Concat()
+        before.fusion = Concat()

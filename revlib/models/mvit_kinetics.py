@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from revlib.couplings import Coupling
+from revlib.models.blocks import Blocks
 from revlib.models.fusion import Mean
 from revlib.models.mvit_published import Concat, Published, init_weights
 from revlib.models.stage import PooledAttention, RevStage
-from revlib.models.tracing import Blocks
 from revlib.schedulers import Scheduler
 
 __all__ = ["ProjectedTransition", "PublishedRevMViTVideo"]
@@ -103,10 +103,9 @@ class PublishedRevMViTVideo(Published):
 
     $$y_1 = x_1 + \mathrm{PooledAttention}(\mathrm{LN}(x_2)), \qquad y_2 = x_2 + \mathrm{MLP}(\mathrm{LN}(y_1))$$
 
-    within a stage, and :class:`~revlib.models.mvit_kinetics.ProjectedTransition` of the mean of both streams between
-    stages. Patches and pools reach into time, where frames keep their rate; positions are the sum of one of space and
-    one of time; projections to queries, keys and values have no bias. The head sees the normalised concatenation of
-    both streams, averaged.
+    within a stage, and ``ProjectedTransition`` of the mean of both streams between stages. Patches and pools reach
+    into time, where frames keep their rate; positions are the sum of one of space and one of time; projections to
+    queries, keys and values have no bias. The head sees the normalised concatenation of both streams, averaged.
 
     Args:
         clip_size: (frames, height, width), multiples of patch_size · (1, 2^(stages - 1), 2^(stages - 1)).
