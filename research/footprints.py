@@ -148,7 +148,8 @@ def build(model: str, depth: int, setting: Setting, reversible: bool = True) -> 
     if name == "mvitv2_small":  # timm takes its sizes as a configuration
         sizes = arguments | {"drop_rate": setting.dropout}
         return multiscale(setting.img_size, **sizes, drop_path_rate=setting.dropout).to(getattr(torch, setting.dtype))
-    arguments |= {"proj_drop_rate": setting.dropout, "drop_path_rate": setting.dropout}
+    inner = "drop_rate" if "mvit" in name else "proj_drop_rate"  # as timm names them
+    arguments |= {inner: setting.dropout, "drop_path_rate": setting.dropout}
     return timm.create_model(name, img_size=setting.img_size, **arguments).to(getattr(torch, setting.dtype))
 
 

@@ -58,6 +58,7 @@ __all__ = [
     "saved_tensor_hooks_allowed",
     "set_function_modes",
     "storage_id",
+    "tracing",
     "transforming",
     "transforms",
     "tree_flatten",
@@ -238,6 +239,12 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def tracing() -> bool:
+    """Whether ``torch.jit`` records operations, as ``torch.jit.trace``, the older ONNX exporter and tensorboard's graphs
+    do. They run a function several times and compare what they recorded, placeholders included."""
+    return torch._C._get_tracing_state() is not None
+
+
 def bypass_compiler(fn: _F) -> _F:
     """Marks a function that autograd calls, so that ``torch.compile`` neither compiles it nor what it calls.
 
@@ -268,6 +275,7 @@ _NEEDED = (
     "_functorch.get_interpreter_stack",
     "_functorch.is_functorch_wrapped_tensor",
     "_functorch.get_unwrapped",
+    "_get_tracing_state",
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
     "_get_function_stack_at",

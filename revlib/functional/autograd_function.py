@@ -21,6 +21,7 @@ from revlib._torch import (
     forward_mode_active,
     normalises,
     storage_id,
+    tracing,
     transforming,
     transforms,
 )
@@ -42,7 +43,7 @@ def run(
 ) -> State:
     """Run the steps in order on ``state`` and return the last state, differentiable in all that the steps read."""
     contexts = route(steps, len(state), context)
-    if not torch.is_grad_enabled() or exporting():
+    if not torch.is_grad_enabled() or exporting() or tracing():
         return advance(steps, state, contexts)
     if not torch.compiler.is_compiling():
         return run_eagerly(steps, state, contexts, tolerance)

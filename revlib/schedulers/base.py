@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from revlib import engine
-from revlib._torch import exporting
+from revlib._torch import exporting, tracing
 from revlib.engine import PassOptions, Plan
 from revlib.step import BoundStep, State
 
@@ -42,7 +42,8 @@ class Scheduler(ABC):
 
     def run(self, steps: Sequence[BoundStep], state: State, context: Mapping[str, Any]) -> State:
         """Run the steps on ``state``."""
-        if exporting() or not torch.is_grad_enabled():  # nothing is kept for a backward
+        # Nothing is kept for a backward, or everything is.
+        if exporting() or tracing() or not torch.is_grad_enabled():
             return engine.run(steps, state, context, Plan())
         if torch.compiler.is_compiling() and not self.keeps_all(len(steps)):
             # Placeholders cannot be traced. What is imported here makes the compiler leave the stack alone, and is not
