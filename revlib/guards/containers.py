@@ -289,7 +289,10 @@ def same_contents(a: Contents, b: Contents) -> bool:
     if len(a) != len(b):
         return False
     try:
-        return all(x is y or (_is_value(x) and _is_value(y) and bool(x == y)) for x, y in zip(a, b))
+        return all(
+            x is y or (_is_value(x) and _is_value(y) and bool(x == y))
+            for x, y in zip(a, b, strict=True)
+        )
     except Exception:  # values that cannot be compared are taken for different ones
         return False
 

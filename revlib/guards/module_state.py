@@ -67,11 +67,15 @@ class ModuleState(StepGuard):
         remote = tree.remote
         if context and not all(isinstance(v, Tensor) for v in context.values()):
             remote = self._look_at_context(context)
-        tensors: list[tuple[str, Tensor]] = []  # that are attributes
+        self.attached: list[
+            tuple[str, weakref.ref[Tensor], int]
+        ] = []  # tensors that are attributes
+        tensors: list[Tensor] = []
         if tree.has_tensors or self.extra:
-            tensors = list(self._attached_tensors())
-        # Of the user, between forward and backward.
-        self.attached = [(k, weakref.ref(t), version_of(t)) for k, t in tensors]
+            attributes = list(self._attributes_that_are_tensors())
+            self.attached = [(k, weakref.ref(t), version_of(t)) for k, t in attributes]
+            tensors = [t for _, t in attributes]
+            tensors += [t for _, held in self._held() for t in held if isinstance(t, Tensor)]
         if tree.has_tensors:
             # One may belong to the graph of an earlier pass: it is kept without its graph.
             tree.forget_graphs()
@@ -82,6 +86,7 @@ class ModuleState(StepGuard):
         self.undo: list[tuple[dict[Any, Any], Any, Any]] = []
         self.exchanged: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.present: list[tuple[Holder, Contents]] = []
+        self.kinds: list[tuple[nn.Module, type[nn.Module]]] = []
 
     def _look_at_context(self, context: Mapping[str, Any]) -> list[nn.Module]:
         holders, modules = found_in(context)
@@ -92,16 +97,11 @@ class ModuleState(StepGuard):
         known = {id(m) for m in (*self.tree.modules, *self.tree.remote)}
         return [*self.tree.remote, *(m for m in modules if id(m) not in known)]
 
-    def _attached_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        tree = self.tree
-        for keys, values in zip(tree.keys, tree.values, strict=True):
+    def _attributes_that_are_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for keys, values in zip(self.tree.keys, self.tree.values, strict=True):
             for name, value in zip(keys, values, strict=True):
                 if isinstance(value, Tensor) and not is_transformed(value):
                     yield name, value
-        for holder, held in self._held():
-            for value in held:
-                if isinstance(value, Tensor) and not is_transformed(value):
-                    yield holder.name, value
 
     def _held(self) -> list[tuple[Holder, Contents]]:
         return [*zip(self.tree.holders, self.tree.held, strict=True), *self.extra]
@@ -174,20 +174,26 @@ class ModuleState(StepGuard):
 
     def enter_repetition(self) -> None:
         tree, fresh = self.tree, self.buffers.fresh()
-        if not self.holds or fresh or self.extra:
+        reads = bool(self.extra) or (tree.has_tensors and bool(fresh))
+        if not self.holds or reads:
             for slots, keys, values in tree.attributes():
                 values = _with(values, fresh)
                 if tuple(slots) != keys or not identical(tuple(slots.values()), values):
                     self._exchange(slots, dict(zip(keys, values, strict=True)))
-        if not self.holds or fresh or self.extra or tree.assigns:
+        if not self.holds or reads or tree.assigns:
             held = self._held()
             self.present = [(h, h.read()) for h, _ in held]
             for (h, wanted), (_, now) in zip(held, self.present, strict=True):
                 wanted = _with(wanted, fresh)
                 if not same_contents(now, wanted):
                     h.write(wanted)
+            for m, kind in zip(tree.modules, tree.kinds, strict=True):
+                if type(m) is not kind:  # as parametrizations do
+                    self.kinds.append((m, type(m)))
+                    m.__class__ = kind
         flags = tuple(map(requires_grad_of, self.parameters))
-        if flags != self.requires_grad or not identical(tree.parameters_now(), tree.parameters):
+        same = self.holds and identical(tree.parameters_now(), tree.parameters)
+        if flags != self.requires_grad or not same:
             for slots, parameters in self._parameters_of_forward():
                 self._exchange(slots, parameters)
         for slots, key, value in self.buffers.for_repetition(fresh):
@@ -221,6 +227,9 @@ class ModuleState(StepGuard):
             for slots, present in before.values():
                 _put(slots, present)
             self.exchanged.clear()
+        for m, kind in self.kinds:
+            m.__class__ = kind
+        self.kinds = []
         for h, contents in self.present:
             if not same_contents(h.read(), contents):
                 h.write(contents)
@@ -297,9 +306,7 @@ class _Buffers:
     of floating-point buffers of modules in training mode, up to 1 MiB each, whose edits a version may not show.
     """
 
-    def __init__(
-        self, tree: ModuleTree, remote: list[nn.Module], attributes: list[tuple[str, Tensor]]
-    ) -> None:
+    def __init__(self, tree: ModuleTree, remote: list[nn.Module], attributes: list[Tensor]) -> None:
         self.changed: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None]] = []
         self._constant_slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self.changed_tensors: dict[int, tuple[Tensor, Tensor]] = {}  # and what they held
@@ -316,7 +323,7 @@ class _Buffers:
                 elif not b.is_inference() and not is_transformed(b):
                     copy = copies.setdefault(id(b), b.detach().clone())
                     self._before.append((m, k, b, version_of(b), copy))
-        for _, t in attributes:
+        for t in attributes:
             if id(t) not in copies and _is_plain_data(t):
                 copies[id(t)] = copy = t.detach().clone()
                 self._attributes.append((t, version_of(t), copy))
@@ -377,6 +384,7 @@ def _is_plain_data(t: Tensor) -> bool:
     return (
         type(t) is Tensor
         and not t.requires_grad
+        and not is_transformed(t)
         and not t.is_inference()
         and has_dense_memory(t)
         and t.nbytes <= _LARGEST_ATTRIBUTE
@@ -422,7 +430,7 @@ class _OwnEdits:
         """-> the versions after the run."""
         now = versions_of(parameters)
         if self._before:
-            for p, then, before, after in zip(parameters, versions, self._before, now, strict=True):
+            for p, then, before in zip(parameters, versions, self._before, strict=True):
                 if before is not None and _is_changed(p, then, before):
                     self.copies[id(p)] = before
             self._before = []

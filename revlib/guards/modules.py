@@ -72,8 +72,10 @@ _OWN_DICTS = frozenset(
 )  # of every module, and looked at separately
 _FUNCTIONS = (partial, types.MethodType, types.FunctionType)
 _PLAIN = frozenset(
-    (int, float, complex, str, bytes, bool, type(None), type, type(...), Tensor, nn.Parameter)
-    + (torch.dtype, torch.device, torch.Size, types.ModuleType, types.BuiltinFunctionType)
+    (
+        *(int, float, complex, str, bytes, bool, type(None), type, type(...), Tensor, nn.Parameter),
+        *(torch.dtype, torch.device, torch.Size, types.ModuleType, types.BuiltinFunctionType),
+    )
 )
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 _MOST, _DEEPEST = 1 << 13, 64  # things that are looked at; whatever leads to more is data
@@ -95,6 +97,7 @@ class _Found:
         self.holders: dict[int, Holder] = {}
         self.seen: dict[int, Any] = {}
         self.depth = 0
+        self.weak = False  # whether a weak reference was followed
 
     def visit(self, value: Any, name: str = "", *, remote: bool = False) -> None:
         kind = type(value)
@@ -190,8 +193,10 @@ class _Found:
             for part in value:
                 self.visit(part, name, remote=remote)
         elif isinstance(value, weakref.ref):
+            self.weak = True
             self.visit(value(), name, remote=True)
         elif isinstance(value, (weakref.WeakValueDictionary, weakref.WeakSet)):
+            self.weak = True
             for part in list(value.values() if isinstance(value, MutableMapping) else value):
                 self.visit(part, name, remote=True)
         elif isinstance(value, (Tensor, type, Enum)):
@@ -272,6 +277,7 @@ class ModuleTree:
         wrapper = [step.fn] if step.fn is not step.owner and isinstance(step.fn, nn.Module) else []
         self.slots = [m.__dict__ for m in (*self.modules, *wrapper)]
         self.training = [m.training for m in self.modules]
+        self.kinds = [type(m) for m in self.modules]
         self.parameter_slots = [m._parameters for m in self.modules]
         self.parameter_names = [tuple(slots) for slots in self.parameter_slots]
         self.buffer_slots = [m._buffers for m in self.modules]
@@ -315,9 +321,9 @@ class ModuleTree:
         parameters = [p for p in self.parameters if p is not None]
         self.is_lazy = any(map(is_lazy, parameters))
         odd = self.is_lazy or any(not p.is_leaf or is_transformed(p) for p in parameters)
-        self.reusable = (
-            isinstance(step.owner, nn.Module) and stable and not self.has_tensors and not odd
-        )
+        # A tree that is used again must not keep alive what is only weakly referred to.
+        odd = odd or self.has_tensors or found.weak
+        self.reusable = isinstance(step.owner, nn.Module) and stable and not odd
 
     def parameters_now(self) -> tuple[Tensor | None, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._parameters)))
