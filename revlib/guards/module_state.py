@@ -25,8 +25,9 @@ from revlib._torch import (
     storage_id,
     version_of,
     versions_of,
+    view_base,
 )
-from revlib.core.guard import Guard, StepGuard, StepView
+from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.guards.containers import Contents, Holder, same_contents
 from revlib.guards.modules import (
     ModuleTree,
@@ -81,6 +82,7 @@ class ModuleState(StepGuard):
             tree.forget_graphs()
         self.buffers = _Buffers(tree, remote, tensors)
         self.own_edits = _OwnEdits(step, self.parameters)
+        self.spoiled = False  # whether the run edits a parameter that it has computed with
         self.moved = ""  # what the run changed, and what cannot be put back
         self.holds = True  # whether attributes are what they were, at the last look
         self.undo: list[tuple[dict[Any, Any], Any, Any]] = []
@@ -107,8 +109,17 @@ class ModuleState(StepGuard):
         return [*zip(self.tree.holders, self.tree.held, strict=True), *self.extra]
 
     # ------------------------------------------------------------------------------------------ forward
+    def first_run_done(self, run: FirstRun) -> None:
+        """A parameter that the run edits after autograd has saved it is an error under plain autograd too."""
+        if versions_of(self.parameters) != self.versions:
+            for _, placeholder in run.saved:
+                t = placeholder.tensor
+                if t is not None and id(view_base(t)) in self.tree.parameter_ids:
+                    self.spoiled = self.spoiled or version_of(t) != placeholder.version
+
     def exit_first_run(self) -> None:
         self.buffers.sort()
+        self.memory["put back"] = self.buffers.changed_tensors.keys()
         if not self.tree.assigns and not self.tree.has_run:
             self.tree.has_run, self.tree.assigns = True, not self._is_as_before()
         self.versions = self.own_edits.after_run(self.parameters, self.versions)
@@ -136,6 +147,11 @@ class ModuleState(StepGuard):
                 f"{self.name} changes {self.moved!r} when it runs: an iterator, a generator, or something too large to "
                 "copy. That cannot be put back, so the function would not do again in backward what it did. Keep the "
                 "state in a number, a list, a dict or a buffer, or use scheduler=Naive()."
+            )
+        if self.spoiled:
+            raise RuntimeError(
+                f"a parameter of {self.name} was modified by an inplace operation of the function itself, after "
+                "autograd had saved it; edit it before it is used."
             )
         if versions_of(self.parameters) != self.versions:
             names = [k for names in self.tree.parameter_names for k in names]
