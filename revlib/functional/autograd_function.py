@@ -78,7 +78,7 @@ def run_eagerly(
                 )
     # Within a transform buffers may be mapped over. Without one, functions may update them.
     tensors = [*state, *(p for tree in trees for p in tree.parameters if p is not None)]
-    environment = Environment(steps, [tree.modules for tree in trees], tensors)
+    environment = Environment(steps, contexts, [tree.modules for tree in trees], tensors)
     return _apply(steps, state, contexts, tolerance, environment, buffers=bool(active))
 
 

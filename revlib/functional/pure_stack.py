@@ -69,9 +69,17 @@ class Environment:
     """
 
     def __init__(
-        self, steps: Sequence[BoundStep], modules: Sequence[list[nn.Module]], tensors: list[Tensor]
+        self,
+        steps: Sequence[BoundStep],
+        contexts: Sequence[dict[str, Any]],
+        modules: Sequence[list[nn.Module]],
+        tensors: list[Tensor],
     ) -> None:
         self.steps, self.modules = steps, modules
+        # Without tensors, which are arguments of the pure function.
+        self.contexts = [
+            {k: v for k, v in context.items() if not isinstance(v, Tensor)} for context in contexts
+        ]
         self.guards = Guards([Randomness(tensors), Settings(tensors), ModuleStates()])
         self.step_guards: dict[int, StepGuard] = {}
         self.purity: PurityMode | None = None
@@ -87,7 +95,7 @@ class Environment:
     def first_run(self, k: int) -> Iterator[None]:
         """Around the first run of a step's function."""
         guard = self.step_guards[k] = self.guards.step(
-            StepView(k, self.steps[k], {}, True, False), ()
+            StepView(k, self.steps[k], self.contexts[k], True, False), ()
         )
         with (
             CpuGeneratorLock(),

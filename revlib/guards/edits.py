@@ -84,7 +84,8 @@ class _StepEdits(StepGuard):
 
     def saved_tensors_dropped(self) -> None:
         """What is alive now belongs to the user. Intermediate results of the function are gone."""
-        self.read = [r for r in self.read if r.alive() is not None]
+        own = self.step.memory.get("put back", ())  # the run edited these, and a repetition gets copies
+        self.read = [r for r in self.read if (t := r.alive()) is not None and id(t) not in own]
         if self.read and self.compares:
             slots = self.tree.buffer_slots
             buffers = {id(view_base(b)) for named in slots for b in named.values() if b is not None}

@@ -11,71 +11,130 @@ Cost: copies of the buffers that a run changes; a comparison of all attributes, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from revlib._torch import is_transformed, normalises, version_of, versions_of
-from revlib.core.guard import Guard, StepGuard, StepView
-from revlib.guards.modules import ModuleTree, identical, module_tree, requires_grad_of
+from revlib._torch import (
+    is_fake,
+    is_transformed,
+    normalises,
+    storage_id,
+    version_of,
+    versions_of,
+    view_base,
+)
+from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
+from revlib.guards.containers import Contents, Holder, same_contents
+from revlib.guards.modules import (
+    ModuleTree,
+    found_in,
+    identical,
+    module_tree,
+    requires_grad_of,
+    without_graph,
+)
 from revlib.step import BoundStep, State
-from revlib.tensors import is_dtensor
+from revlib.tensors import has_dense_memory, is_dtensor
 
 __all__ = ["ModuleState", "ModuleStates"]
 
 _ABSENT: Any = object()
+_NOTHING: Mapping[str, Any] = {}
 
 
 class ModuleStates(Guard):
     """The modules of each function of a stack."""
 
     def step(self, view: StepView, state: State) -> StepGuard:
-        return ModuleState(view.step)
+        return ModuleState(view.step, view.context)
 
 
 class ModuleState(StepGuard):
     """What the modules of one function held when it ran."""
 
-    def __init__(self, step: BoundStep) -> None:
-        self.name = step.name
+    def __init__(self, step: BoundStep, context: Mapping[str, Any] = _NOTHING) -> None:
+        self.name, self.memory = step.name, step.memory
         self.tree = tree = module_tree(step)
         self.parameters = [p for p in tree.parameters if p is not None]
         self.versions = versions_of(self.parameters)
         self.requires_grad = tuple(map(requires_grad_of, self.parameters))
         self.hooks = tree.hooks()
-        self.buffers = _Buffers(tree)
-        self.tensors: list[tuple[str, Callable[[], Tensor | None], int]] = []  # that are attributes
-        self.edited_by_run: set[str] = set()  # of these
+        self.extra: list[tuple[Holder, Contents]] = []  # what objects of the context hold
+        self.watched = [(h, h.read()) for h in tree.watched] if tree.watched else []
+        remote = tree.remote
+        if context and not all(isinstance(v, Tensor) for v in context.values()):
+            remote = self._look_at_context(context)
+        self.attached: list[
+            tuple[str, weakref.ref[Tensor], int]
+        ] = []  # tensors that are attributes
+        tensors: list[Tensor] = []
+        if tree.has_tensors or self.extra:
+            attributes = list(self._attributes_that_are_tensors())
+            self.attached = [(k, weakref.ref(t), version_of(t)) for k, t in attributes]
+            tensors = [t for _, t in attributes]
+            tensors += [t for _, held in self._held() for t in held if isinstance(t, Tensor)]
         if tree.has_tensors:
-            self._look_at_tensors()
+            # One may belong to the graph of an earlier pass: it is kept without its graph.
+            tree.forget_graphs()
+        self.buffers = _Buffers(tree, remote, tensors)
+        self.own_edits = _OwnEdits(step, self.parameters)
+        self.spoiled = False  # whether the run edits a parameter that it has computed with
+        self.moved = ""  # what the run changed, and what cannot be put back
         self.holds = True  # whether attributes are what they were, at the last look
         self.undo: list[tuple[dict[Any, Any], Any, Any]] = []
         self.exchanged: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.present: list[tuple[Holder, Contents]] = []
+        self.kinds: list[tuple[nn.Module, type[nn.Module]]] = []
 
-    def _look_at_tensors(self) -> None:
-        """A tensor among the attributes may belong to the graph of an earlier pass: it is kept without its graph."""
+    def _look_at_context(self, context: Mapping[str, Any]) -> list[nn.Module]:
+        holders, modules = found_in(context)
+        self.extra = [
+            (h, tuple(map(without_graph, h.read()))) for h in holders if h.put is not None
+        ]
+        self.watched += [(h, h.read()) for h in holders if h.put is None]
+        known = {id(m) for m in (*self.tree.modules, *self.tree.remote)}
+        return [*self.tree.remote, *(m for m in modules if id(m) not in known)]
+
+    def _attributes_that_are_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for keys, values in zip(self.tree.keys, self.tree.values, strict=True):
             for name, value in zip(keys, values, strict=True):
                 if isinstance(value, Tensor) and not is_transformed(value):
-                    self.tensors.append((name, weakref.ref(value), version_of(value)))
-        self.tree.forget_graphs()
+                    yield name, value
+
+    def _held(self) -> list[tuple[Holder, Contents]]:
+        return [*zip(self.tree.holders, self.tree.held, strict=True), *self.extra]
 
     # ------------------------------------------------------------------------------------------ forward
+    def first_run_done(self, run: FirstRun) -> None:
+        """A parameter that the run edits after autograd has saved it is an error under plain autograd too."""
+        if versions_of(self.parameters) != self.versions:
+            for _, placeholder in run.saved:
+                t = placeholder.tensor
+                if t is not None and id(view_base(t)) in self.tree.parameter_ids:
+                    self.spoiled = self.spoiled or version_of(t) != placeholder.version
+
     def exit_first_run(self) -> None:
         self.buffers.sort()
+        self.memory["put back"] = self.buffers.changed_tensors.keys()
         if not self.tree.assigns and not self.tree.has_run:
             self.tree.has_run, self.tree.assigns = True, not self._is_as_before()
-        self.edited_by_run = {
-            k for k, t, version in self._alive_tensors() if version_of(t) != version
-        }
+        self.versions = self.own_edits.after_run(self.parameters, self.versions)
+        if self.watched:
+            moved = [h.name for h, held in self.watched if not same_contents(h.read(), held)]
+            self.moved, self.watched = moved[0] if moved else "", []
 
     def _is_as_before(self) -> bool:
         tree = self.tree
         return tree.holds() and identical(tree.parameters_now(), tree.parameters)
 
-    def _alive_tensors(self) -> list[tuple[str, Tensor, int]]:
-        return [(k, t, version) for k, ref, version in self.tensors if (t := ref()) is not None]
+    def _attached_now(self) -> list[tuple[str, Tensor, int]]:
+        changed = self.buffers.changed_tensors
+        alive = [(k, t, version) for k, ref, version in self.attached if (t := ref()) is not None]
+        return [entry for entry in alive if id(entry[1]) not in changed]
 
     # ------------------------------------------------------------------------------------------ backward
     def check(self) -> None:
@@ -83,21 +142,32 @@ class ModuleState(StepGuard):
         self.holds = self.tree.holds()
         if not self.holds:
             self._check_modes()
-        for key in self.edited_by_run:
+        if self.moved:
             raise RuntimeError(
-                f"{self.name} edits a tensor in place, its attribute {key!r}, and would edit it again in backward. "
-                f"Make it a buffer, which is put back (self.register_buffer({key!r}, ...)), or assign a new tensor to "
-                "it."
+                f"{self.name} changes {self.moved!r} when it runs: an iterator, a generator, or something too large to "
+                "copy. That cannot be put back, so the function would not do again in backward what it did. Keep the "
+                "state in a number, a list, a dict or a buffer, or use scheduler=Naive()."
+            )
+        if self.spoiled:
+            raise RuntimeError(
+                f"a parameter of {self.name} was modified by an inplace operation of the function itself, after "
+                "autograd had saved it; edit it before it is used."
             )
         if versions_of(self.parameters) != self.versions:
             names = [k for names in self.tree.parameter_names for k in names]
             named = [k for k, p in zip(names, self.tree.parameters, strict=True) if p is not None]
-            pairs = list(zip(named, self.parameters, self.versions, strict=True))
+            put_back = self.own_edits.copies
+            pairs = [
+                (k, p, version)
+                for k, p, version in zip(named, self.parameters, self.versions, strict=True)
+                if id(p) not in put_back
+            ]
             self._refuse_edits("parameter", "step the optimizer only after backward", pairs)
         self._refuse_edits("buffer", "edit buffers only after backward", self.buffers.constant)
-        self._refuse_edits(
-            "attribute", "edit attributes only after backward", self._alive_tensors()
-        )
+        if self.attached:
+            self._refuse_edits(
+                "attribute", "edit attributes only after backward", self._attached_now()
+            )
 
     def _check_modes(self) -> None:
         for m, training in zip(self.tree.modules, self.tree.training, strict=True):
@@ -119,18 +189,42 @@ class ModuleState(StepGuard):
                 )
 
     def enter_repetition(self) -> None:
-        tree = self.tree
-        if not self.holds:
+        tree, fresh = self.tree, self.buffers.fresh()
+        reads = bool(self.extra) or (tree.has_tensors and bool(fresh))
+        if not self.holds or reads:
             for slots, keys, values in tree.attributes():
+                values = _with(values, fresh)
                 if tuple(slots) != keys or not identical(tuple(slots.values()), values):
                     self._exchange(slots, dict(zip(keys, values, strict=True)))
+        if not self.holds or reads or tree.assigns:
+            held = self._held()
+            self.present = [(h, h.read()) for h, _ in held]
+            for (h, wanted), (_, now) in zip(held, self.present, strict=True):
+                wanted = _with(wanted, fresh)
+                if not same_contents(now, wanted):
+                    h.write(wanted)
+            for m, kind in zip(tree.modules, tree.kinds, strict=True):
+                if type(m) is not kind:  # as parametrizations do
+                    self.kinds.append((m, type(m)))
+                    m.__class__ = kind
         flags = tuple(map(requires_grad_of, self.parameters))
-        if flags != self.requires_grad or not identical(tree.parameters_now(), tree.parameters):
-            for slots, held in self._parameters_of_forward():
-                self._exchange(slots, held)
-        for slots, key, value in self.buffers.for_repetition():
+        same = self.holds and identical(tree.parameters_now(), tree.parameters)
+        if flags != self.requires_grad or not same:
+            for slots, parameters in self._parameters_of_forward():
+                self._exchange(slots, parameters)
+        for slots, key, value in self.buffers.for_repetition(fresh):
             self._bind(slots, key, value)
+        if self.own_edits.copies:
+            self._bind_parameters()
         self._bind_hooks()
+
+    def _bind_parameters(self) -> None:
+        """A function that edits its own parameters edits copies of them, which are as they were before it ran."""
+        copies = self.own_edits.for_repetition(self.parameters)
+        for slots in self.tree.parameter_slots:
+            for key, p in list(slots.items()):
+                if id(p) in copies:
+                    self._bind(slots, key, copies[id(p)])
 
     def exit_repetition(self) -> None:
         for slots, key, value in reversed(self.undo):
@@ -149,6 +243,13 @@ class ModuleState(StepGuard):
             for slots, present in before.values():
                 _put(slots, present)
             self.exchanged.clear()
+        for m, kind in self.kinds:
+            m.__class__ = kind
+        self.kinds = []
+        for h, contents in self.present:
+            if not same_contents(h.read(), contents):
+                h.write(contents)
+        self.present = []
 
     def _exchange(self, slots: dict[str, Any], wanted: dict[str, Any]) -> None:
         self.exchanged.append((slots, slots.copy()))
@@ -184,6 +285,11 @@ class ModuleState(StepGuard):
                 self._bind(slots, name, _like(slots[name], kept.get((id(slots), name), {})))
 
 
+def _with(values: Contents, fresh: dict[int, Tensor]) -> Contents:
+    """The same values, with copies in place of some tensors."""
+    return tuple(fresh.get(id(v), v) for v in values) if fresh else values
+
+
 def _like(present: dict[Any, Any], hooks: dict[Any, Any]) -> dict[Any, Any]:
     copy = type(present)()
     copy.update(hooks)
@@ -203,50 +309,170 @@ def _put(slots: dict[str, Any], wanted: dict[str, Any]) -> None:
         slots.update(wanted)
 
 
-class _Buffers:
-    """The buffers of a function's modules: their contents before the run, for those that the run changed."""
+_LARGEST_BUFFER = 1 << 20  # bytes, of a buffer that is copied in case that its edits cannot be seen
+_LARGEST_PARAMETER = 1 << 28  # bytes, of a parameter that is copied while its function first runs
+_LARGEST_ATTRIBUTE = 1 << 24  # bytes, of a tensor among the attributes, while its function runs
 
-    def __init__(self, tree: ModuleTree) -> None:
-        self.changed: list[tuple[dict[str, Any], str, Tensor | None]] = []
+
+class _Buffers:
+    """Buffers, and other tensors without gradient that a function leads to: their contents before the run, for those
+    that the run changed.
+
+    On a CPU contents are compared. On other devices that would wait for them: there, versions tell, and copies are kept
+    of floating-point buffers of modules in training mode, up to 1 MiB each, whose edits a version may not show.
+    """
+
+    def __init__(self, tree: ModuleTree, remote: list[nn.Module], attributes: list[Tensor]) -> None:
+        self.changed: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None]] = []
+        self._constant_slots: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.changed_tensors: dict[int, tuple[Tensor, Tensor]] = {}  # and what they held
         self.constant: list[tuple[str, Tensor, int]] = []
-        self._constant_slots: list[tuple[dict[str, Any], bool]] = []
         self._before: list[tuple[Any, str, Tensor | None, int, Tensor | None]] = []
-        if not any(tree.buffer_slots):
+        self._attributes: list[tuple[Tensor, int, Tensor]] = []
+        if not (attributes or remote or any(tree.buffer_slots)):
             return
         copies: dict[int, Tensor] = {}  # modules may share a buffer
-        for m in tree.modules:
+        for m in (*tree.modules, *remote):
             for k, b in m._buffers.items():
                 if b is None:
                     self._before.append((m, k, None, 0, None))
                 elif not b.is_inference() and not is_transformed(b):
                     copy = copies.setdefault(id(b), b.detach().clone())
                     self._before.append((m, k, b, version_of(b), copy))
+        for t in attributes:
+            if id(t) not in copies and _is_plain_data(t):
+                copies[id(t)] = copy = t.detach().clone()
+                self._attributes.append((t, version_of(t), copy))
 
     def sort(self) -> None:
         """After the first run: keep copies of the buffers that it changed, and the versions of the others."""
         for m, k, b, version, copy in self._before:
-            if (
-                m._buffers.get(k) is not b
-                or (b is not None and version_of(b) != version)
-                or normalises(m)
-            ):
-                self.changed.append((m._buffers, k, copy))
-            elif b is not None:
+            if b is None or copy is None or m._buffers.get(k) is not b:
+                self.changed.append((m._buffers, k, b, copy))
+            elif _is_changed(b, version, copy) or normalises(m) or _may_be_changed(m, b):
+                self.changed.append((m._buffers, k, b, copy))
+                self.changed_tensors[id(b)] = b, copy
+            else:
                 self.constant.append((k, b, version))
-                self._constant_slots.append((m._buffers, m.training and b.is_floating_point()))
-        self._before = []
+                self._constant_slots.append((m._buffers, k, b))
+        for t, version, copy in self._attributes:
+            if _is_changed(t, version, copy):
+                self.changed_tensors[id(t)] = t, copy
+        self._before, self._attributes = [], []
 
-    def for_repetition(self) -> list[tuple[dict[str, Any], str, Tensor | None]]:
-        """Where which buffer belongs."""
-        if not self.changed and not self.constant:
-            return []
-        fresh: dict[int, Tensor] = {}
-        found: list[tuple[dict[str, Any], str, Tensor | None]] = []
-        for (k, b, _), (slots, spare) in zip(self.constant, self._constant_slots, strict=True):
-            # Native batch norm, called as a function, writes statistics without moving their versions.
-            found.append((slots, k, fresh.setdefault(id(b), b.detach().clone()) if spare else b))
-        for slots, k, copy in self.changed:
-            found.append(
-                (slots, k, copy if copy is None else fresh.setdefault(id(copy), copy.clone()))
-            )
+    def fresh(self) -> dict[int, Tensor]:
+        """For each tensor that the run changed, by identity, a copy for one repetition to change."""
+        if not self.changed_tensors:
+            return {}
+        found: dict[int, Tensor] = {}
+        bases: dict[int, Tensor] = {}  # those that share memory must share it again
+        largest = sorted(self.changed_tensors.values(), key=lambda pair: -pair[0].numel())
+        for t, copy in largest:
+            base = bases.get(storage_id(t))
+            if base is None or base.dtype != t.dtype:
+                found[id(t)] = base = copy.clone()
+                if t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes():
+                    bases[storage_id(t)] = base
+            else:
+                found[id(t)] = base.as_strided(t.shape, t.stride(), t.storage_offset())
         return found
+
+    def for_repetition(
+        self, fresh: dict[int, Tensor]
+    ) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+        """Where which buffer belongs."""
+        found: list[tuple[dict[str, Any], str, Tensor | None]] = [
+            (slots, k, b) for slots, k, b in self._constant_slots
+        ]
+        spare: dict[int, Tensor] = {}
+        for slots, k, b, copy in self.changed:
+            if b is not None and id(b) in fresh:
+                found.append((slots, k, fresh[id(b)]))
+            else:
+                found.append(
+                    (slots, k, copy if copy is None else spare.setdefault(id(copy), copy.clone()))
+                )
+        return found
+
+
+def _is_plain_data(t: Tensor) -> bool:
+    """Whether a tensor can be copied and compared: not a parameter, nor a part of a graph."""
+    return (
+        type(t) is Tensor
+        and not t.requires_grad
+        and not is_transformed(t)
+        and not t.is_inference()
+        and has_dense_memory(t)
+        and t.nbytes <= _LARGEST_ATTRIBUTE
+    )
+
+
+def _is_changed(t: Tensor, version: int, before: Tensor) -> bool:
+    if version_of(t) != version or t.shape != before.shape or t.dtype != before.dtype:
+        return True
+    return _is_comparable(t) and not torch.equal(t, before)
+
+
+def _is_comparable(t: Tensor) -> bool:
+    """Whether two such tensors can be compared at once. Sparse and quantised ones cannot, nor those without values."""
+    return (
+        type(t) in (Tensor, nn.Parameter, nn.Buffer)
+        and t.is_cpu
+        and has_dense_memory(t)
+        and not is_fake(t)
+        and not t.is_quantized
+    )
+
+
+def _may_be_changed(m: nn.Module, b: Tensor) -> bool:
+    return m.training and not b.is_cpu and b.is_floating_point() and b.nbytes <= _LARGEST_BUFFER
+
+
+class _OwnEdits:
+    """The parameters that a function edits itself, as layers do that keep their weights in range.
+
+    Whether it does is found out when it first runs, by versions and on a CPU by contents; copies are taken then, and
+    whenever a function runs that is known to edit. One that edits only later repeats from its edited parameters once.
+    """
+
+    def __init__(self, step: BoundStep, parameters: list[Tensor]) -> None:
+        self.memory = step.memory
+        self.copies: dict[int, Tensor] = {}  # by identity, of what was edited: before the run
+        self._before: list[Tensor | None] = []
+        if self.memory.get(_OwnEdits) is not False:
+            self._before = [p.detach().clone() if _can_be_copied(p) else None for p in parameters]
+
+    def after_run(self, parameters: list[Tensor], versions: tuple[int, ...]) -> tuple[int, ...]:
+        """-> the versions after the run."""
+        now = versions_of(parameters)
+        if self._before:
+            for p, then, before in zip(parameters, versions, self._before, strict=True):
+                if before is not None and _is_changed(p, then, before):
+                    self.copies[id(p)] = before
+            self._before = []
+        if now != versions and not self.copies:
+            self.copies = {
+                id(p): p.detach().clone()
+                for p, then, after in zip(parameters, versions, now, strict=True)
+                if then != after and _can_be_copied(p)
+            }
+        if self.memory.get(_OwnEdits) is not True:
+            self.memory[_OwnEdits] = bool(self.copies)
+        return now
+
+    def for_repetition(self, parameters: list[Tensor]) -> dict[int, Tensor]:
+        return {
+            id(p): nn.Parameter(self.copies[id(p)].clone(), p.requires_grad)
+            for p in parameters
+            if id(p) in self.copies
+        }
+
+
+def _can_be_copied(p: Tensor) -> bool:
+    return (
+        type(p) is nn.Parameter
+        and not p.is_inference()
+        and not is_lazy(p)
+        and has_dense_memory(p)
+        and p.nbytes <= _LARGEST_PARAMETER
+    )

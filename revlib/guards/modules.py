@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from enum import Enum
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -15,89 +15,233 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revlib._torch import is_transformed
+from revlib._torch import is_transformed, tree_leaves
+from revlib.guards.containers import (
+    CONTAINERS,
+    Holder,
+    attributes_of_class,
+    cell_holder,
+    container_holder,
+    global_holder,
+    is_of_a_user,
+    is_of_a_user_module,
+    iterator_holder,
+    names_of,
+    same_contents,
+    slots_holder,
+    stored_globals,
+)
 from revlib.step import BoundStep
 
 __all__ = [
     "Hooks",
     "ModuleTree",
     "current_tree",
+    "found_in",
     "identical",
     "module_tree",
     "modules_of",
     "parameters_of",
     "requires_grad_of",
+    "without_graph",
 ]
 
 
 def modules_of(fn: Any) -> list[nn.Module]:
-    """The modules whose state a function reads.
+    """The modules that a function consists of.
 
     Its own, that of a bound method, those that a closure captures or that its code names in its file, also behind
-    other functions; and what such a module holds as a child, in a plain list or dict, or behind a function.
+    other functions; and what such a module holds as a child, in a container, or behind a function.
     """
     found = _Found()
     found.visit(fn)
     return list(found.modules.values())
 
 
-_CONTAINERS = (list, tuple, dict)
-_FUNCTIONS = (partial, types.MethodType, types.FunctionType)
+def found_in(context: Mapping[str, Any]) -> tuple[list[Holder], list[nn.Module]]:
+    """What the objects of a context can hold a state in, and the modules with buffers that they lead to."""
+    found = _Found()
+    for key, value in context.items():
+        for leaf in tree_leaves(value):
+            found.visit(leaf, key, remote=True)
+    return list(found.holders.values()), [m for m in found.remote.values() if m._buffers]
+
+
 _OWN_DICTS = frozenset(
     ("_parameters", "_buffers", "_modules")
 )  # of every module, and looked at separately
-_MANY = 32  # a longer list or dict is data, and no list of modules
+_FUNCTIONS = (partial, types.MethodType, types.FunctionType)
+_PLAIN = frozenset(
+    (
+        *(int, float, complex, str, bytes, bool, type(None), type, type(...), Tensor, nn.Parameter),
+        *(torch.dtype, torch.device, torch.Size, types.ModuleType, types.BuiltinFunctionType),
+    )
+)
+_STANDARD = frozenset(vars(nn.Module())) - {"training"}
+_MOST, _DEEPEST = 1 << 13, 64  # things that are looked at; whatever leads to more is data
 
 
 class _Found:
-    """The modules that were found, and the containers on the way to them."""
+    """The modules that were found, and whatever else on the way to them can hold a state.
+
+    A module that is a part of the function belongs to it with all that it holds. One that the function merely leads to,
+    through an object, a weak reference, its class or its context, may be the whole network with everything in it:
+    of such a module only the buffers are looked at, since a run may update them.
+    """
 
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
+        self.remote: dict[int, nn.Module] = {}
         self.containers: dict[int, Any] = {}
         self.functions: dict[int, Any] = {}
+        self.holders: dict[int, Holder] = {}
+        self.seen: dict[int, Any] = {}
+        self.depth = 0
+        self.weak = False  # whether a weak reference was followed
 
-    def visit(self, value: Any) -> None:
+    def visit(self, value: Any, name: str = "", *, remote: bool = False) -> None:
         kind = type(value)
+        if kind in _PLAIN:
+            return
         if isinstance(value, nn.Module):
-            if id(value) not in self.modules:
-                self.modules[id(value)] = value
-                for child in value._modules.values():
-                    if child is not None:
-                        self.visit(child)
-                for name, held in value.__dict__.items():
-                    if (
-                        type(held) in _CONTAINERS or type(held) in _FUNCTIONS
-                    ) and name not in _OWN_DICTS:
-                        self.visit(held)
-        elif kind in _CONTAINERS:
-            if id(value) not in self.containers and 0 < len(value) <= _MANY:
-                self.containers[id(value)] = value
-                for part in value.values() if kind is dict else value:
-                    self.visit(part)
-        elif kind in _FUNCTIONS and id(value) not in self.functions:
-            self.functions[id(value)] = value
-            for part in _parts(value):
-                self.visit(part)
+            self._visit_module(value, remote=remote)
+        elif kind in _FUNCTIONS:
+            self._visit_function(value, name, remote=remote)
+        elif id(value) not in self.seen and len(self.seen) < _MOST and self.depth < _DEEPEST:
+            self.seen[id(value)] = value
+            self.depth += 1
+            self._visit_thing(value, name, remote=remote)
+            self.depth -= 1
 
+    def _visit_module(self, module: nn.Module, *, remote: bool) -> None:
+        if id(module) in self.modules or (remote and id(module) in self.remote):
+            return
+        (self.remote if remote else self.modules)[id(module)] = module
+        for child in module._modules.values():
+            if child is not None:
+                self.visit(child, remote=remote)
+        if remote:
+            return
+        for name, held in module.__dict__.items():
+            if type(held) not in _PLAIN and name not in _STANDARD:
+                self.visit(held, name, remote=isinstance(held, nn.Module))
+        for p in module._parameters.values():
+            if type(p) is nn.Parameter:
+                self._hold_dict(vars(p))
+        self._visit_class(type(module))
 
-def _parts(function: Any) -> Iterator[Any]:
-    """What a function may hold modules in."""
-    if isinstance(function, partial):
-        yield from (function.func, *function.args, *function.keywords.values())
-    elif isinstance(function, types.MethodType):
-        yield from (function.__self__, function.__func__)
-    else:
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a variable that is not assigned yet
-                yield cell.cell_contents
-        for name in function.__code__.co_names:
-            part = function.__globals__.get(name)
+    def _visit_function(self, function: Any, name: str, *, remote: bool) -> None:
+        known = self.seen if remote else self.functions
+        if id(function) in known:
+            return
+        known[id(function)] = function
+        if isinstance(function, partial):
+            for part in (function.func, *function.args, *function.keywords.values()):
+                self.visit(part, name, remote=remote)
+        elif isinstance(function, types.MethodType):
+            self.visit(function.__self__, name, remote=remote)
+            self.visit(function.__func__, name, remote=remote)
+        else:
+            users = is_of_a_user_module(function.__module__)
+            for key, cell in zip(
+                function.__code__.co_freevars, function.__closure__ or (), strict=True
+            ):
+                if key != "__class__" and id(cell) not in self.seen:
+                    self.seen[id(cell)] = cell
+                    holder = cell_holder(cell, key)
+                    if users:
+                        self.holders[id(cell)] = holder
+                    for part in holder.read():
+                        self.visit(part, key, remote=remote)
+            if users:
+                self._visit_code(function, remote=remote)
+
+    def _visit_code(self, function: types.FunctionType, *, remote: bool) -> None:
+        code, variables = function.__code__, function.__globals__
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.visit(
+                default, f"{function.__name__} (a default argument of a closure)", remote=remote
+            )
+        for name in names_of(code):
+            part = variables.get(name)
             if (
                 isinstance(part, nn.Module)
+                or type(part) in CONTAINERS
+                or is_of_a_user(type(part))
                 or getattr(part, "__module__", None) == function.__module__
             ):
-                yield part
+                self.visit(
+                    part, name, remote=remote or not isinstance(part, (nn.Module, _FUNCTIONS))
+                )
+        stored = stored_globals(code)
+        if stored:
+            self.holders.setdefault(id(code), global_holder(variables, stored))
+
+    def _visit_thing(self, value: Any, name: str, *, remote: bool) -> None:
+        holder = container_holder(value, name)
+        if holder is not None:
+            self.holders[id(value)] = holder
+            if holder.put is not None and type(value) in CONTAINERS:
+                for part in holder.read():
+                    self.visit(part, name, remote=remote)
+            elif type(value) is list:
+                for part in value:
+                    if isinstance(part, nn.Module):
+                        self.visit(part, name, remote=remote)
+        elif isinstance(value, tuple):
+            self.containers[id(value)] = value
+            for part in value:
+                self.visit(part, name, remote=remote)
+        elif isinstance(value, weakref.ref):
+            self.weak = True
+            self.visit(value(), name, remote=True)
+        elif isinstance(value, (weakref.WeakValueDictionary, weakref.WeakSet)):
+            self.weak = True
+            for part in list(value.values() if isinstance(value, MutableMapping) else value):
+                self.visit(part, name, remote=True)
+        elif isinstance(value, (Tensor, type, Enum)):
+            return
+        elif (holder := iterator_holder(value, name)) is not None:
+            self.holders[id(value)] = holder
+        elif is_of_a_user(type(value)):
+            self._visit_object(value, name)
+
+    def _visit_object(self, value: Any, name: str) -> None:
+        attributes, slots = getattr(value, "__dict__", None), slots_holder(value, name)
+        if type(attributes) is dict:
+            self._hold_dict(attributes, name)
+            for key, part in list(attributes.items()):
+                self.visit(part, name or key, remote=True)
+        if slots is not None:
+            self.holders[id(value)] = slots
+            for part in slots.read():
+                self.visit(part, name, remote=True)
+        if isinstance(value, tuple(CONTAINERS)):  # a subclass of the user's
+            kind = next(k for k in CONTAINERS if isinstance(value, k))
+            self.holders[-id(value)] = Holder(value, name, *CONTAINERS[kind])
+            for part in CONTAINERS[kind][0](value):
+                self.visit(part, name, remote=True)
+        self._visit_class(type(value))
+
+    def _visit_class(self, kind: type) -> None:
+        for base in kind.__mro__:
+            if base is object or id(base) in self.seen or not is_of_a_user(base):
+                continue
+            self.seen[id(base)] = base
+            holder = attributes_of_class(base)
+            if holder is not None:
+                self.holders[id(base)] = holder
+                for part in holder.read():
+                    self.visit(part, holder.name, remote=True)
+            for part in vars(base).values():
+                function = getattr(part, "fget", None) or getattr(part, "__func__", part)
+                if isinstance(function, types.FunctionType):
+                    self._visit_function(function, function.__name__, remote=True)
+
+    def _hold_dict(self, attributes: dict[str, Any], name: str = "") -> None:
+        self.holders[id(attributes)] = Holder(
+            attributes, name or "an attribute of a parameter", *CONTAINERS[dict]
+        )
 
 
 _HOOKS = (
@@ -113,9 +257,6 @@ Hooks = list[
 ]  # where a dict of hooks belongs, and a copy of its contents
 
 
-_STANDARD = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
-
-
 class ModuleTree:
     """The modules that a function reads, with their attributes and children, as they were when this was made.
 
@@ -127,6 +268,7 @@ class ModuleTree:
         found = _Found()
         found.visit(step.owner)
         self.modules = list(found.modules.values())
+        self.remote = [m for k, m in found.remote.items() if k not in found.modules and m._buffers]
         if any(isinstance(m, torch.jit.ScriptModule) for m in self.modules):
             raise TypeError(
                 f"{step.name} contains a module compiled by torch.jit, whose parameters and buffers cannot be watched "
@@ -135,6 +277,7 @@ class ModuleTree:
         wrapper = [step.fn] if step.fn is not step.owner and isinstance(step.fn, nn.Module) else []
         self.slots = [m.__dict__ for m in (*self.modules, *wrapper)]
         self.training = [m.training for m in self.modules]
+        self.kinds = [type(m) for m in self.modules]
         self.parameter_slots = [m._parameters for m in self.modules]
         self.parameter_names = [tuple(slots) for slots in self.parameter_slots]
         self.buffer_slots = [m._buffers for m in self.modules]
@@ -154,17 +297,23 @@ class ModuleTree:
         # What is looked at to see whether they are as they were: all but the dozen dicts of hooks
         # that every module has, which are compared elsewhere or do not matter.
         self._own = [
-            (itemgetter(*(k for k in slots if k not in _STANDARD)), slots) for slots in self.slots
+            (itemgetter(*(k for k in slots if k not in _STANDARD or k in _OWN_DICTS)), slots)
+            for slots in self.slots
         ]
-        containers = list(found.containers.values())
         children = [slots["_modules"] for slots in self.slots]
-        self._dicts = [d for d in (*children, *(c for c in containers if type(c) is dict)) if d]
-        self._lists = [c for c in containers if type(c) is not dict]
+        self._dicts = [d for d in children if d]
         self._parameters = [slots for slots in self.parameter_slots if slots]
-        self._empty = [d for d in (*children, *self.parameter_slots) if not d]
+        holders = list(found.holders.values())
+        self.holders = [h for h in holders if h.put is not None]
+        self.watched = [h for h in holders if h.put is None]
+        empty = [h.thing for h in self.holders if type(h.thing) is dict and not h.thing]
+        self._empty = [*(d for d in (*children, *self.parameter_slots) if not d), *empty]
+        without = {id(d) for d in empty}
+        self._full = [h for h in self.holders if id(h.thing) not in without]
         self._sizes = [len(slots) for slots in self.slots]
         self._seen = self._look()
-        entries = chain(*self.values, *map(_entries, containers))
+        self.held = [h.read() for h in self.holders]
+        entries = chain(*self.values, *self.held, *found.containers.values())
         self.has_tensors = any(isinstance(v, Tensor) for v in entries)
         self.has_run = False  # whether somebody has looked at what a run leaves behind
         self.assigns = self.has_tensors  # whether a run assigns attributes, children or parameters
@@ -172,16 +321,19 @@ class ModuleTree:
         parameters = [p for p in self.parameters if p is not None]
         self.is_lazy = any(map(is_lazy, parameters))
         odd = self.is_lazy or any(not p.is_leaf or is_transformed(p) for p in parameters)
-        self.reusable = (
-            isinstance(step.owner, nn.Module) and stable and not self.has_tensors and not odd
-        )
+        # A tree that is used again must not keep alive what is only weakly referred to.
+        odd = odd or self.has_tensors or found.weak
+        self.reusable = isinstance(step.owner, nn.Module) and stable and not odd
 
     def parameters_now(self) -> tuple[Tensor | None, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._parameters)))
 
     def _look(self) -> tuple[Any, ...]:
-        children = chain.from_iterable(chain(map(dict.values, self._dicts), self._lists))
-        return (*[get(slots) for get, slots in self._own], *children)
+        own = [get(slots) for get, slots in self._own]
+        children = chain.from_iterable(map(dict.values, self._dicts))
+        if self._full:
+            return (*own, *[h.look(h.thing) for h in self._full], *children)
+        return (*own, *children)
 
     def holds(self) -> bool:
         """Whether attributes and children are what they were."""
@@ -193,16 +345,17 @@ class ModuleTree:
                 return now == self._seen
         except Exception:  # an attribute is gone, or it cannot be compared, so it is another one
             return False
-        own = len(self._own)  # tensors would be compared by value
+        own = len(self._own) + len(self._full)  # tensors would be compared by value
         pairs = zip(now[:own], self._seen[:own], strict=True)
-        return identical(now[own:], self._seen[own:]) and all(identical(a, b) for a, b in pairs)
+        return identical(now[own:], self._seen[own:]) and all(same_contents(a, b) for a, b in pairs)
 
     def forget_graphs(self) -> None:
         """Hold no tensor that belongs to a graph, such as one that an earlier pass left behind."""
-        own = len(self._own)
-        self.values = [tuple(map(_without_graph, values)) for values in self.values]
-        mine = [tuple(map(_without_graph, values)) for values in self._seen[:own]]
-        self._seen = (*mine, *map(_without_graph, self._seen[own:]))
+        own = len(self._own) + len(self._full)
+        self.values = [tuple(map(without_graph, values)) for values in self.values]
+        self.held = [tuple(map(without_graph, values)) for values in self.held]
+        mine = [tuple(map(without_graph, values)) for values in self._seen[:own]]
+        self._seen = (*mine, *map(without_graph, self._seen[own:]))
 
     def hooks(self) -> Hooks:
         """The forward hooks of the modules, and torch's for all modules; nothing where there are none."""
@@ -218,13 +371,9 @@ class ModuleTree:
         return zip(self.restored, self.keys, self.values, strict=True)
 
 
-def _without_graph(value: Any) -> Any:
+def without_graph(value: Any) -> Any:
     whole = not isinstance(value, Tensor) or value.is_leaf
     return value if whole else value.detach().requires_grad_()
-
-
-def _entries(container: Any) -> Any:
-    return container.values() if type(container) is dict else container
 
 
 def identical(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -1,0 +1,301 @@
+"""Mutable things that are no modules and no tensors, but that a function may keep a state in.
+
+Catches: lists, dicts, sets, deques and their kin, byte arrays and NumPy arrays, the attributes of plain objects, of
+parameters and of classes, variables of closures, and global variables that a function assigns. What they hold is copied
+one level deep, and can be put back. Iterators, generators, and whatever is too large to copy can only be watched.
+Cannot see: objects of the standard library and of other packages that keep a state of their own, such as loggers.
+"""
+
+from __future__ import annotations
+
+import array
+import dis
+import itertools
+import sys
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = [
+    "ABSENT",
+    "CONTAINERS",
+    "Contents",
+    "Holder",
+    "attributes_of_class",
+    "cell_holder",
+    "container_holder",
+    "global_holder",
+    "is_of_a_user",
+    "is_of_a_user_module",
+    "iterator_holder",
+    "names_of",
+    "same_contents",
+    "slots_holder",
+    "stored_globals",
+]
+
+ABSENT: Any = object()
+LARGEST = 1 << 12  # entries of a container
+LARGEST_ARRAY = 1 << 20  # bytes
+
+Contents = tuple[Any, ...]
+
+
+class Holder(NamedTuple):
+    """Something mutable, with how to read and write what it holds."""
+
+    thing: Any
+    name: str  # of the attribute or variable that leads to it
+    look: Callable[[Any], Contents]
+    put: Callable[[Any, Contents], None] | None  # None: it can only be watched
+
+    def read(self) -> Contents:
+        return self.look(self.thing)
+
+    def write(self, contents: Contents) -> None:
+        assert self.put is not None
+        self.put(self.thing, contents)
+
+
+# ------------------------------------------------------------------------------------------ containers
+def _write_list(held: list[Any], contents: Contents) -> None:
+    held[:] = contents
+
+
+def _write_by_extending(held: deque[Any], contents: Contents) -> None:
+    held.clear()
+    held.extend(contents)
+
+
+def _write_set(held: set[Any], contents: Contents) -> None:
+    held.clear()
+    held.update(contents)
+
+
+def _read_dict(held: dict[Any, Any]) -> Contents:
+    return (*held, *held.values())
+
+
+def _write_dict(held: dict[Any, Any], contents: Contents) -> None:
+    half = len(contents) // 2
+    held.clear()
+    for key, value in zip(contents[:half], contents[half:], strict=True):
+        held[key] = value
+
+
+def _read_bytes(held: Any) -> Contents:
+    return (bytes(held),)
+
+
+def _write_bytes(held: bytearray, contents: Contents) -> None:
+    held[:] = contents[0]
+
+
+def _write_array(held: array.array[Any], contents: Contents) -> None:
+    del held[:]
+    held.frombytes(contents[0])
+
+
+_DICT = (_read_dict, _write_dict)
+CONTAINERS: dict[type, tuple[Callable[[Any], Contents], Callable[[Any, Contents], None]]] = {
+    list: (tuple, _write_list),
+    deque: (tuple, _write_by_extending),
+    set: (tuple, _write_set),
+    dict: _DICT,
+    OrderedDict: _DICT,
+    defaultdict: _DICT,
+    Counter: _DICT,
+    bytearray: (_read_bytes, _write_bytes),
+    array.array: (_read_bytes, _write_array),
+}
+
+
+def _size_and_ends(held: Any) -> Contents:
+    if isinstance(held, (list, deque)):
+        return len(held), id(held[0]), id(held[-1])
+    return (len(held),)
+
+
+def container_holder(held: Any, name: str) -> Holder | None:
+    """Of a container or an array, if it is one."""
+    kind = type(held)
+    if kind in CONTAINERS:
+        if len(held) > (LARGEST_ARRAY if kind is bytearray else LARGEST):
+            return Holder(held, name, _size_and_ends, None)
+        return Holder(held, name, *CONTAINERS[kind])
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and kind is numpy.ndarray and held.flags.writeable:
+        if held.nbytes > LARGEST_ARRAY or held.dtype.hasobject:
+            return Holder(held, name, _read_some_numpy, None)
+        return Holder(held, name, _read_numpy, _write_numpy)
+    return None
+
+
+def _read_numpy(held: Any) -> Contents:
+    return (held.tobytes(),)
+
+
+def _read_some_numpy(held: Any) -> Contents:
+    return (held.reshape(-1)[:: held.size // 1024 | 1].tobytes(),)
+
+
+def _write_numpy(held: Any, contents: Contents) -> None:
+    numpy: Any = sys.modules["numpy"]
+    held[...] = numpy.frombuffer(contents[0], held.dtype).reshape(held.shape)
+
+
+# ------------------------------------------------------------------------------------------ objects
+_LIBRARIES = frozenset(
+    ("revlib", "torch", "torchvision", "timm", "einops", "numpy", "builtins", "pytest", "_pytest")
+) | (sys.stdlib_module_names - {"__main__"})
+
+
+@lru_cache(maxsize=4096)
+def is_of_a_user(kind: type) -> bool:
+    """Whether a class was written by whoever uses this library."""
+    return kind is types.SimpleNamespace or is_of_a_user_module(kind.__module__)
+
+
+def is_of_a_user_module(name: str | None) -> bool:
+    """Whether a file was written by whoever uses this library."""
+    return name is None or name.partition(".")[0] not in _LIBRARIES
+
+
+def slots_holder(thing: Any, name: str) -> Holder | None:
+    """Of an object's ``__slots__``, if it has any."""
+    names = [
+        k
+        for kind in type(thing).__mro__
+        for k, v in vars(kind).items()
+        if isinstance(v, types.MemberDescriptorType)
+    ]
+    return _named(thing, names, name) if names else None
+
+
+def attributes_of_class(kind: type) -> Holder | None:
+    """Of the values among a class's attributes, if there are any: not its methods and descriptors."""
+    names = [
+        k
+        for k, v in vars(kind).items()
+        if not (k.startswith("__") or k.startswith("_abc_") or hasattr(type(v), "__get__"))
+        and not isinstance(v, type)
+    ]
+    return _named(kind, names, ", ".join(names)) if names else None
+
+
+def _named(thing: Any, names: list[str], name: str) -> Holder:
+    write = type.__setattr__ if isinstance(thing, type) else object.__setattr__
+    erase = type.__delattr__ if isinstance(thing, type) else object.__delattr__
+    own = vars(thing) if isinstance(thing, type) else None
+
+    def read(thing: Any) -> Contents:
+        if own is not None:
+            return tuple(own.get(k, ABSENT) for k in names)
+        return tuple(getattr(thing, k, ABSENT) for k in names)
+
+    def put(thing: Any, contents: Contents) -> None:
+        for k, value, now in zip(names, contents, read(thing), strict=True):
+            if value is ABSENT and now is not ABSENT:
+                erase(thing, k)
+            elif value is not now:
+                write(thing, k, value)
+
+    return Holder(thing, name, read, put)
+
+
+# ------------------------------------------------------------------------------------------ variables
+def _read_cell(cell: Any) -> Contents:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # a variable that is not assigned yet
+        return ()
+
+
+def _write_cell(cell: Any, contents: Contents) -> None:
+    if contents:
+        cell.cell_contents = contents[0]
+    else:
+        del cell.cell_contents
+
+
+def cell_holder(cell: Any, name: str) -> Holder:
+    return Holder(cell, f"{name} of a closure", _read_cell, _write_cell)
+
+
+@lru_cache(maxsize=4096)
+def names_of(code: types.CodeType) -> tuple[str, ...]:
+    """The names that a function looks up globally, or as attributes, and those of functions inside of it."""
+    inner = (names_of(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return tuple(dict.fromkeys(itertools.chain(code.co_names, *inner)))
+
+
+@lru_cache(maxsize=4096)
+def stored_globals(code: types.CodeType) -> tuple[str, ...]:
+    """The global variables that a function assigns, or a function inside of it."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"]
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            names += stored_globals(part)
+    return tuple(dict.fromkeys(names))
+
+
+def global_holder(variables: dict[str, Any], names: tuple[str, ...]) -> Holder:
+    def read(variables: Any) -> Contents:
+        return tuple(variables.get(k, ABSENT) for k in names)
+
+    def put(variables: Any, contents: Contents) -> None:
+        for k, value in zip(names, contents, strict=True):
+            if value is ABSENT:
+                variables.pop(k, None)
+            else:
+                variables[k] = value
+
+    return Holder(variables, ", ".join(names), read, put)
+
+
+# ------------------------------------------------------------------------------------------ iterators
+_ITERATORS = (
+    *(type(iter(c)) for c in ([], (), {}, set(), "", b"", range(0), range(1 << 99))),
+    *(type(reversed([])), type(iter({}.items())), type(iter({}.values()))),
+    *(itertools.count, itertools.cycle, itertools.repeat, itertools.chain, itertools.islice),
+    *(enumerate, zip, map, filter),
+)
+
+
+def _read_iterator(held: Any) -> Contents:
+    hint = getattr(held, "__length_hint__", None)
+    return (repr(held), None if hint is None else hint())
+
+
+def _read_generator(held: Any) -> Contents:
+    frame = held.gi_frame
+    return () if frame is None else (frame.f_lasti, *frame.f_locals.items())
+
+
+def iterator_holder(held: Any, name: str) -> Holder | None:
+    """Of an iterator or generator, whose state cannot be put back."""
+    if isinstance(held, types.GeneratorType):
+        return Holder(held, name, _read_generator, None)
+    return Holder(held, name, _read_iterator, None) if isinstance(held, _ITERATORS) else None
+
+
+# ------------------------------------------------------------------------------------------ comparing
+def same_contents(a: Contents, b: Contents) -> bool:
+    """Whether two readings are equal. Tensors and modules are equal only to themselves."""
+    if len(a) != len(b):
+        return False
+    try:
+        return all(
+            x is y or (_is_value(x) and _is_value(y) and bool(x == y))
+            for x, y in zip(a, b, strict=True)
+        )
+    except Exception:  # values that cannot be compared are taken for different ones
+        return False
+
+
+def _is_value(x: Any) -> bool:
+    return not isinstance(x, (Tensor, nn.Module))
