@@ -6,6 +6,8 @@ Training::
     config.py         its settings, each of them a flag; flags.py makes fields into flags
     recipes/          whole runs, as values
     data.py           reads data sets; batches.py shuffles them, augment.py augments on the device
+    seed_flags.py     understands the flags of minREV's own command line
+    schedulers.py     schedulers by name, with a number
     networks.py       the networks, couplings and schedulers that flags name; build.py puts a run together
     checkpoint.py     continues a run bit for bit; captured.py captures its steps as CUDA graphs
     distributed.py    puts it on several processes
@@ -22,6 +24,8 @@ Measuring::
     drift.py          how accurately inversion works
     simulate.py       sizes models without the hardware, by footprints.py
     gpu.py            runs everything that wants a GPU
+    host_time.py      what a step costs the host, by scheduler and by guard
+    step_time.py      what a training step of the recipe takes
     trace.py          how much of revlib's code one training step runs
     machine.py        the machine that something ran on; files.py writes files that are whole or absent
 

@@ -768,7 +768,7 @@ def seen_by(module, run):
 images = torch.randn(2, 3, 32, 32)
 vit = RevViT(depth=2, embed_dim=32, num_heads=2)
 swin = RevSwin(embed_dim=16, depths=(1, 1), num_heads=(1, 2))
-mvit = RevMViT(embed_dim=16, depths=(1, 2))
+mvit = RevMViT(embed_dim=16, depths=(1, 2), parts=1)
 
 for model, stages in ((vit, [vit.blocks]), (swin, list(swin.stages)), (mvit, [stage.pairs for stage in mvit.stages])):
     for stage in stages:
@@ -780,7 +780,7 @@ for model, stage in ((vit, vit.blocks), (swin, swin.stages[-1])):
     assert joined.shape[-1] == 2 * ys[0].shape[-1]  # both streams side by side
 assert [type(fusion) for fusion in swin.fusions] == [Mean]
 assert [type(layer) for layer in swin.downsamples] == [PatchMerging]
-assert [type(stage.fuse) for stage in mvit.stages] == [Mean, Mean]
+assert [type(stage.fusion) for stage in mvit.stages] == [Mean, Mean]
 assert mvit.stages[0].transition is None and isinstance(mvit.stages[1].transition, MultiScaleBlock)
 _, (before, _) = seen_by(mvit.stages[0], lambda: mvit(images))
 _, (after, _) = seen_by(mvit.stages[1].transition, lambda: mvit(images))

@@ -240,8 +240,8 @@ def exporting() -> bool:
 
 
 def tracing() -> bool:
-    """Whether ``torch.jit`` records operations, as ``torch.jit.trace``, the older ONNX exporter and tensorboard's graphs
-    do. They run a function several times and compare what they recorded, placeholders included."""
+    """Whether ``torch.jit`` records operations, as ``torch.jit.trace``, the older ONNX exporter and the graphs of
+    tensorboard do. They run a function several times and compare what they recorded, placeholders included."""
     return torch._C._get_tracing_state() is not None
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class ByHand(Scheduler):
         for branch in branches:
             s, *rest = state
             routed = {k: v for k, v in context.items() if k in _names(branch.owner)}
-            state = (*rest, branch.coupling.merge(s, branch.fn(*rest, **routed)))
+            seen = map(branch.coupling.show, rest)
+            state = (*rest, branch.coupling.merge(s, branch.fn(*seen, **routed)))
         return state
 
 
@@ -118,11 +120,11 @@ class Counter:
     """Calls itself ``fn`` and raises at the calls it is told to."""
 
     def __init__(self, fn: Callable[..., Any], raise_at: int) -> None:
-        self.fn, self.raise_at, self.calls = fn, raise_at, 0
+        # Not a number among its attributes, which a repetition would find as forward found it.
+        self.fn, self.raise_at, self.count = fn, raise_at, itertools.count(1).__next__
 
     def __call__(self, *args):
-        self.calls += 1
-        if self.calls == self.raise_at:
+        if self.count() == self.raise_at:
             raise ArithmeticError("the user's own error")
         return self.fn(*args)
 

@@ -18,7 +18,17 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from revlib import ExactAdditive, Functional, Naive, Reversible, ReversibleSequence, Step, functional, reversible
+from revlib import (
+    Additive,
+    ExactAdditive,
+    Functional,
+    Naive,
+    Reversible,
+    ReversibleSequence,
+    Step,
+    functional,
+    reversible,
+)
 from revlib.couplings import Affine
 from revlib.models import RevMViT, RevSwin, RevViT
 from revlib.testing import LiveBytes, footprint, strategies
@@ -350,7 +360,7 @@ def test_edits_and_modes_between_forward_and_backward():
 def test_streams_keep_their_dtype():
     xs = leaves(dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="keep their dtype"):
-        reversible([(lambda x: x.float(), lambda x: x)], *xs, scheduler=Functional())
+        reversible([(lambda x: x.float(), lambda x: x)], *xs, coupling=Additive(), scheduler=Functional())
 
 
 def test_batch_norm_is_right_in_plain_autograd_and_refused_under_transforms():

@@ -30,13 +30,13 @@ def litter(*shapes: tuple[int, ...]) -> None:
     del left
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_random_leaky_relu_last(stage: Stage):
     """Autograd saves its noise before the kernel writes it."""
     return train(stage.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU())), 16, 4)
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_random_leaky_relu_in_eval_mode(stage: Stage):
     """Where the noise is never written, and never read."""
 
@@ -53,7 +53,7 @@ def test_a_random_leaky_relu_in_place(stage: Stage):
     return train(stage.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU(inplace=True))), 16, 4)
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_random_leaky_relu_before_a_view(stage: Stage):
     """Nothing after it saves a tensor."""
 
@@ -63,7 +63,7 @@ def test_a_random_leaky_relu_before_a_view(stage: Stage):
     return train(stage.stack(lambda: Lambda(leak, nn.Linear(4, 4))), 16, 4)
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_random_leaky_relu_of_the_stream_itself(stage: Stage):
     return train_on(
         [leaves(16, 4) for _ in range(2)],
@@ -71,7 +71,7 @@ def test_a_random_leaky_relu_of_the_stream_itself(stage: Stage):
     )
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_random_leaky_relu_alone_in_a_branch(stage: Stage):
     """Two branches: the one that is computed last saves last."""
 
@@ -101,19 +101,19 @@ def temporal(
     return found.view(1, -1, 1) if reduction == "none" else found
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_ctc_loss_last(stage: Stage):
     """Its kernel leaves the part of a saved tensor that no target reaches as it was allocated."""
     return train(stage.stack(lambda: Lambda(temporal, nn.Linear(4, 4))), 12, 2, 4)
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_ctc_loss_that_is_averaged(stage: Stage):
     run = functools.partial(temporal, reduction="mean")
     return train(stage.stack(lambda: Lambda(run, nn.Linear(4, 4))), 12, 2, 4)
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_a_ctc_loss_without_infinities(stage: Stage):
     run = functools.partial(temporal, zero_infinity=True, lengths=(3, 1))
     return train(stage.stack(lambda: Lambda(run, nn.Linear(4, 4))), 12, 2, 4)
@@ -155,7 +155,7 @@ def test_a_custom_function_that_fills_what_it_saves(stage: Stage):
     return train(stage.stack(lambda: Lambda(lambda m, x: Noisy.apply(m(x)), nn.Linear(4, 4))))
 
 
-@scene("8", refused="Checkpoint Checkpoint(every=2) Anchored Budget")
+@scene("8")
 def test_an_uninitialised_part_of_a_saved_tensor(stage: Stage):
     """Padding that nobody writes and no gradient reads, as of ragged kernels."""
 

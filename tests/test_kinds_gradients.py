@@ -84,7 +84,7 @@ class Offset(nn.Module):
         return self.body(x) + self.offset
 
 
-@scene("0", wrong=RECOMPUTING)
+@scene("0")
 def test_an_offset_on_a_frozen_body(stage: Stage):
     stack, table, x = stage.stack(Offset), nn.Parameter(torch.randn(1, 4, 3)), torch.randn(1, 4, 3)
     return edited(lambda: stack(x + table, x), table, stack)
@@ -96,7 +96,7 @@ def test_an_offset_where_the_streams_are_leaves(stage: Stage):
     return edited(lambda: stack(*xs), *xs, stack, stepped=list(stack.parameters()))
 
 
-@scene("0", wrong=RECOMPUTING)
+@scene("0")
 def test_a_function_that_returns_a_parameter(stage: Stage):
     class Constant(nn.Module):
         def __init__(self):
@@ -142,7 +142,7 @@ def test_biases_alone_on_streams_of_one_sample(stage: Stage):
     return edited(lambda: stack(x + table, x), table, stack)
 
 
-@scene("0", wrong=RECOMPUTING)
+@scene("0")
 def test_positions_added_to_the_stream_inside(stage: Stage):
     """The body is the identity at first, as of an adapter, so that F returns what it was given and a table."""
 
@@ -158,7 +158,7 @@ def test_positions_added_to_the_stream_inside(stage: Stage):
     return edited(lambda: stack(*xs), *xs, stack, stepped=list(stack.parameters()))
 
 
-@scene("0", wrong=RECOMPUTING)
+@scene("0")
 def test_a_sum_of_two_tables(stage: Stage):
     class Tables(nn.Module):
         def __init__(self):
@@ -189,7 +189,7 @@ def test_a_view_of_a_parameter(stage: Stage):
     return edited(lambda: stack(x + table, x), table, stack)
 
 
-@scene("0", wrong=RECOMPUTING)
+@scene("0")
 def test_an_offset_among_three_streams(stage: Stage):
     class Both(nn.Module):
         def __init__(self):
@@ -222,7 +222,7 @@ def test_an_offset_in_a_stack_within_a_function(stage: Stage):
     return edited(lambda: stack(x + table, x), table, stack)
 
 
-@scene("0", wrong=RECOMPUTING, coupling=ExactAdditive())
+@scene("0", coupling=ExactAdditive())
 def test_an_offset_with_an_exact_coupling(stage: Stage):
     stack, table, x = stage.stack(Offset), nn.Parameter(torch.randn(1, 4, 3)), torch.randn(1, 4, 3)
     return edited(lambda: stack(x + table, x), table, stack)
@@ -274,7 +274,7 @@ def test_a_function_that_returns_a_view_of_its_parameter(stage: Stage):
     return edited(lambda: stack(*xs), *xs, stack, stepped=list(stack.parameters()))
 
 
-@scene("0", wrong=RECOMPUTING)
+@scene("0")
 def test_a_parameter_returned_to_streams_of_several_stacks(stage: Stage):
     """Two stacks in a row: what leaves one enters the other."""
     first, second = stage.stack(Offset, depth=1), stage.stack(Offset, depth=1)

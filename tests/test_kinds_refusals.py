@@ -444,7 +444,7 @@ def test_a_retained_graph_where_hooks_are_forbidden(stage: Stage):
     return grads(*xs, stack)
 
 
-@scene("16", refused="Checkpoint")
+@scene("16")
 def test_a_learned_stream_that_steps_inside_backward(stage: Stage):
     """Its own gradient is there before the step that reads it is repeated, and plain autograd saved nothing of it."""
     xs = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
@@ -703,17 +703,17 @@ def no_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:
 FLOAT, ROWS = 1e-2, 11  # so few that every element is compared, in whatever order the tests run
 
 
-@scene("17", refused="Reversible PaReprop Anchored Budget", tolerance=FLOAT)
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_checkpoint_1(stage: Stage):
     return within(stage, 1, plain_checkpoint)
 
 
-@scene("17", refused="Reversible PaReprop Anchored KeepLast Budget", tolerance=FLOAT)
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_checkpoint_4(stage: Stage):
     return within(stage, 4, plain_checkpoint)
 
 
-@scene("17", refused="Reversible PaReprop Anchored KeepLast Budget", tolerance=FLOAT)
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_checkpoint_12(stage: Stage):
     return within(stage, 12, plain_checkpoint)
 
@@ -723,12 +723,12 @@ def test_an_exact_stack_within_a_reentrant_checkpoint(stage: Stage):
     return within(stage, 4, reentrant_checkpoint)
 
 
-@scene("17", refused="Reversible PaReprop Anchored KeepLast Budget", tolerance=FLOAT)
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_an_unchecked_checkpoint(stage: Stage):
     return within(stage, 4, unchecked_checkpoint)
 
 
-@scene("17", refused="Reversible PaReprop Anchored KeepLast Budget", tolerance=FLOAT)
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_selective_checkpoint(stage: Stage):
     return within(stage, 4, selective_checkpoint)
 
@@ -738,7 +738,7 @@ def test_an_exact_stack_within_a_sequential_checkpoint(stage: Stage):
     return within(stage, 4, sequential_checkpoint)
 
 
-@scene("17", refused="Reversible PaReprop Anchored KeepLast Budget", tolerance=FLOAT)
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_two_checkpoints(stage: Stage):
     return within(stage, 4, nested_checkpoint)
 

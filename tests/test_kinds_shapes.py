@@ -43,7 +43,7 @@ def above(m: nn.Module, x: Tensor) -> Tensor:
 
 @scene(
     "7",
-    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refused="Functional()",
     refusal=HELPS,
     refusing=INEXACT + " Functional",
 )
@@ -53,7 +53,7 @@ def test_rows_above_a_threshold(stage: Stage):
 
 @scene(
     "7",
-    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refused="Functional()",
     refusal=HELPS,
     refusing=INEXACT + " Functional",
 )
@@ -73,7 +73,7 @@ def test_tokens_by_their_expert(stage: Stage):
 
 @scene(
     "7",
-    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refused="Functional()",
     refusal=HELPS,
     refusing=INEXACT + " Functional",
 )
@@ -87,7 +87,7 @@ def test_a_boolean_mask(stage: Stage):
 
 @scene(
     "7",
-    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refused="Functional()",
     refusal=HELPS,
     refusing=INEXACT + " Functional",
 )
@@ -104,7 +104,7 @@ def test_distinct_values(stage: Stage):
 
 @scene(
     "7",
-    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refused="Functional()",
     refusal=HELPS,
     refusing=INEXACT + " Functional",
 )
@@ -125,7 +125,7 @@ def test_buckets_by_hash(stage: Stage):
 
 @scene(
     "7",
-    refused="Reversible PaReprop Anchored KeepLast Budget Functional",
+    refused="Functional()",
     refusal=HELPS,
     refusing=INEXACT + " Functional",
 )

@@ -14,16 +14,18 @@ from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, re
 from revlib.core import tape
 from revlib.testing import LiveBytes, assert_memory_flat, footprint
 
-
 # ---------------------------------------------------------------------------------------------- reference counts
+REFS = []  # A global, which no repetition puts back.
+
+
 @pytest.fixture
 def alive(monkeypatch):
     """Names of what is still alive of the tapes, records and activations that a test made, by reference count alone."""
-    refs = []
+    REFS.clear()
 
     def watch(name, thing):
         # Of a tensor its storage, which outlives it in every detached or saved copy.
-        refs.append((name, weakref.ref(thing.untyped_storage() if isinstance(thing, torch.Tensor) else thing)))
+        REFS.append((name, weakref.ref(thing.untyped_storage() if isinstance(thing, torch.Tensor) else thing)))
         return thing
 
     for module, kind in ((engine, "Tape"), (tape, "StepRecord")):
@@ -31,9 +33,9 @@ def alive(monkeypatch):
         monkeypatch.setattr(module, kind, lambda *args, make=make, kind=kind, **kw: watch(kind, make(*args, **kw)))
     gc.collect()
     gc.disable()
-    found = lambda: sorted({name for name, ref in refs if ref() is not None})  # noqa: E731
+    found = lambda: sorted({name for name, ref in REFS if ref() is not None})  # noqa: E731
     found.watch = watch
-    found.names = lambda: {name for name, _ in refs}
+    found.names = lambda: {name for name, _ in REFS}
     yield found
     gc.enable()
 

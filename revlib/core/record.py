@@ -18,7 +18,7 @@ from revlib.core.guard import FirstRun, StepGuard
 from revlib.core.plan import Treatment
 from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, evaluate, merge
-from revlib.tensors import is_parameter, like_strided
+from revlib.tensors import like_strided
 
 __all__ = ["StepRecord"]
 
@@ -33,9 +33,7 @@ class _StopRecomputation(BaseException):
 class StepRecord:
     """What is needed to run one step again, and what autograd wanted to save of it."""
 
-    def __init__(
-        self, step: BoundStep, context: dict[str, Any], treatment: Treatment, guard: StepGuard
-    ) -> None:
+    def __init__(self, step: BoundStep, context: dict[str, Any], treatment: Treatment, guard: StepGuard) -> None:
         self.step, self.context, self.guard = step, context, guard
         self.dropped, self.stream_kept, self.repeated = treatment
         self.requires_grad: tuple[bool, ...] = ()  # of the m streams before the step
@@ -44,9 +42,7 @@ class StepRecord:
         # Of each tensor that autograd wanted to save, in this order. The graph owns the placeholders.
         self.placeholders: list[weakref.ref[Placeholder]] = []
         self.metadata: list[_Metadata] = []
-        self.function_saves = (
-            0  # the function saved so many of them, and then the coupling the others
-        )
+        self.function_saves = 0  # the function saved so many of them, and then the coupling the others
         self.differentiable = False  # whether a gradient may enter the function through its result
         self.rounded = False  # whether it runs again on inputs that have rounding errors
         self.may_stop = False  # whether a repetition may stop at the last tensor that is saved
@@ -64,9 +60,7 @@ class StepRecord:
         the record nor the modules."""
         return partial(_pack, index, self.placeholders, self.metadata)
 
-    def first_run(
-        self, state: State, context: dict[str, Any], hooks: AbstractContextManager[Any]
-    ) -> Tensor:
+    def first_run(self, state: State, context: dict[str, Any], hooks: AbstractContextManager[Any]) -> Tensor:
         """Run the step on ``state``, under the hooks that drop what autograd saves. -> the new stream."""
         step, guard = self.step, self.guard
         self.requires_grad = tuple(s.requires_grad for s in state)
@@ -79,26 +73,14 @@ class StepRecord:
                 leaves = (f,) if isinstance(f, Tensor) else tree_leaves(f)
                 self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
                 merged = merge(step, state[0], f)
-            self.may_stop = self._last_is_complete()
-            guard.first_run_done(
-                FirstRun(state, leaves, merged, list(self.living()), self.function_saves)
-            )
+            self.may_stop = self.stream_kept and self.dropped and _ends_in_reading(f)
+            guard.first_run_done(FirstRun(state, leaves, merged, list(self.living()), self.function_saves))
         finally:
             guard.exit_first_run()
             self._forget_values()
         del f, leaves  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
         return merged
-
-    def _last_is_complete(self) -> bool:
-        """Whether the last tensor that was saved had its values when it was saved.
-
-        An operation saves its inputs before its kernel runs. A kernel may still write to one of them, such as the
-        noise of RReLU, but never to a tensor that requires a gradient, nor to a parameter.
-        """
-        placeholder = self.placeholders[-1]() if self.placeholders else None
-        t = None if placeholder is None else placeholder.tensor
-        return t is not None and (t.requires_grad or is_parameter(t))
 
     def _forget_values(self) -> None:
         for ref in self.placeholders:
@@ -134,10 +116,7 @@ class StepRecord:
         guard.check()
         try:
             guard.enter_repetition()
-            inputs = tuple(
-                t.detach().requires_grad_(r)
-                for t, r in zip(inputs, self.requires_grad[1:], strict=True)
-            )
+            inputs = tuple(t.detach().requires_grad_(r) for t, r in zip(inputs, self.requires_grad[1:], strict=True))
             context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
             whole = stream is None or merge_saves or not self.dropped or not self.may_stop
             part = slice(0, self.function_saves)
@@ -151,9 +130,7 @@ class StepRecord:
             if merge_saves and fill:
                 s = stream.detach().requires_grad_(self.requires_grad[0])
                 part = slice(self.function_saves, None)
-                self._refill(
-                    part, self._recompute(partial(merge, step, s, f), part, whole=False)[1], key
-                )
+                self._refill(part, self._recompute(partial(merge, step, s, f), part, whole=False)[1], key)
         finally:
             guard.exit_repetition()
         guard.repeated(key, inputs, saved.tensors, recovered)
@@ -188,9 +165,7 @@ class StepRecord:
         return result, saved
 
     def _refill(self, part: slice, saved: _Saved, key: Key) -> None:
-        for ref, tensor, version in zip(
-            self.placeholders[part], saved.tensors, saved.versions, strict=False
-        ):
+        for ref, tensor, version in zip(self.placeholders[part], saved.tensors, saved.versions, strict=False):
             placeholder = ref()
             if placeholder is not None:
                 placeholder.fill(key, tensor, version)
@@ -198,10 +173,7 @@ class StepRecord:
     def _refuse_mismatch(self, came: list[_Metadata], expected: list[_Metadata]) -> NoReturn:
         i = next((i for i, (a, b) in enumerate(zip(came, expected, strict=False)) if a != b), None)
         i = min(len(came), len(expected)) if i is None else i
-        kept, now = (
-            f"{tuple(m[i][0])} {m[i][1]}" if i < len(m) else "nothing more"
-            for m in (expected, came)
-        )
+        kept, now = (f"{tuple(m[i][0])} {m[i][1]}" if i < len(m) else "nothing more" for m in (expected, came))
         raise RuntimeError(
             f"{self.step.name} does not repeat: as saved tensor {i} autograd kept {kept} in forward, and {now} "
             f"when it ran again in backward. {_ROUNDED if self.rounded else ''}Its result must depend only on its "
@@ -230,17 +202,13 @@ class _Saved:
     def __init__(self, enough: int | None) -> None:
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
-        self.enough = (
-            enough  # number of tensors after which the run may stop; None if its result is needed
-        )
+        self.enough = enough  # number of tensors after which the run may stop; None if its result is needed
         self.over = False
 
 
 # Autograd calls these, possibly from compiled code.
 @bypass_compiler
-def _pack(
-    step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[_Metadata], t: Tensor
-) -> Placeholder:
+def _pack(step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[_Metadata], t: Tensor) -> Placeholder:
     placeholder = Placeholder(step, t, version_of(t))
     placeholders.append(weakref.ref(placeholder))
     metadata.append((t.shape, t.dtype))
@@ -266,6 +234,33 @@ def _unpack_again(saved: _Saved, name: str, place: int) -> Tensor:
             "be differentiated; use what forward captured, or assign it to an attribute of the module."
         )
     return unedited(saved.tensors[place], saved.versions[place])
+
+
+# Operations whose kernels only read what is saved for them, and such as save nothing.
+_READING = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "Convolution", "Mul", "Div")
+_SAVING_NOTHING = (
+    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Unsqueeze", "Squeeze"),
+    *("Clone", "ToCopy", "Slice", "Add", "Sub"),
+)
+
+
+def _ends_in_reading(f: Any) -> bool:
+    """Whether a run may stop at the last tensor that it saves.
+
+    An operation saves its inputs before its kernel runs, so the last one need not run at all, unless its kernel writes
+    to what was saved, as that of RReLU writes its noise.
+    """
+    node = f.grad_fn if isinstance(f, Tensor) else None
+    while node is not None:
+        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+        if name in _READING:
+            return True
+        above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
+        node = above[0] if name in _SAVING_NOTHING and len(above) == 1 else None
+    return False
+
+
+_LEAF = "torch::autograd::AccumulateGrad"
 
 
 def _detached(f: Any) -> Any:

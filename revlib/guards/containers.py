@@ -168,10 +168,7 @@ def is_of_a_user_module(name: str | None) -> bool:
 def slots_holder(thing: Any, name: str) -> Holder | None:
     """Of an object's ``__slots__``, if it has any."""
     names = [
-        k
-        for kind in type(thing).__mro__
-        for k, v in vars(kind).items()
-        if isinstance(v, types.MemberDescriptorType)
+        k for kind in type(thing).__mro__ for k, v in vars(kind).items() if isinstance(v, types.MemberDescriptorType)
     ]
     return _named(thing, names, name) if names else None
 
@@ -181,8 +178,7 @@ def attributes_of_class(kind: type) -> Holder | None:
     names = [
         k
         for k, v in vars(kind).items()
-        if not (k.startswith("__") or k.startswith("_abc_") or hasattr(type(v), "__get__"))
-        and not isinstance(v, type)
+        if not (k.startswith("__") or k.startswith("_abc_") or hasattr(type(v), "__get__")) and not isinstance(v, type)
     ]
     return _named(kind, names, ", ".join(names)) if names else None
 
@@ -259,7 +255,7 @@ def global_holder(variables: dict[str, Any], names: tuple[str, ...]) -> Holder:
 
 # ------------------------------------------------------------------------------------------ iterators
 _ITERATORS = (
-    *(type(iter(c)) for c in ([], (), {}, set(), "", b"", range(0), range(1 << 99))),
+    *(type(iter(c)) for c in ([], (), {}, set(), "", b"", range(0), range(1 << 99))),  # type: ignore
     *(type(reversed([])), type(iter({}.items())), type(iter({}.values()))),
     *(itertools.count, itertools.cycle, itertools.repeat, itertools.chain, itertools.islice),
     *(enumerate, zip, map, filter),
@@ -280,7 +276,7 @@ def iterator_holder(held: Any, name: str) -> Holder | None:
     """Of an iterator or generator, whose state cannot be put back."""
     if isinstance(held, types.GeneratorType):
         return Holder(held, name, _read_generator, None)
-    return Holder(held, name, _read_iterator, None) if isinstance(held, _ITERATORS) else None
+    return Holder(held, name, _read_iterator, None) if isinstance(held, _ITERATORS) else None  # type: ignore
 
 
 # ------------------------------------------------------------------------------------------ comparing
@@ -289,10 +285,7 @@ def same_contents(a: Contents, b: Contents) -> bool:
     if len(a) != len(b):
         return False
     try:
-        return all(
-            x is y or (_is_value(x) and _is_value(y) and bool(x == y))
-            for x, y in zip(a, b, strict=True)
-        )
+        return all(x is y or (_is_value(x) and _is_value(y) and bool(x == y)) for x, y in zip(a, b, strict=True))
     except Exception:  # values that cannot be compared are taken for different ones
         return False
 

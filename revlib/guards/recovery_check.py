@@ -23,7 +23,7 @@ from revlib import cuda_streams
 from revlib._torch import is_fake
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.step import State
-from revlib.tensors import has_dense_memory, is_integral, is_parameter, local_part, sum_dtype
+from revlib.tensors import has_dense_memory, is_parameter, local_part, sum_dtype
 
 __all__ = [
     "Comparison",
@@ -61,6 +61,8 @@ class Sampler:
         places = self.places.get(key)
         if places is None or places.device != t.device:
             places = self.places[key] = self._places(t)
+        if is_fake(t) and not is_fake(places):  # a fake tensor outside of its mode has nothing to compare
+            return t
         return torch.take(t, places)
 
     def _places(self, t: Tensor) -> Tensor:
@@ -70,9 +72,7 @@ class Sampler:
         for n in t.shape:
             count = min(n, per_dim)
             stride = n // count if count else 1
-            first = (
-                self.offset % (n - stride * (count - 1)) if count else 0
-            )  # each of the n at some offset
+            first = self.offset % (n - stride * (count - 1)) if count else 0  # each of the n at some offset
             along = torch.arange(first, first + stride * count, stride, device=t.device)
             places = places[..., None] * n + along
         return places
@@ -84,9 +84,7 @@ class Comparison(NamedTuple):
     name: str  # of the step
     original: Tensor
     recovered: Tensor
-    reference: Tensor | None = (
-        None  # what the difference is measured against, if that is not the original
-    )
+    reference: Tensor | None = None  # what the difference is measured against, if that is not the original
 
 
 class StreamRange(NamedTuple):
@@ -116,16 +114,12 @@ class RecoveryCheck(Guard):
 
     def __init__(self, steps: int, tolerance: float | None, outer: RecoveryCheck | None) -> None:
         self.steps, self.tolerance = steps, tolerance
-        self.outer = (
-            None if outer is None else weakref.ref(outer)
-        )  # of the stack that this one runs inside
+        self.outer = None if outer is None else weakref.ref(outer)  # of the stack that this one runs inside
         self.sampler = Sampler(steps)
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.ranges: list[StreamRange] = []
         self.dtypes: set[torch.dtype] = set()
-        self.total: Tensor | None = (
-            None  # the sum of the last state, which is finite if the state is
-        )
+        self.total: Tensor | None = None  # the sum of the last state, which is finite if the state is
 
     @property
     def exact(self) -> bool:
@@ -179,16 +173,15 @@ class _StepRecovery(StepGuard):
         of.dtypes.update((stream.dtype, run.merged.dtype, *(t.dtype for t in run.result)))
         limit = view.step.coupling.limit_of(run.merged.dtype)
         if limit < math.inf and run.merged.numel():
-            least, largest = torch.aminmax(
-                local_part(run.merged).detach()
-            )  # many times as fast as a norm on a CPU
+            least, largest = torch.aminmax(local_part(run.merged).detach())  # many times as fast as a norm on a CPU
             of.ranges.append(StreamRange(view.step.name, least, largest, limit))
 
     def _sample_activations(self, run: FirstRun) -> None:
         """The stream is kept, so backward will not recover it. The last activations stand for what it recovers.
 
-        Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing. And no
-        activation depends on the last weight, whose data somebody may exchange unseen.
+        Only those that require a gradient: kernels leave parts of what they save beside these unwritten, such as the
+        seeds of attention that draws nothing, or the noise of RReLU in eval mode. And no activation depends on the last
+        weight, whose data somebody may exchange unseen.
         """
         activations = 0
         for place, placeholder in reversed(run.saved):
@@ -199,20 +192,20 @@ class _StepRecovery(StepGuard):
                 if self.weight < 0:
                     self.weight = place
                     self.samples[place] = self.of.sampler(_first_row(t))
-            elif activations < 2 and not is_integral(t):
+            elif activations < 2 and t.requires_grad:
                 activations += 1
                 self.samples[place] = self.of.sampler(t)
             if activations == 2 and self.weight >= 0:
                 return
 
-    def repeated(
-        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
-    ) -> None:
+    def repeated(self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None) -> None:
         for place, original in self.samples.items():
             t = stream if place < 0 else saved[place] if place < len(saved) else None
             if t is not None and (place < 0 or has_dense_memory(t)):
                 t = self.of.sampler(_first_row(t) if place == self.weight >= 0 else t)
-                self.of.compare(key, Comparison(self.view.step.name, original, t, self.reference))
+                if is_fake(t) == is_fake(original):  # what is traced into a graph has no values
+                    found = Comparison(self.view.step.name, original, t, self.reference)
+                    self.of.compare(key, found)
 
 
 def _first_row(t: Tensor) -> Tensor:
@@ -223,11 +216,7 @@ def _first_row(t: Tensor) -> Tensor:
 def _rows(samples: Sequence[Tensor], device: torch.device) -> Tensor:
     """Samples as the rows of a matrix, in at least single precision, filled up with zeros."""
     if len({(t.shape, t.dtype, t.device) for t in samples}) == 1:  # as nearly always
-        rows = (
-            torch.stack(list(samples)).flatten(1)
-            if samples[0].ndim
-            else torch.stack(list(samples))[:, None]
-        )
+        rows = torch.stack(list(samples)).flatten(1) if samples[0].ndim else torch.stack(list(samples))[:, None]
         return rows.to(device, sum_dtype(rows))
     flat = [t.flatten() if t.device == device else t.flatten().to(device) for t in samples]
     if len({t.dtype for t in flat}) > 1:
@@ -261,9 +250,7 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     del originals
     sizes = norms
     if any(c.reference is not None for c in comparisons):
-        references = _rows(
-            [c.original if c.reference is None else c.reference for c in comparisons], device
-        )
+        references = _rows([c.original if c.reference is None else c.reference for c in comparisons], device)
         sizes = torch.maximum(norms, _norms(_finite(references)))
         sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
@@ -288,14 +275,8 @@ def compare_recovered(
         return
     device = found[0].device
     if tolerance is None:  # where every step is exact, equality, wherever kernels repeat their bits
-        tolerance = (
-            0.0
-            if exact and device.type == "cpu"
-            else default_tolerance(dtypes, device.type != "cpu")
-        )
-    autocast = torch.autocast(
-        device.type, enabled=False
-    )  # it would have a say in how samples are put together
+        tolerance = 0.0 if exact and device.type == "cpu" else default_tolerance(dtypes, device.type != "cpu")
+    autocast = torch.autocast(device.type, enabled=False)  # it would have a say in how samples are put together
     with torch.no_grad(), autocast:
         parts = [relative_errors(comparisons, tolerance)] if comparisons else []
         if ranges:
@@ -318,9 +299,7 @@ def _unreadable(values: Tensor) -> bool:
 _pending: list[tuple[cuda_streams.Arriving, list[str], Sequence[StreamRange], float]] = []
 
 
-def report(
-    values: Tensor, names: list[str], ranges: Sequence[StreamRange], tolerance: float
-) -> None:
+def report(values: Tensor, names: list[str], ranges: Sequence[StreamRange], tolerance: float) -> None:
     """Raise where one of the errors, or of the magnitudes after them, is too large: at once on a CPU.
 
     On CUDA the values are copied without a synchronisation. The first forward or backward of any stack that finds them
@@ -345,9 +324,7 @@ def raise_pending(*, wait: bool = True) -> None:
         _judge(verdict.get(), names, ranges, tolerance, "an earlier backward")
 
 
-def _judge(
-    values: Tensor, names: Sequence[str], ranges: Sequence[StreamRange], tolerance: float, when: str
-) -> None:
+def _judge(values: Tensor, names: Sequence[str], ranges: Sequence[StreamRange], tolerance: float, when: str) -> None:
     """Raise for the first of the magnitudes, then errors, that is too large."""
     errors, sizes = values[: len(names)].tolist(), values[len(names) :].tolist()
     for size, (name, _, _, limit) in zip(sizes, ranges, strict=True):

@@ -45,7 +45,7 @@ class RevSwin(TimmModel):
         dynamic_img_size: False refuses images of another size, as timm's Swin does unless told.
         fusion: how two streams become one between stages: see :mod:`revlib.models.fusion`.
         coupling, scheduler: of all stages, see :class:`~revlib.ReversibleSequence`; also ``model.scheduler = ...``.
-        parts: of a batch, that the first stage takes one after another in training: see :class:`Blocks`.
+        parts: of a batch, that the first stage takes one after another in training: see ``revlib.models.blocks``.
         device, dtype: of parameters.
 
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). Features are (B, h, w, 2^stages embed_dim).

@@ -478,7 +478,7 @@ class Offset(nn.Module):
         return self.body(x) + self.offset
 
 
-@situation("a learned offset on a frozen body: accumulated, clipped, no memory shared", pending="issue 15 item 0")
+@situation("a learned offset on a frozen body: accumulated, clipped, no memory shared")
 def offset(setting: Setting):
     stack, table, x = setting.stack(Offset), nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
     learned, found = [table, *(p for p in stack.parameters() if p.requires_grad)], []
@@ -489,7 +489,7 @@ def offset(setting: Setting):
     return [*found, nn.utils.clip_grad_norm_(learned, 1.0), *grads(*learned), len(places)]
 
 
-@situation("a layer that the first forward builds", pending="issue 15 item 2", refusable=True)
+@situation("a layer that the first forward builds")
 def built(setting: Setting):
     class Built(nn.Module):
         def __init__(self):
@@ -509,7 +509,7 @@ def built(setting: Setting):
     return found
 
 
-@situation("a state in a list, a dict, a plain object", pending="issue 15 item 3", refusable=True)
+@situation("a state in a list, a dict, a plain object")
 def containers(setting: Setting):
     class Box:
         calls = 0
@@ -529,7 +529,7 @@ def containers(setting: Setting):
     return [*train(stack), *(f.kept[0] + f.box.calls for pair in stack for f in pair)]
 
 
-@situation("batch norm in a plain object, and in the context", pending="issue 15 item 4", refusable=True)
+@situation("batch norm in a plain object, and in the context")
 def hidden_norm(setting: Setting):
     class Hiding(nn.Module):
         def __init__(self):
@@ -545,7 +545,7 @@ def hidden_norm(setting: Setting):
     return [*grads(*xs, stack, norm), *everything(norm), *(b for f in stack[0] for b in everything(f.box.norm))]
 
 
-@situation("a codebook that moves by averages, through .data", pending="issue 15 item 5")
+@situation("a codebook that moves by averages, through .data")
 def codebook(setting: Setting):
     class Centred(nn.Module):
         def __init__(self):
@@ -561,7 +561,7 @@ def codebook(setting: Setting):
     return train(setting.stack(Centred), 6, 4)
 
 
-@situation("a random leaky ReLU as the last operation", pending="issue 15 item 8")
+@situation("a random leaky ReLU as the last operation")
 def written_late(setting: Setting):
     return train(setting.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU())), 16, 4)
 
@@ -574,7 +574,7 @@ def func_inside(setting: Setting):
     return train(setting.stack(lambda: Lambda(force, nn.Linear(4, 3))))
 
 
-@situation("an embedding with max_norm, and weights kept at unit length", pending="issue 15 item 10")
+@situation("an embedding with max_norm, and weights kept at unit length")
 def own_weights(setting: Setting):
     class Unit(nn.Module):
         def __init__(self):
@@ -589,7 +589,7 @@ def own_weights(setting: Setting):
     return train(setting.stack(Unit))
 
 
-@situation("a bare except around a fast path", pending="issue 15 item 12")
+@situation("a bare except around a fast path")
 def catches_everything(setting: Setting):
     def run(a, b, x):
         try:
