@@ -76,11 +76,7 @@ def _names(listed: str) -> set[str]:
     """Schedulers by name, the kind for short: all of those of a kind without arguments are meant."""
     found = set()
     for word in listed.split():
-        matching = {
-            n
-            for n, kind in _KINDS.items()
-            if n == word or (kind == word and n != "Checkpoint(every=2)")
-        }
+        matching = {n for n, kind in _KINDS.items() if n == word or (kind == word and n != "Checkpoint(every=2)")}
         assert matching, f"no scheduler is called {word!r}"
         found |= matching
     return found
@@ -151,15 +147,11 @@ def scene(
                 if not raised_by_revlib(raised):
                     raise Foreign(f"{type(raised).__name__}: {raised}") from raised
                 name = next(n for n, s in SCHEDULERS.items() if s == scheduler)
-                if name not in may or not re.search(
-                    refusal or "", str(raised), re.DOTALL | re.IGNORECASE
-                ):
+                if name not in may or not re.search(refusal or "", str(raised), re.DOTALL | re.IGNORECASE):
                     raise Refused(f"{type(raised).__name__}: {raised}") from raised
                 for look, before in stage.kept:
                     if not _same(look(), before):
-                        raise Unlike(
-                            f"refused, but only after {before} had become {look()}"
-                        ) from raised
+                        raise Unlike(f"refused, but only after {before} had become {look()}") from raised
                 return
             try:
                 far = error(got, want)
@@ -187,9 +179,5 @@ def _same(found: Any, before: Any) -> bool:
 def share_no_storage(*holders: Tensor | nn.Module) -> int:
     """How many of the gradients lie in the memory of another: none, under autograd."""
     leaves = [t for h in holders for t in (h.parameters() if isinstance(h, nn.Module) else [h])]
-    found = [
-        t.grad.untyped_storage().data_ptr()
-        for t in {id(t): t for t in leaves}.values()
-        if t.grad is not None
-    ]
+    found = [t.grad.untyped_storage().data_ptr() for t in {id(t): t for t in leaves}.values() if t.grad is not None]
     return len(found) - len(set(found))

@@ -19,19 +19,12 @@ from revlib import ExactAdditive
 Pass = Callable[[], Any]
 
 
-def edited(
-    run: Pass, *holders: Tensor | nn.Module, stepped: Sequence[Tensor] | None = None
-) -> list[Any]:
+def edited(run: Pass, *holders: Tensor | nn.Module, stepped: Sequence[Tensor] | None = None) -> list[Any]:
     """What becomes of the gradients of one micro-batch: added up, clipped, and edited by hooks in place.
 
     Those ``stepped`` are also edited themselves when their gradient is there; all, unless told.
     """
-    learned = [
-        t
-        for h in holders
-        for t in (h.parameters() if isinstance(h, nn.Module) else [h])
-        if t.requires_grad
-    ]
+    learned = [t for h in holders for t in (h.parameters() if isinstance(h, nn.Module) else [h]) if t.requires_grad]
 
     def fresh() -> None:
         for t in learned:
@@ -479,9 +472,7 @@ def test_a_custom_function_that_is_not_given_the_weights(stage: Stage):
         def backward(ctx, g):
             x, w = ctx.saved_tensors
             grad = g.t() @ x
-            ctx.layer.weight.grad = (
-                grad if ctx.layer.weight.grad is None else ctx.layer.weight.grad + grad
-            )
+            ctx.layer.weight.grad = grad if ctx.layer.weight.grad is None else ctx.layer.weight.grad + grad
             return g @ w, None
 
     class Layer(nn.Module):

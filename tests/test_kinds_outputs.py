@@ -19,9 +19,7 @@ from revlib.schedulers import Scheduler
 from revlib.testing import LiveBytes
 
 
-def failing(
-    item: str, told: str, kind: type[BaseException] | tuple[type[BaseException], ...] = Unlike
-) -> Any:
+def failing(item: str, told: str, kind: type[BaseException] | tuple[type[BaseException], ...] = Unlike) -> Any:
     return pytest.mark.xfail(strict=True, raises=kind, reason=f"issue 15 item {item}: {told}")
 
 
@@ -32,16 +30,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=failing("6", "other features than promised, or a KeyError", (Unlike, Foreign)),
-        )
-        for name in MODELS
-    ],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_features_by_timms_hooks(name):
     """As many as are promised, of the width that is promised; or refused."""
     torch.manual_seed(0)
@@ -53,11 +42,7 @@ def test_features_by_timms_hooks(name):
             raise Foreign(f"{type(raised).__name__}: {raised}") from raised
         return
     promised = model.feature_info.channels()
-    got = [
-        t.shape[1] if t.shape[1] in promised else t.shape[-1]
-        for t in found
-        if isinstance(t, Tensor)
-    ]
+    got = [t.shape[1] if t.shape[1] in promised else t.shape[-1] for t in found if isinstance(t, Tensor)]
     if got != promised:
         raise Unlike(f"{promised} promised, {[tuple(t.shape) for t in found]} given")
 
@@ -70,9 +55,7 @@ def test_features_by_timms_getter(name):
 
 
 @failing("6", "never called")
-@pytest.mark.parametrize(
-    "kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
-)
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 def test_a_hook_on_a_pair(kind):
     """A pair is never called itself: its hooks must run when the block does, or be refused, and not be forgotten."""
     stack, calls = ReversibleSequence([(mlp(), mlp()) for _ in range(2)]), []
@@ -139,9 +122,7 @@ def test_inputs_kept_by_pre_hooks(stage: Stage):
 @scene("3", wrong=RECOMPUTING + " Functional", refusal="hook")
 def test_calls_counted_by_a_hook_of_all_modules(stage: Stage):
     stack, xs, calls = stage.stack(), leaves(), []
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda m, args, out: calls.append(type(m).__name__)
-    )
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: calls.append(type(m).__name__))
     try:
         loss(stack(*xs)).backward()
     finally:
@@ -166,9 +147,7 @@ def test_features_kept_by_hooks_and_differentiated(stage: Stage):
 def test_gradients_kept_by_backward_hooks(stage: Stage):
     stack, kept = stage.stack(), []
     for pair in stack:
-        pair.F.register_full_backward_hook(
-            lambda m, into, outof: kept.append(outof[0].norm()) and None
-        )
+        pair.F.register_full_backward_hook(lambda m, into, outof: kept.append(outof[0].norm()) and None)
     xs = leaves()
     loss(stack(*xs)).backward()
     return [*grads(*xs, stack), len(kept)]
@@ -180,9 +159,7 @@ def blocks(depth: int, width: int = 32) -> list[tuple[nn.Module, nn.Module]]:
     return [vit_block(width, 2) for _ in range(depth)]
 
 
-def in_16_bits(
-    scheduler: Scheduler, dtype: torch.dtype, run: torch.dtype, depth: int, **kwargs: Any
-) -> list[Tensor]:
+def in_16_bits(scheduler: Scheduler, dtype: torch.dtype, run: torch.dtype, depth: int, **kwargs: Any) -> list[Tensor]:
     """Gradients of a model whose weights are those of 16 bits, computed in ``run``."""
     stack = ReversibleSequence(blocks(depth), scheduler=scheduler, **kwargs).to(dtype).to(run)
     x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(1)).to(dtype).to(run)
@@ -194,10 +171,7 @@ def in_16_bits(
 
 def distance(got: list[Tensor], want: list[Tensor]) -> float:
     return (
-        (
-            sum((g - w).square().sum() for g, w in zip(got, want, strict=True))
-            / sum(w.square().sum() for w in want)
-        )
+        (sum((g - w).square().sum() for g, w in zip(got, want, strict=True)) / sum(w.square().sum() for w in want))
         .sqrt()
         .item()
     )
@@ -216,11 +190,7 @@ def _sixteen() -> list[Any]:
         for depth in (48, 192):
             for name, scheduler in SCHEDULERS.items():
                 marks = [pytest.mark.slow] if depth == 192 else []
-                cells.append(
-                    pytest.param(
-                        dtype, depth, scheduler, marks=marks, id=f"{str(dtype)[6:]}-{depth}-{name}"
-                    )
-                )
+                cells.append(pytest.param(dtype, depth, scheduler, marks=marks, id=f"{str(dtype)[6:]}-{depth}-{name}"))
     return cells
 
 
@@ -233,9 +203,7 @@ def test_a_model_in_16_bits_is_as_right_as_under_plain_autograd(dtype, depth, sc
         raise Unlike(f"{far:.2g} from float64, where plain autograd in 16 bits is {own:.2g}")
 
 
-@pytest.mark.parametrize(
-    "scheduler", [Reversible(), Checkpoint(), Anchored(4), KeepLast(1)], ids=str
-)
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Anchored(4), KeepLast(1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_explicit_additive_coupling_adds_in_16_bits(dtype, scheduler):
     """It means what it says: outputs have the bits of a sum in the streams' own dtype."""
@@ -259,9 +227,7 @@ def test_what_a_model_in_16_bits_holds_does_not_grow_with_depth(dtype):
             held.append(live.now)
             del outputs
         stream = 4 * x.numel()
-        assert held[-1] <= 4 * stream + 2**15 * depth / 4, (
-            "the outputs, and two float32 streams, and what is compared"
-        )
+        assert held[-1] <= 4 * stream + 2**15 * depth / 4, "the outputs, and two float32 streams, and what is compared"
     assert held[1] - held[0] < 2**15 * 5, held
 
 
@@ -281,6 +247,4 @@ def test_a_model_in_16_bits_inverts():
     xs = [torch.randn(2, 16, 32).bfloat16() for _ in range(2)]
     with torch.no_grad():
         back = stack.inverse(*stack(*xs))
-    assert all(
-        (b - x).float().norm() < 0.05 * x.float().norm() for b, x in zip(back, xs, strict=True)
-    )
+    assert all((b - x).float().norm() < 0.05 * x.float().norm() for b, x in zip(back, xs, strict=True))

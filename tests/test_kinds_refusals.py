@@ -88,9 +88,7 @@ def test_torchs_checkpoint_wrapper_with_context(stage: Stage):
         checkpoint_wrapper,
     )
 
-    return routed(
-        stage, functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
-    )
+    return routed(stage, functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
 
 
 @scene("11", broken="Naive " + RECOMPUTING + " Functional")
@@ -165,9 +163,7 @@ def test_functions_that_really_take_any_context(stage: Stage):
     )
     if isinstance(stage.scheduler, ByHand):  # which routes by name
         for f in (stack[0].F, stack[0].G):
-            f.forward = functools.partial(
-                lambda f, x, gain, shift: Reading.forward(f, x, gain=gain, shift=shift), f
-            )
+            f.forward = functools.partial(lambda f, x, gain, shift: Reading.forward(f, x, gain=gain, shift=shift), f)
     outputs = stack(*xs, gain=gain, shift=torch.ones(4))
     loss(outputs).backward()
     return [*outputs, *grads(*xs, gain, stack)]
@@ -306,9 +302,7 @@ def test_a_graph_break_without_fullgraph(stage: Stage):
 
     torch._dynamo.reset()
     stack, xs = stage.stack(Breaking, depth=1), leaves()
-    run = (
-        stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
-    )
+    run = stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
     try:
         outputs = run(*xs)
         loss(outputs).backward()
@@ -332,9 +326,7 @@ def test_a_print_in_a_compiled_function(stage: Stage):
 
     torch._dynamo.reset()
     stack, xs = stage.stack(Printing, depth=1), leaves()
-    run = (
-        stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
-    )
+    run = stack if isinstance(stage.scheduler, ByHand) else torch.compile(stack, backend="aot_eager")
     try:
         outputs = run(*xs)
         loss(outputs).backward()
@@ -356,9 +348,7 @@ def switching(stage: Stage, off: Callable[[], Any], on: Callable[[], Any]) -> li
 
 @scene("16", refused="Functional")
 def test_set_grad_enabled_bare(stage: Stage):
-    return switching(
-        stage, lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True)
-    )
+    return switching(stage, lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True))
 
 
 @scene("16")
@@ -369,9 +359,7 @@ def test_no_grad_entered_and_left_by_hand(stage: Stage):
 
 @scene("16", refused="Functional")
 def test_the_private_switch_of_grad_mode(stage: Stage):
-    return switching(
-        stage, lambda: torch._C._set_grad_enabled(False), lambda: torch._C._set_grad_enabled(True)
-    )
+    return switching(stage, lambda: torch._C._set_grad_enabled(False), lambda: torch._C._set_grad_enabled(True))
 
 
 @scene("16")
@@ -466,9 +454,7 @@ class Wrapped(Tensor):
     @staticmethod
     def __new__(cls, inner, requires_grad=None):
         wants = inner.requires_grad if requires_grad is None else requires_grad
-        return Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, requires_grad=wants
-        )
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=wants)
 
     def __init__(self, inner, requires_grad=None):
         self.inner = inner.detach()
@@ -513,9 +499,7 @@ def told(run: Callable[[], Any], *words: str) -> None:
 
 def streams(*xs: Any) -> Callable[[Scheduler], None]:
     def run(scheduler):
-        stack = ReversibleSequence(
-            [(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], scheduler=scheduler
-        )
+        stack = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], scheduler=scheduler)
         loss(stack(*xs)).backward()
 
     return run
@@ -543,9 +527,7 @@ def proxied(scheduler: Scheduler) -> None:
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stack = ReversibleSequence(
-                [(nn.Linear(4, 4), nn.Linear(4, 4))], scheduler=scheduler
-            )
+            self.stack = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4))], scheduler=scheduler)
 
         def forward(self, x):
             return self.stack(x, x)
@@ -607,18 +589,12 @@ MISLEADING: dict[str, tuple[Callable[[Scheduler], None], tuple[str, ...]]] = {
     ),
 }
 RIGHT = {"a dict as a stream", "None as a stream"}  # today; the others mislead
-TODAY = pytest.mark.xfail(
-    strict=True, raises=(Refused, Foreign), reason="issue 15 item 15: an error that misleads"
-)
+TODAY = pytest.mark.xfail(strict=True, raises=(Refused, Foreign), reason="issue 15 item 15: an error that misleads")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "scheduler", [Reversible(), Checkpoint(), Functional()], ids=lambda s: type(s).__name__
-)
-@pytest.mark.parametrize(
-    "what", [pytest.param(w, marks=() if w in RIGHT else TODAY) for w in MISLEADING]
-)
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Functional()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("what", [pytest.param(w, marks=() if w in RIGHT else TODAY) for w in MISLEADING])
 def test_errors_say_what_was_given_and_what_to_do(what, scheduler):
     run, words = MISLEADING[what]
     told(lambda: run(scheduler), *words)
@@ -687,9 +663,7 @@ def selective_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:
 
 
 def sequential_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:
-    return checkpoint_sequential(
-        [lambda args: f(*args), lambda args: args], 2, args, use_reentrant=False
-    )
+    return checkpoint_sequential([lambda args: f(*args), lambda args: args], 2, args, use_reentrant=False)
 
 
 def nested_checkpoint(f: Callable[..., Any], *args: Tensor) -> Any:

@@ -173,8 +173,7 @@ class MoE(nn.Module):
         super().__init__()
         self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, count, bias=False)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-            for _ in range(count)
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(count)
         )
 
     def forward(self, x):
@@ -188,9 +187,7 @@ class MoE(nn.Module):
 
 
 def dense(width: int = 32) -> nn.Module:
-    return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-    )
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
 def steps_of_experts(stack: ReversibleSequence) -> list[str]:
@@ -209,9 +206,7 @@ def steps_of_experts(stack: ReversibleSequence) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("coupling", "scheduler"), [(ExactAdditive(), Reversible()), (None, Checkpoint())], ids=str
-)
+@pytest.mark.parametrize(("coupling", "scheduler"), [(ExactAdditive(), Reversible()), (None, Checkpoint())], ids=str)
 def test_experts_with_what_helps(coupling, scheduler):
     torch.manual_seed(0)
     stack = ReversibleSequence([(dense(), MoE()) for _ in range(16)], coupling, scheduler)
@@ -234,9 +229,7 @@ def test_an_exact_step_whose_counts_differ_is_told_otherwise():
     calls = iter(range(100))
 
     def fickle(m, x):
-        return torch.zeros_like(x).index_add(
-            0, torch.arange(next(calls) + 1), m(x[: 1 + next(calls) // 2]).tanh()[:1]
-        )
+        return torch.zeros_like(x).index_add(0, torch.arange(next(calls) + 1), m(x[: 1 + next(calls) // 2]).tanh()[:1])
 
     stack = ReversibleSequence([(Lambda(fickle, nn.Linear(4, 4)), mlp())], ExactAdditive())
     with pytest.raises((RuntimeError, IndexError)) as told:

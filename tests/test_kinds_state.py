@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def trained(
-    stage: Stage, make: Callable[[], nn.Module], *shape: int, steps: int = 4, **context: Any
-) -> list[Any]:
+def trained(stage: Stage, make: Callable[[], nn.Module], *shape: int, steps: int = 4, **context: Any) -> list[Any]:
     """So many steps with an optimizer that learns what there is when it steps."""
     stack, found = stage.stack(make), []
     for _ in range(steps):
@@ -45,9 +43,7 @@ REGISTERED = "Functional.*parameter"  # what is not there before forward is no a
 class Building(nn.Module):
     """Builds what it needs when it first sees its input."""
 
-    def __init__(
-        self, build: Callable[[nn.Module, Tensor], None], use: Callable[[nn.Module, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, build: Callable[[nn.Module, Tensor], None], use: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
         self.build, self.use, self.ready = build, use, False
 
@@ -333,16 +329,12 @@ def test_a_plain_object_that_scales_the_result(stage: Stage):
         kept.calls += 1
         return kept.calls
 
-    return holding(
-        stage, lambda: types.SimpleNamespace(calls=0), scaled(read), lambda kept: kept.calls
-    )
+    return holding(stage, lambda: types.SimpleNamespace(calls=0), scaled(read), lambda kept: kept.calls)
 
 
 @scene("3", refusal=NAMED)
 def test_a_schedule_that_scales_the_result(stage: Stage):
-    return holding(
-        stage, lambda: iter(range(1, 99)), scaled(next), lambda kept: kept.__length_hint__()
-    )
+    return holding(stage, lambda: iter(range(1, 99)), scaled(next), lambda kept: kept.__length_hint__())
 
 
 @scene("3", refusal=NAMED)
@@ -360,9 +352,7 @@ def test_a_default_dict(stage: Stage):
         kept["steps"].append(len(kept["steps"]))
         return len(kept["steps"])
 
-    return holding(
-        stage, lambda: collections.defaultdict(list), counted(read), lambda kept: len(kept["steps"])
-    )
+    return holding(stage, lambda: collections.defaultdict(list), counted(read), lambda kept: len(kept["steps"]))
 
 
 @scene("3", refusal=NAMED)
@@ -371,9 +361,7 @@ def test_a_plain_object(stage: Stage):
         kept.calls += 1
         return kept.calls
 
-    return holding(
-        stage, lambda: types.SimpleNamespace(calls=0), counted(read), lambda kept: kept.calls
-    )
+    return holding(stage, lambda: types.SimpleNamespace(calls=0), counted(read), lambda kept: kept.calls)
 
 
 @scene("3", refusal=NAMED)
@@ -461,9 +449,7 @@ def test_a_nested_container(stage: Stage):
         kept["a"][0]["calls"] += 1
         return kept["a"][0]["calls"]
 
-    return holding(
-        stage, lambda: {"a": [{"calls": 0}]}, counted(read), lambda kept: kept["a"][0]["calls"]
-    )
+    return holding(stage, lambda: {"a": [{"calls": 0}]}, counted(read), lambda kept: kept["a"][0]["calls"])
 
 
 @scene("3", refusal=NAMED)
@@ -620,9 +606,7 @@ def test_a_list_of_tensors_under_bfloat16(stage: Stage):
         old, m.kept[0] = m.kept[0], x.detach()
         return m.linear(x + 0.3 * old)
 
-    stack = stage.stack(
-        lambda: Holding([torch.zeros(3, 4, dtype=torch.float32)], use), depth=3
-    ).float()
+    stack = stage.stack(lambda: Holding([torch.zeros(3, 4, dtype=torch.float32)], use), depth=3).float()
     found = []
     for _ in range(4):
         xs = leaves(dtype=torch.float32)
@@ -637,9 +621,7 @@ def test_a_list_of_tensors_under_bfloat16(stage: Stage):
 UNKNOWN = "statistic|running_mean|num_batches_tracked|buffer|BatchNorm"
 
 
-def statistics(
-    stage: Stage, functions: list[Any], tracking: nn.Module, **context: Any
-) -> list[Any]:
+def statistics(stage: Stage, functions: list[Any], tracking: nn.Module, **context: Any) -> list[Any]:
     """One step, and what a norm has counted. Twice is wrong, and a refusal must come before."""
     stack = stage.sequence(*functions)
     xs = leaves(6, 4)
@@ -1236,6 +1218,4 @@ def test_a_shared_weight_that_every_step_edits(stage: Stage):
             return self.linear(x.sin())
 
     linear = nn.Linear(4, 4)
-    return train(
-        stage.sequence((Clamped(linear), Clamped(linear)), (Clamped(linear), Clamped(linear)))
-    )
+    return train(stage.sequence((Clamped(linear), Clamped(linear)), (Clamped(linear), Clamped(linear))))

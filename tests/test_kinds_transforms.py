@@ -22,9 +22,7 @@ from revlib.schedulers import Scheduler
 REASON = r"torch\.func|transform|higher.order"
 
 
-def inside(
-    stage: Stage, run: Callable[..., Tensor], *modules: Callable[[], nn.Module]
-) -> list[Any]:
+def inside(stage: Stage, run: Callable[..., Tensor], *modules: Callable[[], nn.Module]) -> list[Any]:
     made = modules or (lambda: nn.Linear(4, 4),)
     stack = stage.sequence(*((Lambda(run, *(m() for m in made)), mlp()) for _ in range(2)))
     xs, found = leaves(), []
@@ -169,7 +167,7 @@ def scanned(stage: Stage, run: Callable[..., Tensor]) -> list[Any]:
         torch._dynamo.reset()
 
 
-@scene("9", broken="Checkpoint Checkpoint(every=2) Functional", refusal=REASON)
+@scene("9", broken="Functional()", refusal=REASON)
 def test_a_scan(stage: Stage):
     from torch._higher_order_ops import scan
 
@@ -284,31 +282,11 @@ TRACERS = [
     *(counted_by_fvcore, drawn_by_tensorboard, exported_by_tracing),
     *(made_a_graph, counted_by_torch, exported),
 ]
-_CHECKPOINTS = {"Checkpoint()", "Checkpoint(every=2)", "Anchored(3)", "Functional()"}
-_OTHERS = {"Reversible()", "PaReprop()", "KeepLast(1)", "Budget(fraction=0.5)"}
-BROKEN: dict[Any, set[str]] = {  # today
-    **dict.fromkeys([traced, traced_module, traced_and_trained], _CHECKPOINTS | _OTHERS),
-    **dict.fromkeys([traced_while_another_trains, drawn_by_tensorboard], _CHECKPOINTS | _OTHERS),
-    **dict.fromkeys([counted_by_fvcore, exported_by_tracing], _CHECKPOINTS),
-}
-WRONG: dict[Any, set[str]] = {exported_by_tracing: _OTHERS}  # with operations of the engine's own
-
-
-def _marks(trace: Any, scheduler: str) -> list[Any]:
-    for failing, kind, told in (
-        (BROKEN, Foreign, "an error that is not revlib's"),
-        (WRONG, Unlike, "another graph"),
-    ):
-        if scheduler in failing.get(trace, ()):
-            return [pytest.mark.xfail(strict=True, raises=kind, reason=f"issue 15 item 13: {told}")]
-    return []
 
 
 def _cells() -> list[Any]:
     cells = [(trace, *named) for trace in TRACERS for named in SCHEDULERS.items()]
-    return [
-        pytest.param(t, s, marks=_marks(t, name), id=f"{t.__name__}-{name}") for t, name, s in cells
-    ]
+    return [pytest.param(t, s, id=f"{t.__name__}-{name}") for t, name, s in cells]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -18,7 +18,7 @@ from revlib.core.guard import FirstRun, StepGuard
 from revlib.core.plan import Treatment
 from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, evaluate, merge
-from revlib.tensors import like_strided
+from revlib.tensors import is_parameter, like_strided
 
 __all__ = ["StepRecord"]
 
@@ -73,7 +73,7 @@ class StepRecord:
                 leaves = (f,) if isinstance(f, Tensor) else tree_leaves(f)
                 self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
                 merged = merge(step, state[0], f)
-            self.may_stop = self.stream_kept and self.dropped and _ends_in_reading(f)
+            self.may_stop = self.stream_kept and self._ends_in_reading(f)
             guard.first_run_done(FirstRun(state, leaves, merged, list(self.living()), self.function_saves))
         finally:
             guard.exit_first_run()
@@ -81,6 +81,26 @@ class StepRecord:
         del f, leaves  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
         return merged
+
+    def _ends_in_reading(self, f: Any) -> bool:
+        """Whether a repetition may stop at the last tensor that it saves.
+
+        An operation saves its inputs before its kernel runs, so the last one need not run at all, unless somebody
+        writes to what was saved, as the kernel of RReLU does to its noise. Nobody does to a parameter, nor to a tensor
+        that requires a gradient.
+        """
+        last = self.placeholders[-1]() if self.placeholders else None
+        t = None if last is None else last.tensor
+        if t is None or not (t.requires_grad or is_parameter(t)):
+            return False
+        node = f.grad_fn if isinstance(f, Tensor) else None
+        while node is not None:
+            name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+            if name in _READING:
+                return True
+            above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
+            node = above[0] if name in _SAVING_NOTHING and len(above) == 1 else None
+        return False
 
     def _forget_values(self) -> None:
         for ref in self.placeholders:
@@ -242,22 +262,6 @@ _SAVING_NOTHING = (
     *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Unsqueeze", "Squeeze"),
     *("Clone", "ToCopy", "Slice", "Add", "Sub"),
 )
-
-
-def _ends_in_reading(f: Any) -> bool:
-    """Whether a run may stop at the last tensor that it saves.
-
-    An operation saves its inputs before its kernel runs, so the last one need not run at all, unless its kernel writes
-    to what was saved, as that of RReLU writes its noise.
-    """
-    node = f.grad_fn if isinstance(f, Tensor) else None
-    while node is not None:
-        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
-        if name in _READING:
-            return True
-        above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
-        node = above[0] if name in _SAVING_NOTHING and len(above) == 1 else None
-    return False
 
 
 _LEAF = "torch::autograd::AccumulateGrad"
