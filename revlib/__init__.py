@@ -3,7 +3,16 @@
 from revlib.chunks import positionwise
 from revlib.couplings import Additive, Coupling, ExactAdditive
 from revlib.guards import raise_pending
-from revlib.schedulers import Anchored, Budget, Checkpoint, Functional, KeepLast, Naive, PaReprop, Reversible
+from revlib.schedulers import (
+    Anchored,
+    Budget,
+    Checkpoint,
+    Functional,
+    KeepLast,
+    Naive,
+    PaReprop,
+    Reversible,
+)
 from revlib.sequence import ReversibleSequence, invert, reversible
 from revlib.step import Step
 

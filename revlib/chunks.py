@@ -55,7 +55,9 @@ class _Into(Coupling):
     coupling: Coupling = field(default_factory=Additive)
 
     def merge(self, s: Tensor, f: Any) -> Tensor:
-        return slice_scatter(s, self.coupling.merge(self.part.of(s), f), self.part.dim, *self.part.bounds(s))
+        return slice_scatter(
+            s, self.coupling.merge(self.part.of(s), f), self.part.dim, *self.part.bounds(s)
+        )
 
     def unmerge(self, merged: Tensor, f: Any) -> Tensor:
         part = self.coupling.unmerge(self.part.of(merged), f)
@@ -87,7 +89,9 @@ class _Turn(Coupling):
         return merged
 
 
-def positionwise(fn: Callable[..., Any], chunks: int, dim: int = 1, coupling: Coupling | None = None) -> list[Step]:
+def positionwise(
+    fn: Callable[..., Any], chunks: int, dim: int = 1, coupling: Coupling | None = None
+) -> list[Step]:
     r"""The step $s_1 \oplus f(s_2)$ for an $f$ that treats positions along ``dim`` one by one, in several parts.
 
     Only one part's activations are ever alive, so the peak of backward falls. It falls to what the other function of

@@ -87,7 +87,9 @@ class Momentum(Coupling):
 class _Branch(nn.Sequential):
     """The function of a step: sums the position and the velocities before its own, in the precision of the input."""
 
-    def __init__(self, parts: Parts, skip: int) -> None:  # skip: velocities of its own cycle to come
+    def __init__(
+        self, parts: Parts, skip: int
+    ) -> None:  # skip: velocities of its own cycle to come
         super().__init__(*parts)
         self.skip = skip
 
@@ -130,11 +132,15 @@ class ReversibleResidual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         velocities = (x.new_zeros(x.shape, dtype=torch.float64) for _ in range(self.group))
         state = self.sequence(*velocities, x.double(), dtype=x.dtype)
-        return _sum(*state[-1 - (len(self._built[0]) - 1) % self.group - 1 :]).to(x.dtype)  # x and the last cycle's
+        return _sum(*state[-1 - (len(self._built[0]) - 1) % self.group - 1 :]).to(
+            x.dtype
+        )  # x and the last cycle's
 
     @property
     def sequence(self) -> ReversibleSequence:
-        if self._branches() != self._built[0]:  # compared by identity: adapters may have replaced some
+        if (
+            self._branches() != self._built[0]
+        ):  # compared by identity: adapters may have replaced some
             self._build(self.momentum, self.scheduler)
         return self._built[1]
 
@@ -149,7 +155,9 @@ class ReversibleResidual(nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        settings = {k: getattr(self, k) for k in ("group", "momentum", "limit", "resolution", "scheduler")}
+        settings = {
+            k: getattr(self, k) for k in ("group", "momentum", "limit", "resolution", "scheduler")
+        }
         return type(self)(list(self)[index], self._split, **settings)
 
     def _branches(self) -> list[tuple[nn.Module, ...]]:
@@ -174,9 +182,13 @@ def residual(branches: Iterable[nn.Module], **options: Any) -> ReversibleResidua
     branches = list(branches)
     for f in branches:
         if not isinstance(f, nn.Module):
-            raise TypeError(f"a branch must be an nn.Module, got {type(f).__name__}; wrap a function in one")
+            raise TypeError(
+                f"a branch must be an nn.Module, got {type(f).__name__}; wrap a function in one"
+            )
         if isinstance(f, timm_vit.Block):
-            raise TypeError("a timm Block adds its own input; pass its branches, or convert the model by convert.vit")
+            raise TypeError(
+                "a timm Block adds its own input; pass its branches, or convert the model by convert.vit"
+            )
     return ReversibleResidual(branches, _whole, **options)
 
 
@@ -189,7 +201,9 @@ def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: A
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(model, timm_vit.VisionTransformer) or not isinstance(blocks, nn.Sequential):
-        raise TypeError(f"convert.vit takes a timm VisionTransformer, got {type(model).__name__}; try convert.residual")
+        raise TypeError(
+            f"convert.vit takes a timm VisionTransformer, got {type(model).__name__}; try convert.residual"
+        )
     for i, block in enumerate(blocks):
         _check_block(i, block)
     converted: Any = model if inplace else copy.deepcopy(model)
@@ -222,18 +236,39 @@ def _halves(b: Any) -> list[Parts]:
 def _check_block(i: int, block: nn.Module) -> None:
     if type(block).forward is not timm_vit.Block.forward:
         name = type(block).__name__
-        kind = "parallel branches" if "Parallel" in name else "a post-norm" if "Post" in name else "its own forward"
+        kind = (
+            "parallel branches"
+            if "Parallel" in name
+            else "a post-norm"
+            if "Post" in name
+            else "its own forward"
+        )
         told = f"block {i} is a {name} with {kind}, not x + attn(norm1(x)), then x + mlp(norm2(x))"
         raise TypeError(f"{told}; give what it adds to x to convert.residual, as modules")
-    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
-        raise ValueError(f"block {i} has hooks, which would not be called; put them on its parts, such as block.attn")
+    if (
+        block._forward_hooks
+        or block._forward_pre_hooks
+        or block._backward_hooks
+        or block._backward_pre_hooks
+    ):
+        raise ValueError(
+            f"block {i} has hooks, which would not be called; put them on its parts, such as block.attn"
+        )
 
 
-def _momentum(momentum: float | None, branches: int, group: int, limit: float, resolution: float) -> float:
+def _momentum(
+    momentum: float | None, branches: int, group: int, limit: float, resolution: float
+) -> float:
     """The coefficient, checked; the smallest whose products fit into the digits of a float64 unless given."""
     if not (isinstance(group, int) and group >= 1 and branches):
-        raise ValueError(f"expected branches, and a group of one or more of them; got {branches} and group={group!r}")
-    values = {"limit": limit, "resolution": resolution, "momentum": 0.5 if momentum is None else momentum}
+        raise ValueError(
+            f"expected branches, and a group of one or more of them; got {branches} and group={group!r}"
+        )
+    values = {
+        "limit": limit,
+        "resolution": resolution,
+        "momentum": 0.5 if momentum is None else momentum,
+    }
     for name, value in values.items():
         if not (value > 0 and math.frexp(value)[0] == 0.5):
             raise ValueError(f"{name} must be a power of two, got {value!r}")

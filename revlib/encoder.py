@@ -22,7 +22,11 @@ class _SelfAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         x = self.norm(x)
-        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        masks = {
+            "attn_mask": src_mask,
+            "key_padding_mask": src_key_padding_mask,
+            "is_causal": is_causal,
+        }
         return self.dropout(self.attention(x, x, x, need_weights=False, **masks)[0])
 
 

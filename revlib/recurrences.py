@@ -37,7 +37,9 @@ def _plus(exact: float | None) -> Coupling:
 
 def _size(name: str, h: Any) -> None:
     if isinstance(h, bool) or not isinstance(h, (int, float)) or not math.isfinite(h) or h == 0:
-        raise ValueError(f"{name}(h=...) takes a step size, a finite number other than 0 such as 0.1, got {h!r}")
+        raise ValueError(
+            f"{name}(h=...) takes a step size, a finite number other than 0 such as 0.1, got {h!r}"
+        )
 
 
 def midpoint(fns: Iterable[Function], h: float = 1.0, exact: float | None = None) -> list[Step]:
@@ -122,7 +124,11 @@ def momentum(fns: Iterable[Function], gamma: float = 0.9) -> list[Step]:
             f"momentum(gamma=...) takes a number between 0 and 1, such as 0.9, got {gamma!r}: at 0 the network is a "
             "residual one and does not invert, and at 1 its functions have no effect"
         )
-    return [step for fn in fns for step in (Step(fn, Scaled(gamma, 1 - gamma)), Step(nn.Identity(), Additive()))]
+    return [
+        step
+        for fn in fns
+        for step in (Step(fn, Scaled(gamma, 1 - gamma)), Step(nn.Identity(), Additive()))
+    ]
 
 
 def columns(fns: Iterable[Function], gamma: float = 1.0) -> list[Step]:
@@ -193,4 +199,8 @@ def grouped(*blocks: Sequence[Function], exact: float | None = None) -> list[Ste
         raise ValueError(
             f"grouped(...) takes blocks with a function for each group, all with as many, two at least; got {sizes}"
         )
-    return [Step(_Others(fn, latest=i > 0), _plus(exact)) for block in blocks for i, fn in enumerate(block)]
+    return [
+        Step(_Others(fn, latest=i > 0), _plus(exact))
+        for block in blocks
+        for i, fn in enumerate(block)
+    ]

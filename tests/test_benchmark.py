@@ -287,7 +287,7 @@ def test_blocks_are_those_of_the_models():
         ("swin", RevSwin, {"num_heads": (2,), "window_size": 7}),
         ("mvit", RevMViT, {"num_heads": 2, "kv_stride": 2}),
     ]:
-        model = cls(8, 1, embed_dim=8, depths=(3,), **sizes).eval()
+        model = cls(8, 1, embed_dim=8, depths=(3,), parts=1, **sizes).eval()
         blocks = contenders.BLOCKS[name](3, 8, 2, 64)
         stack = ReversibleSequence(blocks).eval()
         (own,) = [m for m in model.modules() if isinstance(m, ReversibleSequence)]

@@ -6,7 +6,6 @@ the checkpoints.
 
 import copy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import revlib.checkpoints
 from revlib import Naive, Reversible
 from revlib.checkpoints import load_minrev, load_pyslowfast, to_minrev, to_pyslowfast
 from revlib.models import ConcatMlp, PublishedRevMViT, RevMViT, RevSwin, RevViT, minrev_mvit, minrev_swin, minrev_vit
@@ -669,8 +667,3 @@ def test_images_of_another_size_are_errors():
     assert model(torch.randn(1, 3, 32, 64)).shape == (1, 5)
     with pytest.raises(ValueError, match="give 8x16 patches, got 16x8"):
         model(torch.randn(1, 3, 64, 32))
-
-
-def test_it_stays_short():
-    for file in Path(revlib.checkpoints.__file__).parent.glob("*.py"):
-        assert len(file.read_text().splitlines()) <= 250

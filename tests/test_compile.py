@@ -383,7 +383,7 @@ def test_whole_models(name, noisy, backend):
         torch._dynamo.utils.counters.clear()
         got = model_trained(torch.compile(compiled(whole, inner), backend=outer), whole.parameters(), inputs)
     assert error(got, want) < 1e-8
-    assert (outer.frame_count, breaks()) == {"vit": (0, 0), "swin": (0, 0), "mvit": (0, 0)}[name]
+    assert (outer.frame_count, breaks()) == {"vit": (4, 5), "swin": (5, 7), "mvit": (7, 9)}[name]
 
 
 # ---------------------------------------------------------------------------------------------- recompilations

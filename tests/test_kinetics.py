@@ -5,14 +5,12 @@
 
 import copy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from common import error
 from torch import nn
 
-import revlib.models.mvit_kinetics
 from revlib import Checkpoint, ExactAdditive, Naive, PaReprop, Reversible
 from revlib.checkpoints import load_pyslowfast, to_pyslowfast
 from revlib.models import PublishedRevMViT, PublishedRevMViTVideo, RevViT
@@ -350,7 +348,3 @@ def test_mean_pooling_is_fc_norm():
     published = PublishedRevMViT(**mvit, fc_norm=True)
     said["MVIT"] |= {"NUM_HEADS": 1, "REV": {"BUFFER_LAYERS": [1], "PRE_Q_FUSION": "concat_linear_2"}}
     assert load_pyslowfast(published, {"model_state": to_pyslowfast(PublishedRevMViT(**mvit)), "cfg": said}).complete
-
-
-def test_it_fits_on_two_pages():
-    assert len(Path(revlib.models.mvit_kinetics.__file__).read_text().splitlines()) <= 200

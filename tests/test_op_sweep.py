@@ -28,9 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from revlib import Anchored, Checkpoint, Reversible, reversible
 from revlib.schedulers import Scheduler
 
-pytest.importorskip(
-    "expecttest", reason="torch's own tests, which describe its operations, need it"
-)
+pytest.importorskip("expecttest", reason="torch's own tests, which describe its operations, need it")
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
@@ -49,25 +47,17 @@ TOLERANCE = {  # relative
 # ---------------------------------------------------------------------------------------------- what disagrees
 # A case is named with the schedulers under which it does not agree, and why. It fails where that is no longer so.
 EARLY = "issue 15 item 8: the repetition stops within the kernel, which then has not written the noise that was saved"
-UNWRITTEN = (
-    "issue 15 item 8: a part of what is saved is never written, and is compared nevertheless"
-)
+UNWRITTEN = "issue 15 item 8: a part of what is saved is never written, and is compared nevertheless"
 SPARSE = "issue 15 item 15: a sparse result has no view, by which gradients are intercepted"
 FAR = "its result is a hundred million times its stream, from which the stream does not come back: refused, and rightly"
 _EXACT = ("Checkpoint()", "Anchored(3)")
 DISAGREEING: dict[str, tuple[tuple[str, ...], str]] = {
     "nn_functional_rrelu": (_EXACT, EARLY),
     "nn_functional_rrelu_": (_EXACT, UNWRITTEN),  # its noise, in eval mode
-    **dict.fromkeys(
-        ["nn_functional_ctc_loss", "nn_CTCLoss_train", "nn_CTCLoss_eval"], (_EXACT, UNWRITTEN)
-    ),
+    **dict.fromkeys(["nn_functional_ctc_loss", "nn_CTCLoss_train", "nn_CTCLoss_eval"], (_EXACT, UNWRITTEN)),
     "sparse_sampled_addmm": (tuple(SCHEDULERS), SPARSE),
     **dict.fromkeys(["pow", "float_power", "special_erfcx"], (("Reversible()",), FAR)),
-    **{
-        f"polygamma_polygamma_n_{n}{edit}": (("Reversible()",), FAR)
-        for n in range(5)
-        for edit in ("", "_")
-    },
+    **{f"polygamma_polygamma_n_{n}{edit}": (("Reversible()",), FAR) for n in range(5) for edit in ("", "_")},
     "special_polygamma_special_polygamma_n_0": (("Reversible()",), FAR),
 }
 
@@ -117,9 +107,7 @@ def _fresh(value: Any) -> Any:
     return tree_map(copied, value)
 
 
-def of_operation(
-    op: Any, variant: Callable[..., Any], sample: Any, *, inplace: bool
-) -> Case | None:
+def of_operation(op: Any, variant: Callable[..., Any], sample: Any, *, inplace: bool) -> Case | None:
     """The sample's first tensor is the stream; all others are captured."""
     arguments = _fresh((sample.input, *sample.args)), _fresh(dict(sample.kwargs))
     flat = tree_leaves(arguments)
@@ -152,9 +140,7 @@ def of_module(info: Any, sample: Any, dtype: torch.dtype, *, training: bool) -> 
         args, kwargs = tree_map(lambda t: x if next(count) == place else t, arguments)
         return module(*args, **kwargs)
 
-    others = [
-        t for i, t in enumerate(flat) if i != place and isinstance(t, Tensor) and t.requires_grad
-    ]
+    others = [t for i, t in enumerate(flat) if i != place and isinstance(t, Tensor) and t.requires_grad]
     return Case(Lambda(fn, module), flat[place], others, module)
 
 
@@ -163,12 +149,7 @@ def fitted(result: Any, x: Tensor) -> Tensor:
 
     Else a sum with growing weights, none of which autograd saves: the operation stays the last to save anything.
     """
-    if (
-        isinstance(result, Tensor)
-        and result.shape == x.shape
-        and result.dtype == x.dtype
-        and not result.is_sparse
-    ):
+    if isinstance(result, Tensor) and result.shape == x.shape and result.dtype == x.dtype and not result.is_sparse:
         return result
     total = torch.zeros((), dtype=x.dtype)
     for t in tree_leaves(result):
@@ -208,8 +189,7 @@ def played(case: Case, scheduler: Scheduler) -> list[Tensor | None]:
 
     outputs = reversible([(first, wave), (wave, last)], *streams, scheduler=scheduler)
     total = sum(
-        ((i + 1) * torch.view_as_real(y) if y.is_complex() else (i + 1) * y).sin().sum()
-        for i, y in enumerate(outputs)
+        ((i + 1) * torch.view_as_real(y) if y.is_complex() else (i + 1) * y).sin().sum() for i, y in enumerate(outputs)
     )
     total.backward()
     parameters, buffers = [], []
@@ -293,9 +273,7 @@ def operations() -> Iterator[tuple[str, Makers, torch.dtype]]:
                 yield f"{op.formatted_name}{suffix}", makers, dtype
 
 
-def of_samples(
-    op: Any, variant: Any, dtype: torch.dtype, *, inplace: bool
-) -> list[Callable[[], Case]]:
+def of_samples(op: Any, variant: Any, dtype: torch.dtype, *, inplace: bool) -> list[Callable[[], Case]]:
     torch.manual_seed(0)
     makers = [
         functools.partial(of_operation, op, variant, sample, inplace=inplace)
@@ -326,13 +304,8 @@ def modules() -> Iterator[tuple[str, Makers, torch.dtype]]:
 
 def of_inputs(info: Any, dtype: torch.dtype, *, training: bool) -> list[Callable[[], Case]]:
     torch.manual_seed(0)
-    inputs = info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=True, training=training
-    )
-    return [
-        functools.partial(of_module, info, sample, dtype, training=training)
-        for sample in chosen(inputs)
-    ]  # type: ignore[misc]
+    inputs = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    return [functools.partial(of_module, info, sample, dtype, training=training) for sample in chosen(inputs)]  # type: ignore[misc]
 
 
 OPERATIONS = {name: rest for name, *rest in operations() if name not in SKIPPED}
@@ -344,9 +317,7 @@ def sweep(makers: Makers, dtype: torch.dtype) -> dict[str, str]:
     made, found = makers(), {}
     assert made, "torch describes no sample of it that has a stream"
     for name, scheduler in SCHEDULERS.items():
-        told = next(
-            filter(None, (disagreement(make, scheduler, TOLERANCE[dtype]) for make in made)), ""
-        )
+        told = next(filter(None, (disagreement(make, scheduler, TOLERANCE[dtype]) for make in made)), "")
         if told:
             found[name] = told
     return found

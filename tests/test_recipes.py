@@ -190,10 +190,6 @@ def test_the_default_folder_is_named_after_the_recipe():
     assert Config().folder == Path("runs/digits-vit-reversible")
 
 
-def test_the_driver_fits_on_a_few_pages():
-    assert len(Path(train.__file__).read_text().splitlines()) <= 200
-
-
 # Networks
 
 

@@ -1,14 +1,11 @@
 """RevMViTVideo: torchvision's blocks in reversible stages, the gradients of Naive under every scheduler."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from common import gap, model_gradients
 from torch import nn
 from torchvision.models.video import mvit_v2_s
 
-import revlib.models.video
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
 from revlib.models import ConcatLinear, ConcatMlp, Mean, RevMViTVideo
 from revlib.testing import footprint
@@ -124,7 +121,3 @@ def test_mixed_precision():
         got = model_gradients(model, images)
         model.scheduler = Naive()
         assert gap(got, model_gradients(model, images)) <= 0.05
-
-
-def test_it_fits_on_two_pages():
-    assert len(Path(revlib.models.video.__file__).read_text().splitlines()) <= 120

@@ -1,7 +1,5 @@
 """RevViT: the published composition, timm's conventions, any scheduler."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from common import every_scheduler
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-import revlib.models.vit
 from revlib import Naive, Reversible
 from revlib.models import RevViT
 
@@ -82,7 +79,3 @@ def test_depth_drop_path_and_scheduler_are_passed_on():
     model = RevViT(**{**TINY, "depth": 3}, drop_path_rate=0.2, scheduler=Naive())
     assert [block.F[-1].drop_prob for block in model.blocks] == pytest.approx([0, 0.1, 0.2])
     assert model.blocks.scheduler == Naive() and RevViT(**TINY).blocks.scheduler == Reversible()
-
-
-def test_it_fits_on_a_page_or_two():
-    assert len(Path(revlib.models.vit.__file__).read_text().splitlines()) <= 150

@@ -34,11 +34,17 @@ from revlib.models.pyslowfast import SlowFast, refuse_other_settings
 __all__ = ["Report", "load_minrev", "load_pyslowfast", "to_minrev", "to_pyslowfast"]
 
 MinREV = RevViT | RevSwin | RevMViT
-INDEX = "relative_position_index"  # a table of integers that minREV's RevSwin keeps among its weights
+INDEX = (
+    "relative_position_index"  # a table of integers that minREV's RevSwin keeps among its weights
+)
 
 
 def load_minrev(
-    model: MinREV, checkpoint: Mapping[str, Any], *, keep_classifier: bool = False, same_function: bool = True
+    model: MinREV,
+    checkpoint: Mapping[str, Any],
+    *,
+    keep_classifier: bool = False,
+    same_function: bool = True,
 ) -> Report:
     """Load the state_dict of a minREV RevViT, RevSwin or RevMViT into ``model``, all of it or nothing.
 
@@ -67,7 +73,9 @@ def load_pyslowfast(
     fmt = _fitting((FUSED if fused else SEPARATE,), model)
     known = refuse_other_settings(model, config or checkpoint.get("cfg"))
     report = _load(fmt, model, checkpoint, keep_classifier, True)
-    missing = "" if known else ", without a configuration to compare heads, strides and pooling with"
+    missing = (
+        "" if known else ", without a configuration to compare heads, strides and pooling with"
+    )
     return replace(report, title=report.title + missing)
 
 
@@ -96,7 +104,9 @@ def _fitting(formats: tuple[Format, ...], model: nn.Module) -> Format:
         if isinstance(model, fmt.kinds):
             return fmt
     wanted = " or ".join(fmt.model for fmt in formats)
-    raise TypeError(f"{formats[0].name} takes a {wanted}, got {type(model).__name__}; of a DDP model pass its .module")
+    raise TypeError(
+        f"{formats[0].name} takes a {wanted}, got {type(model).__name__}; of a DDP model pass its .module"
+    )
 
 
 def _split(fmt: Format, tensor: Tensor, names: list[str]) -> tuple[Tensor, ...]:
@@ -110,19 +120,29 @@ def _join(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _load(
-    fmt: Format, model: nn.Module, checkpoint: Mapping[str, Any], keep_classifier: bool, same_function: bool
+    fmt: Format,
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    keep_classifier: bool,
+    same_function: bool,
 ) -> Report:
     theirs, ours, skip = _tensors(checkpoint), model.state_dict(), ("head.",) * keep_classifier
     new, matched, ours_left, misshapen, sizes = {}, [], [], [], dict[str, torch.Size]()
     left = {name for name in theirs if not name.startswith(skip) and not name.endswith(INDEX)}
     for name, sought in names(fmt, model):
-        want = {n: part.shape for n, part in zip(sought, _split(fmt, ours[name], sought), strict=False)}
+        want = {
+            n: part.shape for n, part in zip(sought, _split(fmt, ours[name], sought), strict=False)
+        }
         if name.startswith(skip):
             continue
         sizes |= want
         left -= set(sought)
         missing = [f"{n} of shape {list(want[n])}" for n in sought if n not in theirs]
-        wrong = [(n, want[n], theirs[n].shape) for n in sought if n in theirs and theirs[n].shape != want[n]]
+        wrong = [
+            (n, want[n], theirs[n].shape)
+            for n in sought
+            if n in theirs and theirs[n].shape != want[n]
+        ]
         misshapen += wrong
         if missing or not sought:
             ours_left.append((name, ", ".join(missing) or "no such thing in this format"))
@@ -137,11 +157,22 @@ def _load(
             for key, here in settings(model, sizes).items()
             if key in there and there[key] != here
         ]
-    title = f"{fmt.name} checkpoint for a {type(model).__name__}" + ", which keeps its head" * keep_classifier
-    report = Report(title, tuple(matched), tuple(ours_left), tuple(sorted(left)), tuple(misshapen), tuple(different))
+    title = (
+        f"{fmt.name} checkpoint for a {type(model).__name__}"
+        + ", which keeps its head" * keep_classifier
+    )
+    report = Report(
+        title,
+        tuple(matched),
+        tuple(ours_left),
+        tuple(sorted(left)),
+        tuple(misshapen),
+        tuple(different),
+    )
     if not report.complete:
         advice = (
-            f"build {fmt.model} with the sizes of the checkpoint, or pass keep_classifier=True if only head differs"
+            f"build {fmt.model} with the sizes of the checkpoint, or pass keep_classifier=True if "
+            "only head differs"
         )
         raise ValueError(f"{report}\nnothing was loaded; {advice}")
     model.load_state_dict({**ours, **new})
@@ -158,13 +189,20 @@ def _save(fmt: Format, model: nn.Module, same_function: bool) -> dict[str, Tenso
     for name, sought in names(fmt, model):
         if not sought:
             raise ValueError(f"{fmt.name} has nothing like {name}; it takes {fmt.model}")
-        state |= {their: part.clone() for their, part in zip(sought, _split(fmt, ours[name], sought), strict=True)}
+        state |= {
+            their: part.clone()
+            for their, part in zip(sought, _split(fmt, ours[name], sought), strict=True)
+        }
         if name.endswith("relative_position_bias_table"):
             attention: Any = model.get_submodule(name.rpartition(".")[0])
-            state[f"{sought[0].rpartition('.')[0]}.{INDEX}"] = attention.relative_position_index.clone()
+            state[f"{sought[0].rpartition('.')[0]}.{INDEX}"] = (
+                attention.relative_position_index.clone()
+            )
     for name, norm, eps in fmt.norms(model):
         if same_function and norm.eps != eps:
-            raise ValueError(f"{fmt.name} has eps={eps} for {name}, got {norm.eps}; set eps of that module")
+            raise ValueError(
+                f"{fmt.name} has eps={eps} for {name}, got {norm.eps}; set eps of that module"
+            )
     return state
 
 
@@ -174,5 +212,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             checkpoint = checkpoint[key]
     for name, value in checkpoint.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"expected a state_dict of tensors, got {name!r} of {type(value).__name__}; pass that part")
+            raise TypeError(
+                f"expected a state_dict of tensors, got {name!r} of {type(value).__name__}; pass that part"
+            )
     return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}

@@ -27,11 +27,15 @@ class Format(NamedTuple):
     model: str  # how to build one that fits
     kinds: tuple[type[nn.Module], ...]
     block: str  # what their names in the n-th block start with
-    table: dict[str, str]  # what our names start with, after the block: what theirs do; the first that fits
+    table: dict[
+        str, str
+    ]  # what our names start with, after the block: what theirs do; the first that fits
     eps: float  # of norms there
     coarse: tuple[str, ...] = ()  # our norms whose epsilon there is 1e-5 all the same
     in_time: bool = False  # pools there convolve in time, too, one frame long
-    differs: Callable[[Any], Iterator[str]] = _nothing  # what makes the model another function, as no shape tells
+    differs: Callable[[Any], Iterator[str]] = (
+        _nothing  # what makes the model another function, as no shape tells
+    )
 
     def norms(self, model: nn.Module) -> Iterator[tuple[str, nn.LayerNorm, float]]:
         """Each norm of the model: its name, itself, and its epsilon there."""
@@ -42,10 +46,18 @@ class Format(NamedTuple):
 
 def names(fmt: Format, model: nn.Module) -> Iterator[tuple[str, list[str]]]:
     """Of every parameter, our name and theirs: several if they lie one after another in ours."""
-    blocks = [f"{name}." for name, module in model.named_modules() if _is_block(module)] if fmt.block else []
+    blocks = (
+        [f"{name}." for name, module in model.named_modules() if _is_block(module)]
+        if fmt.block
+        else []
+    )
     for name in model.state_dict():
         number = next((n for n, block in enumerate(blocks) if name.startswith(block)), None)
-        inner, start = (name, "") if number is None else (name[len(blocks[number]) :], fmt.block.format(number))
+        inner, start = (
+            (name, "")
+            if number is None
+            else (name[len(blocks[number]) :], fmt.block.format(number))
+        )
         yield name, [start + their for their in _translated(fmt, inner)]
 
 
@@ -58,15 +70,27 @@ def _translated(fmt: Format, inner: str) -> list[str]:
     for ours, theirs in fmt.table.items():
         if match := re.match(re.escape(ours).replace(r"\*", r"(\d+)"), inner):
             numbers = match.groups()
-            return [their.replace("*", "{}").format(*numbers) + inner[match.end() :] for their in theirs.split()]
+            return [
+                their.replace("*", "{}").format(*numbers) + inner[match.end() :]
+                for their in theirs.split()
+            ]
     return []
 
 
 def settings(model: nn.Module, shapes: Mapping[str, Size]) -> dict[str, Any]:
     """The arguments of the model's class that these shapes, under the names of other code, tell."""
     found: dict[str, Any] = {}
-    stem = next((shapes[name] for name in ("patch_embed.weight", "patch_embed.proj.weight") if name in shapes), None)
-    head = next((shapes[name] for name in ("head.weight", "head.projection.weight") if name in shapes), None)
+    stem = next(
+        (
+            shapes[name]
+            for name in ("patch_embed.weight", "patch_embed.proj.weight")
+            if name in shapes
+        ),
+        None,
+    )
+    head = next(
+        (shapes[name] for name in ("head.weight", "head.projection.weight") if name in shapes), None
+    )
     if stem is not None and len(stem) == 4:
         overlapping = isinstance(model, RevMViT | PublishedRevMViT)
         found |= {"embed_dim": stem[0], "in_chans": stem[1]}
@@ -82,7 +106,11 @@ def settings(model: nn.Module, shapes: Mapping[str, Size]) -> dict[str, Any]:
         tables = [f"layers.{i}.blocks.0.attn.relative_position_bias_table" for i in sorted(stages)]
         found["num_heads"] = tuple(shapes[table][1] for table in tables if table in shapes)
     else:
-        blocks = [int(match[1]) for name in shapes if (match := re.search(r"(?:layers|blocks)\.(\d+)\.", name))]
+        blocks = [
+            int(match[1])
+            for name in shapes
+            if (match := re.search(r"(?:layers|blocks)\.(\d+)\.", name))
+        ]
         found["depth" if isinstance(model, RevViT) else "sum(depths)"] = max(blocks, default=-1) + 1
         if "blocks.0.attn.norm_q.weight" in shapes and "embed_dim" in found:
             found["num_heads"] = found["embed_dim"] // shapes["blocks.0.attn.norm_q.weight"][0]
@@ -204,4 +232,6 @@ SEPARATE = Format(
     eps=1e-6,
     in_time=True,
 )
-FUSED = SEPARATE._replace(table=SEPARATE.table | dict.fromkeys(("F.1.qkv.", "F.attn.qkv."), "F.attn.qkv."))
+FUSED = SEPARATE._replace(
+    table=SEPARATE.table | dict.fromkeys(("F.1.qkv.", "F.attn.qkv."), "F.attn.qkv.")
+)

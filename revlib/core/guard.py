@@ -39,7 +39,9 @@ class FirstRun(NamedTuple):
     result: Sequence[Any]  # the tensors among what the function returned
     merged: Tensor  # the new stream
     saved: list[tuple[int, Placeholder]]  # what autograd saved: its position and its placeholder
-    function_saves: int  # the function saved the tensors before this position, the coupling the others
+    function_saves: (
+        int  # the function saved the tensors before this position, the coupling the others
+    )
 
 
 class StepGuard:
@@ -66,7 +68,9 @@ class StepGuard:
     def exit_repetition(self) -> None:
         """After the function has run again, also after an exception. Must not raise."""
 
-    def repeated(self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None) -> None:
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
         """After a repetition within the pass ``key``.
 
         Args:
@@ -100,7 +104,9 @@ class Guards(Guard):
         self.guards = guards
 
     def step(self, view: StepView, state: State) -> StepGuard:
-        return _StepGuards([g for guard in self.guards if (g := guard.step(view, state)) is not None])
+        return _StepGuards(
+            [g for guard in self.guards if (g := guard.step(view, state)) is not None]
+        )
 
     def forward_done(self, state: State) -> None:
         for guard in self.guards:
@@ -150,7 +156,9 @@ class _StepGuards(StepGuard):
         while self.entered:
             self.entered.pop().exit_repetition()
 
-    def repeated(self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None) -> None:
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
         for guard in self.guards:
             guard.repeated(key, inputs, saved, stream)
 

@@ -55,6 +55,8 @@ class Plan:
             if k in self.states:
                 kept_up_to = k + m - 1
             stream_kept = k <= kept_up_to or k in self.streams
-            found.append(Treatment(dropped, stream_kept, dropped or (needed_below and not stream_kept)))
+            found.append(
+                Treatment(dropped, stream_kept, dropped or (needed_below and not stream_kept))
+            )
             needed_below = (dropped or needed_below) and k not in self.states
         return found

@@ -33,7 +33,9 @@ class _StopRecomputation(BaseException):
 class StepRecord:
     """What is needed to run one step again, and what autograd wanted to save of it."""
 
-    def __init__(self, step: BoundStep, context: dict[str, Any], treatment: Treatment, guard: StepGuard) -> None:
+    def __init__(
+        self, step: BoundStep, context: dict[str, Any], treatment: Treatment, guard: StepGuard
+    ) -> None:
         self.step, self.context, self.guard = step, context, guard
         self.dropped, self.stream_kept, self.repeated = treatment
         self.requires_grad: tuple[bool, ...] = ()  # of the m streams before the step
@@ -42,7 +44,9 @@ class StepRecord:
         # Of each tensor that autograd wanted to save, in this order. The graph owns the placeholders.
         self.placeholders: list[weakref.ref[Placeholder]] = []
         self.metadata: list[_Metadata] = []
-        self.function_saves = 0  # the function saved so many of them, and then the coupling the others
+        self.function_saves = (
+            0  # the function saved so many of them, and then the coupling the others
+        )
         self.differentiable = False  # whether a gradient may enter the function through its result
         self.rounded = False  # whether it runs again on inputs that have rounding errors
         self.may_stop = False  # whether a repetition may stop at the last tensor that is saved
@@ -60,7 +64,9 @@ class StepRecord:
         the record nor the modules."""
         return partial(_pack, index, self.placeholders, self.metadata)
 
-    def first_run(self, state: State, context: dict[str, Any], hooks: AbstractContextManager[Any]) -> Tensor:
+    def first_run(
+        self, state: State, context: dict[str, Any], hooks: AbstractContextManager[Any]
+    ) -> Tensor:
         """Run the step on ``state``, under the hooks that drop what autograd saves. -> the new stream."""
         step, guard = self.step, self.guard
         self.requires_grad = tuple(s.requires_grad for s in state)
@@ -74,7 +80,9 @@ class StepRecord:
                 self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
                 merged = merge(step, state[0], f)
             self.may_stop = self.stream_kept and self._ends_in_reading(f)
-            guard.first_run_done(FirstRun(state, leaves, merged, list(self.living()), self.function_saves))
+            guard.first_run_done(
+                FirstRun(state, leaves, merged, list(self.living()), self.function_saves)
+            )
         finally:
             guard.exit_first_run()
             self._forget_values()
@@ -136,7 +144,10 @@ class StepRecord:
         guard.check()
         try:
             guard.enter_repetition()
-            inputs = tuple(t.detach().requires_grad_(r) for t, r in zip(inputs, self.requires_grad[1:], strict=True))
+            inputs = tuple(
+                t.detach().requires_grad_(r)
+                for t, r in zip(inputs, self.requires_grad[1:], strict=True)
+            )
             context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
             whole = stream is None or merge_saves or not self.dropped or not self.may_stop
             part = slice(0, self.function_saves)
@@ -150,7 +161,9 @@ class StepRecord:
             if merge_saves and fill:
                 s = stream.detach().requires_grad_(self.requires_grad[0])
                 part = slice(self.function_saves, None)
-                self._refill(part, self._recompute(partial(merge, step, s, f), part, whole=False)[1], key)
+                self._refill(
+                    part, self._recompute(partial(merge, step, s, f), part, whole=False)[1], key
+                )
         finally:
             guard.exit_repetition()
         guard.repeated(key, inputs, saved.tensors, recovered)
@@ -173,7 +186,9 @@ class StepRecord:
         except _StopRecomputation:
             pass
         except Exception:
-            if len(saved.tensors) != saved.enough:  # else it has caught what stopped it, and gone on
+            if (
+                len(saved.tensors) != saved.enough
+            ):  # else it has caught what stopped it, and gone on
                 came = [(t.shape, t.dtype) for t in saved.tensors]
                 if self.dropped and came != expected[: len(came)]:
                     self._refuse_mismatch(came, expected)
@@ -185,7 +200,9 @@ class StepRecord:
         return result, saved
 
     def _refill(self, part: slice, saved: _Saved, key: Key) -> None:
-        for ref, tensor, version in zip(self.placeholders[part], saved.tensors, saved.versions, strict=False):
+        for ref, tensor, version in zip(
+            self.placeholders[part], saved.tensors, saved.versions, strict=False
+        ):
             placeholder = ref()
             if placeholder is not None:
                 placeholder.fill(key, tensor, version)
@@ -193,7 +210,10 @@ class StepRecord:
     def _refuse_mismatch(self, came: list[_Metadata], expected: list[_Metadata]) -> NoReturn:
         i = next((i for i, (a, b) in enumerate(zip(came, expected, strict=False)) if a != b), None)
         i = min(len(came), len(expected)) if i is None else i
-        kept, now = (f"{tuple(m[i][0])} {m[i][1]}" if i < len(m) else "nothing more" for m in (expected, came))
+        kept, now = (
+            f"{tuple(m[i][0])} {m[i][1]}" if i < len(m) else "nothing more"
+            for m in (expected, came)
+        )
         raise RuntimeError(
             f"{self.step.name} does not repeat: as saved tensor {i} autograd kept {kept} in forward, and {now} "
             f"when it ran again in backward. {_ROUNDED if self.rounded else ''}Its result must depend only on its "
@@ -222,13 +242,17 @@ class _Saved:
     def __init__(self, enough: int | None) -> None:
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
-        self.enough = enough  # number of tensors after which the run may stop; None if its result is needed
+        self.enough = (
+            enough  # number of tensors after which the run may stop; None if its result is needed
+        )
         self.over = False
 
 
 # Autograd calls these, possibly from compiled code.
 @bypass_compiler
-def _pack(step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[_Metadata], t: Tensor) -> Placeholder:
+def _pack(
+    step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[_Metadata], t: Tensor
+) -> Placeholder:
     placeholder = Placeholder(step, t, version_of(t))
     placeholders.append(weakref.ref(placeholder))
     metadata.append((t.shape, t.dtype))

@@ -49,11 +49,17 @@ class Tape:
     ) -> State:
         """The first run of a step. ``copy`` is its context again, in containers that nobody else edits."""
         k = len(self.records)
-        guard = self.guard.step(StepView(k, step, copy, treatment.dropped, treatment.stream_kept), state)
+        guard = self.guard.step(
+            StepView(k, step, copy, treatment.dropped, treatment.stream_kept), state
+        )
         assert guard is not None
         record = StepRecord(step, copy, treatment, guard)
         self.records.append(record)
-        hooks = saved_tensors_hooks(record.pack_hook(k), self.unpack) if treatment.dropped else nullcontext()
+        hooks = (
+            saved_tensors_hooks(record.pack_hook(k), self.unpack)
+            if treatment.dropped
+            else nullcontext()
+        )
         around = surrounding_tape()
         try:
             _running.tape = self
@@ -93,7 +99,10 @@ class Tape:
                 self.recover(k, task, keeps)
 
     def is_recovered(self, k: int, task: int) -> bool:
-        return any(p is not None and k in p.recovered for p in (self.progress.get(SHARED), self.progress.get(task)))
+        return any(
+            p is not None and k in p.recovered
+            for p in (self.progress.get(SHARED), self.progress.get(task))
+        )
 
     def recover(self, k: int, task: int, keeps: bool) -> None:
         """Refill the placeholders of step k, undoing the steps above it that this pass has not undone yet."""
@@ -120,7 +129,9 @@ class Tape:
             progress.rounded = False
             repeats_from_it = kept < len(self.records) and self.records[kept].repeated
             if consume and not repeats_from_it:
-                self.kept.drop(kept)  # autograd releases the graph as it goes, and this state with it
+                self.kept.drop(
+                    kept
+                )  # autograd releases the graph as it goes, and this state with it
         elif progress.index < k and shared.index >= k:
             progress.index, progress.state = shared.index, shared.state
             progress.rounded = shared.rounded
@@ -161,7 +172,9 @@ class Tape:
         self.passes.add(task)
         ending = partial(self.finish, task, key)
         if key != SHARED:
-            weakref.finalize(ending, self.forget, key)  # after an exception in backward it is dropped and not called
+            weakref.finalize(
+                ending, self.forget, key
+            )  # after an exception in backward it is dropped and not called
         at_end_of_backward(ending)
         return ending
 

@@ -54,7 +54,9 @@ class _AddOnGrid(torch.autograd.Function):
     def forward(s: Tensor, t: Tensor, grid: float, sign: int) -> Tensor:
         if kernel.serves(s, t):
             return kernel.add_on_grid(s, t, grid, sign)
-        return torch.add(s, (t.to(s.dtype) * (1 / grid)).round_(), alpha=sign * grid)  # powers of two scale exactly
+        return torch.add(
+            s, (t.to(s.dtype) * (1 / grid)).round_(), alpha=sign * grid
+        )  # powers of two scale exactly
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -118,7 +120,9 @@ class ExactAdditive(Coupling):
 
     def __post_init__(self) -> None:
         if not (self.limit > 0 and math.frexp(self.limit)[0] == 0.5):
-            raise ValueError(f"ExactAdditive(limit=...) takes a power of two such as 1024, got {self.limit!r}")
+            raise ValueError(
+                f"ExactAdditive(limit=...) takes a power of two such as 1024, got {self.limit!r}"
+            )
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return self._add(s, f, 1)
@@ -145,11 +149,15 @@ class ExactAdditive(Coupling):
             )
         grid = self.limit * 2.0 ** -_DIGITS[s.dtype]
         f = f.expand_as(s)
-        if torch.compiler.is_compiling():  # the compiler traces no Function with a jvp; it fuses these by itself
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler traces no Function with a jvp; it fuses these by itself
             f = f.to(s.dtype)
             rounded = (f.detach() * (1 / grid)).round() * grid
             return s + sign * (rounded + (f - f.detach()))
-        if not torch.is_grad_enabled() and kernel.serves(s, f):  # backward unmerges; save it the way through autograd
+        if not torch.is_grad_enabled() and kernel.serves(
+            s, f
+        ):  # backward unmerges; save it the way through autograd
             return kernel.add_on_grid(s, f, grid, sign)
         return _AddOnGrid.apply(s, f, grid, sign)  # type: ignore[no-untyped-call]
 

@@ -54,7 +54,9 @@ class Coupling(ABC):
         """What the functions of steps with this coupling see of a stream; differentiable. As it is, unless defined."""
         return s
 
-    leaves_as_entered: ClassVar[bool] = False  # whether a sequence gives its streams the dtype back in which they came
+    leaves_as_entered: ClassVar[bool] = (
+        False  # whether a sequence gives its streams the dtype back in which they came
+    )
 
     def for_streams(self, dtype: torch.dtype) -> Coupling:
         """The law that a sequence uses where all its streams have this dtype. This one, unless defined."""

@@ -70,9 +70,13 @@ class Scaled(Coupling):
         _number("Scaled(keep=...)", self.keep)
         _number("Scaled(add=...)", self.add)
         if self.keep == 0:
-            raise ValueError("Scaled(keep=0) would forget the stream, so no step could be inverted; keep some of it")
+            raise ValueError(
+                "Scaled(keep=0) would forget the stream, so no step could be inverted; keep some of it"
+            )
         if not isinstance(self.plus, (Additive, ExactAdditive)):
-            raise ValueError(f"Scaled(plus=...) takes Additive() or ExactAdditive(limit), got {self.plus!r}")
+            raise ValueError(
+                f"Scaled(plus=...) takes Additive() or ExactAdditive(limit), got {self.plus!r}"
+            )
         if isinstance(self.plus, ExactAdditive) and abs(self.keep) != 1:
             raise ValueError(
                 f"Scaled(keep={self.keep!r}, plus={self.plus!r}) is not exact: only keep=1 and keep=-1 stay on the "
@@ -163,8 +167,14 @@ class Affine(Coupling):
 
 
 def _two(f: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(f, Tensor) or not isinstance(f, (tuple, list)) or len(f) != 2:  # a tensor would unpack, by its batch
-        what = f"one tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else f"a {type(f).__name__}"
+    if (
+        isinstance(f, Tensor) or not isinstance(f, (tuple, list)) or len(f) != 2
+    ):  # a tensor would unpack, by its batch
+        what = (
+            f"one tensor of shape {tuple(f.shape)}"
+            if isinstance(f, Tensor)
+            else f"a {type(f).__name__}"
+        )
         raise ValueError(
             f"Affine takes a pair (log-scale, shift), and the function returned {what}; "
             "return the halves of it, as in out.chunk(2, dim=-1)"

@@ -34,9 +34,13 @@ def add_on_grid(s: Tensor, t: Tensor, grid: float, sign: int) -> Tensor:
     y = torch.empty_like(s)
     if y.numel():
         block = 1024
-        half = 2.0**23 if s.dtype == torch.float32 else 2.0**52  # from here on all floating-point numbers are whole
+        half = (
+            2.0**23 if s.dtype == torch.float32 else 2.0**52
+        )  # from here on all floating-point numbers are whole
         with torch.get_device_module(s.device).device_of(s):
-            _kernel()[(-(-y.numel() // block),)](s, t, y, y.numel(), 1 / grid, sign * grid, half, BLOCK=block)
+            _kernel()[(-(-y.numel() // block),)](
+                s, t, y, y.numel(), 1 / grid, sign * grid, half, BLOCK=block
+            )
     return y
 
 
@@ -48,7 +52,10 @@ def _works(device: torch.device) -> bool:
         add_on_grid(torch.ones(1, device=device), torch.ones(1, device=device), 1.0, 1)
         return True
     except Exception as error:  # Triton compiles on first use, and wants a C compiler for it
-        warnings.warn(f"ExactAdditive runs without its fused kernel, since Triton failed: {error}", stacklevel=2)
+        warnings.warn(
+            f"ExactAdditive runs without its fused kernel, since Triton failed: {error}",
+            stacklevel=2,
+        )
         return False
 
 
@@ -64,7 +71,9 @@ def _kernel() -> Any:
         total = tl.load(s + places, inside)
         steps = tl.load(t + places, inside).to(total.dtype) * inverse
         size = tl.abs(steps)
-        size = tl.where(size < half, (size + half) - half, size)  # rounds to whole numbers, half to even
+        size = tl.where(
+            size < half, (size + half) - half, size
+        )  # rounds to whole numbers, half to even
         steps = tl.where(steps < 0, -size, size)
         tl.store(y + places, total + steps * step, inside)
 

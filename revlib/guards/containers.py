@@ -168,7 +168,10 @@ def is_of_a_user_module(name: str | None) -> bool:
 def slots_holder(thing: Any, name: str) -> Holder | None:
     """Of an object's ``__slots__``, if it has any."""
     names = [
-        k for kind in type(thing).__mro__ for k, v in vars(kind).items() if isinstance(v, types.MemberDescriptorType)
+        k
+        for kind in type(thing).__mro__
+        for k, v in vars(kind).items()
+        if isinstance(v, types.MemberDescriptorType)
     ]
     return _named(thing, names, name) if names else None
 
@@ -178,7 +181,8 @@ def attributes_of_class(kind: type) -> Holder | None:
     names = [
         k
         for k, v in vars(kind).items()
-        if not (k.startswith("__") or k.startswith("_abc_") or hasattr(type(v), "__get__")) and not isinstance(v, type)
+        if not (k.startswith("__") or k.startswith("_abc_") or hasattr(type(v), "__get__"))
+        and not isinstance(v, type)
     ]
     return _named(kind, names, ", ".join(names)) if names else None
 
@@ -285,7 +289,10 @@ def same_contents(a: Contents, b: Contents) -> bool:
     if len(a) != len(b):
         return False
     try:
-        return all(x is y or (_is_value(x) and _is_value(y) and bool(x == y)) for x, y in zip(a, b, strict=True))
+        return all(
+            x is y or (_is_value(x) and _is_value(y) and bool(x == y))
+            for x, y in zip(a, b, strict=True)
+        )
     except Exception:  # values that cannot be compared are taken for different ones
         return False
 

@@ -52,7 +52,9 @@ class _StepEdits(StepGuard):
         self.compares = view.stream_kept  # else the recovered stream tells
         self.context: list[tuple[str, Tensor, int]] = []
         for key, value in view.context.items():
-            self.context += ((key, t, version_of(t)) for t in tree_leaves(value) if isinstance(t, Tensor))
+            self.context += (
+                (key, t, version_of(t)) for t in tree_leaves(value) if isinstance(t, Tensor)
+            )
         self.read: list[_Read] = []
         self.constants: dict[int, tuple[Tensor, tuple[Any, Any, Any] | None]] = {}
 
@@ -65,7 +67,11 @@ class _StepEdits(StepGuard):
                 continue
             source = view_base(t)
             if id(source) not in own and id(source) not in streams:
-                view = (t.shape, t.stride(), t.storage_offset()) if source is not t and type(t) is Tensor else None
+                view = (
+                    (t.shape, t.stride(), t.storage_offset())
+                    if source is not t and type(t) is Tensor
+                    else None
+                )
                 self.read.append(
                     _Read(
                         place,
@@ -78,14 +84,22 @@ class _StepEdits(StepGuard):
 
     def saved_tensors_dropped(self) -> None:
         """What is alive now belongs to the user. Intermediate results of the function are gone."""
-        own = self.step.memory.get("put back", ())  # the run edited these, and a repetition gets copies
+        own = self.step.memory.get(
+            "put back", ()
+        )  # the run edited these, and a repetition gets copies
         self.read = [r for r in self.read if (t := r.alive()) is not None and id(t) not in own]
         if self.read and self.compares:
             slots = self.tree.buffer_slots
             buffers = {id(view_base(b)) for named in slots for b in named.values() if b is not None}
             for read in self.read:
                 t = read.alive()
-                if t is None or not read.of_function or t.requires_grad or is_parameter(t) or id(t) in buffers:
+                if (
+                    t is None
+                    or not read.of_function
+                    or t.requires_grad
+                    or is_parameter(t)
+                    or id(t) in buffers
+                ):
                     continue
                 self.constants[read.place] = t, read.view
 
@@ -106,12 +120,18 @@ class _StepEdits(StepGuard):
                         "inplace operation between forward and backward; edit a clone of it instead."
                     )
 
-    def repeated(self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None) -> None:
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
         """Compare a constant with what came in its place, which may be a small difference of streams."""
         for place, (constant, view) in self.constants.items():
             t = saved[place] if place < len(saved) else constant
             if view_base(t) is not constant:
                 before = constant if view is None else constant.as_strided(*view)
-                if before.shape == t.shape and before.dtype == t.dtype:  # and is not seen as another dtype
+                if (
+                    before.shape == t.shape and before.dtype == t.dtype
+                ):  # and is not seen as another dtype
                     reference = inputs[0].detach() if before.is_floating_point() else None
-                    self.recovery.compare(key, Comparison(self.step.name, before, t.detach(), reference))
+                    self.recovery.compare(
+                        key, Comparison(self.step.name, before, t.detach(), reference)
+                    )

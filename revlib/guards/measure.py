@@ -40,7 +40,11 @@ class _StepMeasure(StepGuard):
 
     def first_run_done(self, run: FirstRun) -> None:
         view, state = self.view, (*run.state, run.merged)
-        there = [t for m in self.tree.modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        there = [
+            t
+            for m in self.tree.modules
+            for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+        ]
         there += [t for t in tree_leaves(view.context) if isinstance(t, Tensor)]
         counted = {storage_id(t) for t in there}
         streams = {storage_id(t): i for i, t in enumerate(state, view.number)}

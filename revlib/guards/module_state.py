@@ -69,7 +69,9 @@ class ModuleState(StepGuard):
         remote = tree.remote
         if context and not all(isinstance(v, Tensor) for v in context.values()):
             remote = self._look_at_context(context)
-        self.attached: list[tuple[str, weakref.ref[Tensor], int]] = []  # tensors that are attributes
+        self.attached: list[
+            tuple[str, weakref.ref[Tensor], int]
+        ] = []  # tensors that are attributes
         tensors: list[Tensor] = []
         if tree.has_tensors or self.extra:
             attributes = list(self._attributes_that_are_tensors())
@@ -91,7 +93,9 @@ class ModuleState(StepGuard):
 
     def _look_at_context(self, context: Mapping[str, Any]) -> list[nn.Module]:
         holders, modules = found_in(context)
-        self.extra = [(h, tuple(map(without_graph, h.read()))) for h in holders if h.put is not None]
+        self.extra = [
+            (h, tuple(map(without_graph, h.read()))) for h in holders if h.put is not None
+        ]
         self.watched += [(h, h.read()) for h in holders if h.put is None]
         known = {id(m) for m in (*self.tree.modules, *self.tree.remote)}
         return [*self.tree.remote, *(m for m in modules if id(m) not in known)]
@@ -162,7 +166,9 @@ class ModuleState(StepGuard):
             self._refuse_edits("parameter", "step the optimizer only after backward", pairs)
         self._refuse_edits("buffer", "edit buffers only after backward", self.buffers.constant)
         if self.attached:
-            self._refuse_edits("attribute", "edit attributes only after backward", self._attached_now())
+            self._refuse_edits(
+                "attribute", "edit attributes only after backward", self._attached_now()
+            )
 
     def _check_modes(self) -> None:
         for m, training in zip(self.tree.modules, self.tree.training, strict=True):
@@ -173,7 +179,9 @@ class ModuleState(StepGuard):
                     "backward; switch modes only after backward."
                 )
 
-    def _refuse_edits(self, kind: str, advice: str, versions: list[tuple[str, Tensor, int]]) -> None:
+    def _refuse_edits(
+        self, kind: str, advice: str, versions: list[tuple[str, Tensor, int]]
+    ) -> None:
         for k, t, version in versions:
             if version >= 0 and version_of(t) != version:
                 raise RuntimeError(
@@ -265,7 +273,9 @@ class ModuleState(StepGuard):
                 if p is not None and p.requires_grad != flag:
                     p = p.detach().requires_grad_(flag)
                 held[name] = p
-            if not any(map(is_dtensor, (*held.values(), *slots.values()))):  # FSDP exchanges its parameters itself
+            if not any(
+                map(is_dtensor, (*held.values(), *slots.values()))
+            ):  # FSDP exchanges its parameters itself
                 yield slots, held
 
     def _bind_hooks(self) -> None:
@@ -293,7 +303,9 @@ def _put(slots: dict[str, Any], wanted: dict[str, Any]) -> None:
         for key in slots.keys() - wanted.keys():
             del slots[key]
         slots.update(wanted)
-    elif tuple(slots) != tuple(wanted) or not identical(tuple(slots.values()), tuple(wanted.values())):
+    elif tuple(slots) != tuple(wanted) or not identical(
+        tuple(slots.values()), tuple(wanted.values())
+    ):
         slots.clear()
         slots.update(wanted)
 
@@ -366,15 +378,21 @@ class _Buffers:
                 found[id(t)] = base.as_strided(t.shape, t.stride(), t.storage_offset())
         return found
 
-    def for_repetition(self, fresh: dict[int, Tensor]) -> list[tuple[dict[str, Any], str, Tensor | None]]:
+    def for_repetition(
+        self, fresh: dict[int, Tensor]
+    ) -> list[tuple[dict[str, Any], str, Tensor | None]]:
         """Where which buffer belongs."""
-        found: list[tuple[dict[str, Any], str, Tensor | None]] = [(slots, k, b) for slots, k, b in self._constant_slots]
+        found: list[tuple[dict[str, Any], str, Tensor | None]] = [
+            (slots, k, b) for slots, k, b in self._constant_slots
+        ]
         spare: dict[int, Tensor] = {}
         for slots, k, b, copy in self.changed:
             if b is not None and id(b) in fresh:
                 found.append((slots, k, fresh[id(b)]))
             else:
-                found.append((slots, k, copy if copy is None else spare.setdefault(id(copy), copy.clone())))
+                found.append(
+                    (slots, k, copy if copy is None else spare.setdefault(id(copy), copy.clone()))
+                )
         return found
 
 
@@ -393,7 +411,9 @@ def _is_plain_data(t: Tensor) -> bool:
 def _is_changed(t: Tensor, version: int, before: Tensor) -> bool:
     if version_of(t) != version or t.shape != before.shape or t.dtype != before.dtype:
         return True
-    if dispatch_modes_active():  # fake tensors, and those that are traced, have no values to compare
+    if (
+        dispatch_modes_active()
+    ):  # fake tensors, and those that are traced, have no values to compare
         return False
     return _is_comparable(t) and not torch.equal(t, before)
 
@@ -447,7 +467,9 @@ class _OwnEdits:
 
     def for_repetition(self, parameters: list[Tensor]) -> dict[int, Tensor]:
         return {
-            id(p): nn.Parameter(self.copies[id(p)].clone(), p.requires_grad) for p in parameters if id(p) in self.copies
+            id(p): nn.Parameter(self.copies[id(p)].clone(), p.requires_grad)
+            for p in parameters
+            if id(p) in self.copies
         }
 
 

@@ -67,7 +67,9 @@ def found_in(context: Mapping[str, Any]) -> tuple[list[Holder], list[nn.Module]]
     return list(found.holders.values()), [m for m in found.remote.values() if m._buffers]
 
 
-_OWN_DICTS = frozenset(("_parameters", "_buffers", "_modules"))  # of every module, and looked at separately
+_OWN_DICTS = frozenset(
+    ("_parameters", "_buffers", "_modules")
+)  # of every module, and looked at separately
 _FUNCTIONS = (partial, types.MethodType, types.FunctionType)
 _PLAIN = frozenset(
     (
@@ -143,7 +145,9 @@ class _Found:
             self.visit(function.__func__, name, remote=remote)
         else:
             users = is_of_a_user_module(function.__module__)
-            for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            for key, cell in zip(
+                function.__code__.co_freevars, function.__closure__ or (), strict=True
+            ):
                 if key != "__class__" and id(cell) not in self.seen:
                     self.seen[id(cell)] = cell
                     holder = cell_holder(cell, key)
@@ -157,7 +161,9 @@ class _Found:
     def _visit_code(self, function: types.FunctionType, *, remote: bool) -> None:
         code, variables = function.__code__, function.__globals__
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self.visit(default, f"{function.__name__} (a default argument of a closure)", remote=remote)
+            self.visit(
+                default, f"{function.__name__} (a default argument of a closure)", remote=remote
+            )
         for name in names_of(code):
             part = variables.get(name)
             if (
@@ -166,7 +172,9 @@ class _Found:
                 or is_of_a_user(type(part))  # type: ignore
                 or getattr(part, "__module__", None) == function.__module__
             ):
-                self.visit(part, name, remote=remote or not isinstance(part, (nn.Module, _FUNCTIONS)))
+                self.visit(
+                    part, name, remote=remote or not isinstance(part, (nn.Module, _FUNCTIONS))
+                )
         stored = stored_globals(code)
         if stored:
             self.holders.setdefault(id(code), global_holder(variables, stored))
@@ -233,7 +241,9 @@ class _Found:
                     self._visit_function(function, function.__name__, remote=True)
 
     def _hold_dict(self, attributes: dict[str, Any], name: str = "") -> None:
-        self.holders[id(attributes)] = Holder(attributes, name or "an attribute of a parameter", *CONTAINERS[dict])
+        self.holders[id(attributes)] = Holder(
+            attributes, name or "an attribute of a parameter", *CONTAINERS[dict]
+        )
 
 
 _HOOKS = (
@@ -244,7 +254,9 @@ _GLOBAL_HOOKS = (
     *("_global_forward_pre_hooks", "_global_forward_hooks"),
     *("_global_forward_hooks_with_kwargs", "_global_forward_hooks_always_called"),
 )
-Hooks = list[tuple[dict[str, Any], str, dict[Any, Any]]]  # where a dict of hooks belongs, and a copy of its contents
+Hooks = list[
+    tuple[dict[str, Any], str, dict[Any, Any]]
+]  # where a dict of hooks belongs, and a copy of its contents
 
 
 class ModuleTree:
@@ -287,7 +299,8 @@ class ModuleTree:
         # What is looked at to see whether they are as they were: all but the dozen dicts of hooks
         # that every module has, which are compared elsewhere or do not matter.
         self._own = [
-            (itemgetter(*(k for k in slots if k not in _STANDARD or k in _LOOKED_AT)), slots) for slots in self.slots
+            (itemgetter(*(k for k in slots if k not in _STANDARD or k in _LOOKED_AT)), slots)
+            for slots in self.slots
         ]
         children = [slots["_modules"] for slots in self.slots]
         self._dicts = [d for d in children if d]
@@ -350,7 +363,9 @@ class ModuleTree:
         """The forward hooks of the modules, and torch's for all modules; nothing where there are none."""
         if not any(self._hooks):
             return []
-        full = [(slots, names) for slots, names in self.hook_slots if slots[names[0]] or slots[names[1]]]
+        full = [
+            (slots, names) for slots, names in self.hook_slots if slots[names[0]] or slots[names[1]]
+        ]
         return [(slots, name, slots[name].copy()) for slots, names in full for name in names]
 
     def attributes(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...], tuple[Any, ...]]]:
@@ -371,14 +386,20 @@ def identical(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def _is_stable(function: Any) -> bool:
     """Whether a function will lead to the same modules for as long as it exists."""
     if isinstance(function, types.FunctionType):
-        return function.__module__.partition(".")[0] in ("torch", "timm") and not function.__closure__
+        return (
+            function.__module__.partition(".")[0] in ("torch", "timm") and not function.__closure__
+        )
     return True
 
 
 def module_tree(step: BoundStep) -> ModuleTree:
     """The tree of a step's function as it is now."""
     known = step.memory.get(ModuleTree)
-    if known is None or not known.holds() or not identical(known.parameters, known.parameters_now()):
+    if (
+        known is None
+        or not known.holds()
+        or not identical(known.parameters, known.parameters_now())
+    ):
         known = ModuleTree(step)
         step.memory.pop(ModuleTree, None)
         if known.reusable:

@@ -57,7 +57,9 @@ class CpuGeneratorLock:
 
 def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
     """The devices whose default generators a function on these tensors may draw from; always with the CPU."""
-    return sorted({t.device for t in tensors if t.device.type != "meta"} | {torch.device("cpu")}, key=str)
+    return sorted(
+        {t.device for t in tensors if t.device.type != "meta"} | {torch.device("cpu")}, key=str
+    )
 
 
 def _state(device: torch.device) -> Tensor:
@@ -122,7 +124,9 @@ class Draws(StepGuard):
         known = self.generators
         before, contents = known.states, known.contents
         known.look()
-        for device, state, was, now in zip(known.devices, before, contents, known.contents, strict=True):
+        for device, state, was, now in zip(
+            known.devices, before, contents, known.contents, strict=True
+        ):
             if was != now:
                 self.drawn.append((device, state))
         if self.lock:

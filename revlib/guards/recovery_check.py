@@ -61,7 +61,9 @@ class Sampler:
         places = self.places.get(key)
         if places is None or places.device != t.device:
             places = self.places[key] = self._places(t)
-        if is_fake(t) and not is_fake(places):  # a fake tensor outside of its mode has nothing to compare
+        if is_fake(t) and not is_fake(
+            places
+        ):  # a fake tensor outside of its mode has nothing to compare
             return t
         return torch.take(t, places)
 
@@ -72,7 +74,9 @@ class Sampler:
         for n in t.shape:
             count = min(n, per_dim)
             stride = n // count if count else 1
-            first = self.offset % (n - stride * (count - 1)) if count else 0  # each of the n at some offset
+            first = (
+                self.offset % (n - stride * (count - 1)) if count else 0
+            )  # each of the n at some offset
             along = torch.arange(first, first + stride * count, stride, device=t.device)
             places = places[..., None] * n + along
         return places
@@ -84,7 +88,9 @@ class Comparison(NamedTuple):
     name: str  # of the step
     original: Tensor
     recovered: Tensor
-    reference: Tensor | None = None  # what the difference is measured against, if that is not the original
+    reference: Tensor | None = (
+        None  # what the difference is measured against, if that is not the original
+    )
 
 
 class StreamRange(NamedTuple):
@@ -114,12 +120,16 @@ class RecoveryCheck(Guard):
 
     def __init__(self, steps: int, tolerance: float | None, outer: RecoveryCheck | None) -> None:
         self.steps, self.tolerance = steps, tolerance
-        self.outer = None if outer is None else weakref.ref(outer)  # of the stack that this one runs inside
+        self.outer = (
+            None if outer is None else weakref.ref(outer)
+        )  # of the stack that this one runs inside
         self.sampler = Sampler(steps)
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.ranges: list[StreamRange] = []
         self.dtypes: set[torch.dtype] = set()
-        self.total: Tensor | None = None  # the sum of the last state, which is finite if the state is
+        self.total: Tensor | None = (
+            None  # the sum of the last state, which is finite if the state is
+        )
 
     @property
     def exact(self) -> bool:
@@ -173,7 +183,9 @@ class _StepRecovery(StepGuard):
         of.dtypes.update((stream.dtype, run.merged.dtype, *(t.dtype for t in run.result)))
         limit = view.step.coupling.limit_of(run.merged.dtype)
         if limit < math.inf and run.merged.numel():
-            least, largest = torch.aminmax(local_part(run.merged).detach())  # many times as fast as a norm on a CPU
+            least, largest = torch.aminmax(
+                local_part(run.merged).detach()
+            )  # many times as fast as a norm on a CPU
             of.ranges.append(StreamRange(view.step.name, least, largest, limit))
 
     def _sample_activations(self, run: FirstRun) -> None:
@@ -198,7 +210,9 @@ class _StepRecovery(StepGuard):
             if activations == 2 and self.weight >= 0:
                 return
 
-    def repeated(self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None) -> None:
+    def repeated(
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+    ) -> None:
         for place, original in self.samples.items():
             t = stream if place < 0 else saved[place] if place < len(saved) else None
             if t is not None and (place < 0 or has_dense_memory(t)):
@@ -216,7 +230,11 @@ def _first_row(t: Tensor) -> Tensor:
 def _rows(samples: Sequence[Tensor], device: torch.device) -> Tensor:
     """Samples as the rows of a matrix, in at least single precision, filled up with zeros."""
     if len({(t.shape, t.dtype, t.device) for t in samples}) == 1:  # as nearly always
-        rows = torch.stack(list(samples)).flatten(1) if samples[0].ndim else torch.stack(list(samples))[:, None]
+        rows = (
+            torch.stack(list(samples)).flatten(1)
+            if samples[0].ndim
+            else torch.stack(list(samples))[:, None]
+        )
         return rows.to(device, sum_dtype(rows))
     flat = [t.flatten() if t.device == device else t.flatten().to(device) for t in samples]
     if len({t.dtype for t in flat}) > 1:
@@ -250,7 +268,9 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     del originals
     sizes = norms
     if any(c.reference is not None for c in comparisons):
-        references = _rows([c.original if c.reference is None else c.reference for c in comparisons], device)
+        references = _rows(
+            [c.original if c.reference is None else c.reference for c in comparisons], device
+        )
         sizes = torch.maximum(norms, _norms(_finite(references)))
         sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
@@ -277,8 +297,14 @@ def compare_recovered(
         return
     device = found[0].device
     if tolerance is None:  # where every step is exact, equality, wherever kernels repeat their bits
-        tolerance = 0.0 if exact and device.type == "cpu" else default_tolerance(dtypes, device.type != "cpu")
-    autocast = torch.autocast(device.type, enabled=False)  # it would have a say in how samples are put together
+        tolerance = (
+            0.0
+            if exact and device.type == "cpu"
+            else default_tolerance(dtypes, device.type != "cpu")
+        )
+    autocast = torch.autocast(
+        device.type, enabled=False
+    )  # it would have a say in how samples are put together
     with torch.no_grad(), autocast:
         parts = [relative_errors(comparisons, tolerance)] if comparisons else []
         if ranges:
@@ -301,7 +327,9 @@ def _unreadable(values: Tensor) -> bool:
 _pending: list[tuple[cuda_streams.Arriving, list[str], Sequence[StreamRange], float]] = []
 
 
-def report(values: Tensor, names: list[str], ranges: Sequence[StreamRange], tolerance: float) -> None:
+def report(
+    values: Tensor, names: list[str], ranges: Sequence[StreamRange], tolerance: float
+) -> None:
     """Raise where one of the errors, or of the magnitudes after them, is too large: at once on a CPU.
 
     On CUDA the values are copied without a synchronisation. The first forward or backward of any stack that finds them
@@ -326,7 +354,9 @@ def raise_pending(*, wait: bool = True) -> None:
         _judge(verdict.get(), names, ranges, tolerance, "an earlier backward")
 
 
-def _judge(values: Tensor, names: Sequence[str], ranges: Sequence[StreamRange], tolerance: float, when: str) -> None:
+def _judge(
+    values: Tensor, names: Sequence[str], ranges: Sequence[StreamRange], tolerance: float, when: str
+) -> None:
     """Raise for the first of the magnitudes, then errors, that is too large."""
     errors, sizes = values[: len(names)].tolist(), values[len(names) :].tolist()
     for size, (name, _, _, limit) in zip(sizes, ranges, strict=True):

@@ -29,11 +29,17 @@ class SelfAttention(Attention):  # type: ignore[misc]  # timm comes without type
     bfloat16, for as long as this layer's activations live.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         if attn_mask is not None or is_causal or not self._plain(x):
             return super().forward(x, attn_mask, is_causal)
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three (b h) n d", three=3, h=self.num_heads).unbind()
-        with torch.autocast("cpu", enabled=False):  # it would convert the weights of softmax to float32 and back
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three (b h) n d", three=3, h=self.num_heads
+        ).unbind()
+        with torch.autocast(
+            "cpu", enabled=False
+        ):  # it would convert the weights of softmax to float32 and back
             scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
             out = torch.bmm(scores.softmax(dim=-1), v)
         return self.proj_drop(self.proj(rearrange(out, "(b h) n d -> b n (h d)", h=self.num_heads)))
@@ -42,4 +48,9 @@ class SelfAttention(Attention):  # type: ignore[misc]  # timm comes without type
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         dropping = self.training and self.attn_drop.p > 0
-        return x.device.type == "cpu" and dtype is torch.bfloat16 and x.shape[1] <= LONGEST and not dropping
+        return (
+            x.device.type == "cpu"
+            and dtype is torch.bfloat16
+            and x.shape[1] <= LONGEST
+            and not dropping
+        )

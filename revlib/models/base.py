@@ -19,7 +19,11 @@ from revlib.sequence import ReversibleSequence
 __all__ = ["Layer", "Scheduled", "TimmModel", "placed"]
 
 Layer = str | Callable[..., nn.Module]  # a class, or what timm calls it
-FORMATS = {"NCHW": "b h w c -> b c h w", "NHWC": "b h w c -> b h w c", "NLC": "b h w c -> b (h w) c"}
+FORMATS = {
+    "NCHW": "b h w c -> b c h w",
+    "NHWC": "b h w c -> b h w c",
+    "NLC": "b h w c -> b (h w) c",
+}
 
 
 class Scheduled(NotScripted):
@@ -96,7 +100,8 @@ class TimmModel(Scheduled):
         """A tap after each level, of so many channels, every so many pixels."""
         self.taps = nn.ModuleList(Tap() for _ in channels)
         self.feature_info = [
-            {"module": f"taps.{i}", "num_chs": channels[i], "reduction": reductions[i]} for i in range(len(channels))
+            {"module": f"taps.{i}", "num_chs": channels[i], "reduction": reductions[i]}
+            for i in range(len(channels))
         ]
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -111,7 +116,9 @@ class TimmModel(Scheduled):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""
         if self.global_pool:
-            x = x.flatten(1, -2).mean(1)  # over patches; einops does not read the shapes of a symbolic trace
+            x = x.flatten(1, -2).mean(
+                1
+            )  # over patches; einops does not read the shapes of a symbolic trace
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
@@ -138,7 +145,9 @@ class TimmModel(Scheduled):
         Activations are recovered between taps as in a whole pass; each tap keeps its own two streams for backward.
         """
         if output_fmt not in FORMATS:
-            raise ValueError(f"output_fmt must be one of {', '.join(FORMATS)}, got {output_fmt!r}; choose one of them")
+            raise ValueError(
+                f"output_fmt must be one of {', '.join(FORMATS)}, got {output_fmt!r}; choose one of them"
+            )
         taken, last = feature_take_indices(len(self.taps), indices)
         end = last + 1 if stop_early else len(self.taps)
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
@@ -166,7 +175,9 @@ class TimmModel(Scheduled):
         without a class token. Source: the interface of DINO.
         """
         fmt = "NCHW" if reshape else "NLC"
-        maps: Any = self.forward_intermediates(x, n, norm=norm, output_fmt=fmt, intermediates_only=True)
+        maps: Any = self.forward_intermediates(
+            x, n, norm=norm, output_fmt=fmt, intermediates_only=True
+        )
         return maps
 
     def prune_intermediate_layers(

@@ -34,14 +34,20 @@ class Blocks(NotScripted, ReversibleSequence):
     parts: int = 1
     _apart: tuple[Any, ReversibleSequence] | None = None
 
-    def forward(self, *streams: Tensor, start: int | None = None, stop: int | None = None, **context: Any) -> State:
+    def forward(
+        self, *streams: Tensor, start: int | None = None, stop: int | None = None, **context: Any
+    ) -> State:
         some = {name: at for name, at in (("start", start), ("stop", stop)) if at is not None}
         if traced(streams[0]):
             return noted(self, streams, {**some, **context})
         if some:
             return self[start:stop](*streams, **context)
         parts = parts_of(self.parts, streams[0])
-        return super().forward(*streams, **context) if parts == 1 else self._in(parts)(*streams, **context)
+        return (
+            super().forward(*streams, **context)
+            if parts == 1
+            else self._in(parts)(*streams, **context)
+        )
 
     def part(self, start: int, stop: int, *streams: Tensor) -> State:
         """Some of the blocks; all of them as a call of the module itself, so that its hooks run."""
@@ -72,7 +78,12 @@ class InParts(nn.Module):
         kept = self.kept or transforming()  # which refuse to checkpoint
         pieces = x.tensor_split(self.parts)
         with each_alone(x):
-            return torch.cat([self.fn(p) if kept else checkpoint(self.fn, p, use_reentrant=False) for p in pieces])
+            return torch.cat(
+                [
+                    self.fn(p) if kept else checkpoint(self.fn, p, use_reentrant=False)
+                    for p in pieces
+                ]
+            )
 
 
 def each_alone(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -94,5 +105,9 @@ def parts_of(parts: int, batch: Tensor) -> int:
 def separable(parts: int, model: nn.Module) -> int:
     """That many, unless a layer looks at the whole batch. Raises: ValueError for less than one."""
     if not isinstance(parts, int) or parts < 1:
-        raise ValueError(f"parts takes a whole number from 1 up, got {parts!r}; 1 runs the whole batch at once")
-    return 1 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else parts
+        raise ValueError(
+            f"parts takes a whole number from 1 up, got {parts!r}; 1 runs the whole batch at once"
+        )
+    return (
+        1 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else parts
+    )

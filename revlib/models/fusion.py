@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 __all__ = ["Concat", "ConcatLinear", "ConcatMlp", "Fusion", "Mean"]
 
-Fusion = Callable[[int, Callable[[int], nn.Module]], nn.Module]  # of channels and a norm -> module(x1, x2)
+Fusion = Callable[
+    [int, Callable[[int], nn.Module]], nn.Module
+]  # of channels and a norm -> module(x1, x2)
 
 
 class Mean(nn.Module):

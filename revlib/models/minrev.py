@@ -24,7 +24,14 @@ from revlib.models.stage import WindowBranch
 from revlib.models.swin import RevSwin
 from revlib.models.vit import RevViT
 
-__all__ = ["UnrolledRevSwin", "init_like_torch", "minrev_mvit", "minrev_swin", "minrev_vit", "take_both_streams"]
+__all__ = [
+    "UnrolledRevSwin",
+    "init_like_torch",
+    "minrev_mvit",
+    "minrev_swin",
+    "minrev_vit",
+    "take_both_streams",
+]
 
 
 def minrev_vit(**sizes: Any) -> RevViT:
@@ -65,7 +72,9 @@ class UnrolledWindowBranch(WindowBranch):
 
     def forward(self, x: Tensor) -> Tensor:
         rolled_back = self._attn(self.norm1(x))
-        return self.drop_path1(torch.roll(rolled_back, [-shift for shift in self.shift_size], dims=(1, 2)))
+        return self.drop_path1(
+            torch.roll(rolled_back, [-shift for shift in self.shift_size], dims=(1, 2))
+        )
 
 
 class UnrolledRevSwin(RevSwin):

@@ -101,9 +101,19 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             norm_layer=norm_layer,
             norm_eps=getattr(norm_layer, "keywords", {}).get("eps", 1e-6),
         )
-        side = max(feat_size) * patch_size  # timm makes square tables only; a shorter side leaves rows unused
+        side = (
+            max(feat_size) * patch_size
+        )  # timm makes square tables only; a shorter side leaves rows unused
         super().__init__(
-            cfg, (side, side), in_chans, global_pool, num_classes, drop_path_rate, drop_rate, device=device, dtype=dtype
+            cfg,
+            (side, side),
+            in_chans,
+            global_pool,
+            num_classes,
+            drop_path_rate,
+            drop_rate,
+            device=device,
+            dtype=dtype,
         )
         for i, stage in enumerate(self.stages):
             transition, blocks = (stage.blocks[0], stage.blocks[1:]) if i else (None, stage.blocks)
@@ -115,7 +125,11 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             for b in stage.blocks:
                 b.mlp.act = get_act_layer(act_layer)()
             norm = partial(get_norm_layer(norm_layer), eps=cfg.norm_eps)
-            fuse = fusion(cfg.embed_dim[i], norm).to(device=device, dtype=dtype).apply(self._init_weights)
+            fuse = (
+                fusion(cfg.embed_dim[i], norm)
+                .to(device=device, dtype=dtype)
+                .apply(self._init_weights)
+            )
             self.stages[i] = RevStage(transition, pairs, fuse, feat_size)
             self.feature_info[i]["module"] = f"stages.{i}"
             feat_size = inner

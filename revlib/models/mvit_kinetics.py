@@ -49,13 +49,17 @@ class VolumeAttention(nn.Module):
     resolution are not pooled. Shapes: (B, N, dim), volume to (B, N / stride_q², dim_out), volume.
     """
 
-    def __init__(self, dim: int, dim_out: int, num_heads: int, stride_q: int, stride_kv: int) -> None:
+    def __init__(
+        self, dim: int, dim_out: int, num_heads: int, stride_q: int, stride_kv: int
+    ) -> None:
         super().__init__()
         self.num_heads, channels = num_heads, dim_out // num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim_out, bias=False), nn.Linear(dim_out, dim_out)
         for name, stride in (("q", stride_q), ("k", stride_kv), ("v", stride_kv)):
             pooled = name != "q" or stride > 1
-            pool = nn.Conv3d(channels, channels, 3, (1, stride, stride), 1, groups=channels, bias=False)
+            pool = nn.Conv3d(
+                channels, channels, 3, (1, stride, stride), 1, groups=channels, bias=False
+            )
             self.add_module(f"pool_{name}", pool if pooled else None)
             self.add_module(f"norm_{name}", _norm(channels) if pooled else None)
 
@@ -66,10 +70,14 @@ class VolumeAttention(nn.Module):
             return heads, size
         t, h, w = size
         x = pool(rearrange(heads, "b heads (t h w) c -> (b heads) c t h w", t=t, h=h, w=w))
-        return norm(rearrange(x, "(b heads) c t h w -> b heads (t h w) c", heads=self.num_heads)), x.shape[2:]
+        return norm(
+            rearrange(x, "(b heads) c t h w -> b heads (t h w) c", heads=self.num_heads)
+        ), x.shape[2:]
 
     def forward(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-        q, k, v = rearrange(self.qkv(x), "b n (part heads c) -> part b heads n c", part=3, heads=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (part heads c) -> part b heads n c", part=3, heads=self.num_heads
+        )
         (q, after), (k, _), (v, _) = (
             self.pooled(name, part, size) for name, part in zip("qkv", (q, k, v), strict=True)
         )
@@ -86,9 +94,16 @@ class ProjectedTransition(nn.Module):
     stochastic depth of all of it. Shapes: (B, N, C), volume to (B, N / 4, 2 C), volume.
     """
 
-    def __init__(self, F: PooledAttention, G: nn.Module, dim: int, dim_out: int, drop_path: float) -> None:
+    def __init__(
+        self, F: PooledAttention, G: nn.Module, dim: int, dim_out: int, drop_path: float
+    ) -> None:
         super().__init__()
-        self.project, self.F, self.G, self.drop_path = nn.Linear(dim, dim_out), F, G, DropPath(drop_path)
+        self.project, self.F, self.G, self.drop_path = (
+            nn.Linear(dim, dim_out),
+            F,
+            G,
+            DropPath(drop_path),
+        )
 
     def forward(self, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         attn: Any = self.F.attn
@@ -148,13 +163,21 @@ class PublishedRevMViTVideo(Published):
     ) -> None:
         super().__init__()
         if min(depths, default=0) < 1:
-            raise ValueError(f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages")
+            raise ValueError(
+                f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages"
+            )
         units = [n * (1 if d == 0 else 2 ** (len(depths) - 1)) for d, n in enumerate(patch_size)]
         if any(pixels % unit for pixels, unit in zip(clip_size, units, strict=True)):
-            nearest = tuple(-(-pixels // unit) * unit for pixels, unit in zip(clip_size, units, strict=True))
-            raise ValueError(f"clip_size must be divisible by {tuple(units)}, got {clip_size}; resize to {nearest}")
+            nearest = tuple(
+                -(-pixels // unit) * unit for pixels, unit in zip(clip_size, units, strict=True)
+            )
+            raise ValueError(
+                f"clip_size must be divisible by {tuple(units)}, got {clip_size}; resize to {nearest}"
+            )
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+            raise ValueError(
+                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
+            )
         frames, *space = (pixels // n for pixels, n in zip(clip_size, patch_size, strict=True))
         self.feat_size = size = (frames, space[0], space[1])
         self.patch_embed = ClipPatches(in_chans, embed_dim, patch_size)
@@ -166,15 +189,26 @@ class PublishedRevMViTVideo(Published):
             dim, heads, kv = embed_dim * 2**i, num_heads * 2**i, max(kv_stride // 2**i, 1)
             entered, transition = size, None
             if i:
-                F = PooledAttention(_norm(dim // 2), VolumeAttention(dim // 2, dim, heads, 2, kv), nn.Identity(), size)
-                transition = ProjectedTransition(F, _mlp(dim, mlp_ratio), dim // 2, dim, next(rates))
+                F = PooledAttention(
+                    _norm(dim // 2),
+                    VolumeAttention(dim // 2, dim, heads, 2, kv),
+                    nn.Identity(),
+                    size,
+                )
+                transition = ProjectedTransition(
+                    F, _mlp(dim, mlp_ratio), dim // 2, dim, next(rates)
+                )
                 size = (frames, size[1] // 2, size[2] // 2)
             pairs = Blocks((), coupling, scheduler)
             for _ in range(depth - (i > 0)):
                 rate = next(rates)
-                F = PooledAttention(_norm(dim), VolumeAttention(dim, dim, heads, 1, kv), DropPath(rate), size)
+                F = PooledAttention(
+                    _norm(dim), VolumeAttention(dim, dim, heads, 1, kv), DropPath(rate), size
+                )
                 pairs.append((F, _mlp(dim, mlp_ratio).append(DropPath(rate))))
-            self.stages.append(RevStage(transition, pairs, Mean(dim) if i + 1 < len(depths) else Concat(), entered))
+            self.stages.append(
+                RevStage(transition, pairs, Mean(dim) if i + 1 < len(depths) else Concat(), entered)
+            )
         self.finish(embed_dim * 2 ** len(depths), num_classes, drop_rate, fc_norm)
         for positions in (self.pos_embed_spatial, self.pos_embed_temporal):
             trunc_normal_(positions, std=0.02)

@@ -48,9 +48,13 @@ class StageTransition(nn.Module):
         attn: Any = self.F.attn
         height, width = feat_size
         x = x + self.fusion(x)
-        heads = rearrange(x, "b (h w) (heads c) -> (b heads) c h w", h=height, w=width, heads=attn.num_heads)
+        heads = rearrange(
+            x, "b (h w) (heads c) -> (b heads) c h w", h=height, w=width, heads=attn.num_heads
+        )
         pooled = attn.pool_q(heads)
-        residual = attn.norm_q(rearrange(pooled, "(b heads) c h w -> b (h w) heads c", heads=attn.num_heads))
+        residual = attn.norm_q(
+            rearrange(pooled, "(b heads) c h w -> b (h w) heads c", heads=attn.num_heads)
+        )
         x = residual.flatten(2) + self.F(x)
         return self.drop_path(x + self.G(x)), pooled.shape[-2:]
 
@@ -82,7 +86,9 @@ class Published(Scheduled):
         x, feat_size = self.patch_embed(images)
         if not traced(x) and tuple(feat_size) != self.feat_size:
             want, got = ("x".join(map(str, size)) for size in (self.feat_size, feat_size))
-            raise ValueError(f"images must give {want} patches, got {got}; resize them, or build the model with theirs")
+            raise ValueError(
+                f"images must give {want} patches, got {got}; resize them, or build the model with theirs"
+            )
         x = x + self.positions()
         for stage in self.stages:
             x, feat_size = stage(x, feat_size)
@@ -179,7 +185,9 @@ class PublishedRevMViT(Published):
             pairs = Blocks((), coupling, scheduler)
             for _ in range(depth - (i > 0)):
                 rate = next(rates)
-                F = PooledAttention(_norm(dim), _attention(dim, heads, size, kv), DropPath(rate), size)
+                F = PooledAttention(
+                    _norm(dim), _attention(dim, heads, size, kv), DropPath(rate), size
+                )
                 pairs.append((F, _mlp(dim, mlp_ratio).append(DropPath(rate))))
             self.stages.append(RevStage(transition, pairs, Concat(), entered))
         self.finish(embed_dim * 2 ** len(depths), num_classes, drop_rate, fc_norm)
@@ -190,7 +198,9 @@ class PublishedRevMViT(Published):
         return self.pos_embed
 
 
-def _attention(dim: int, heads: int, size: tuple[int, int], kv_stride: int, pool_queries: bool = False) -> nn.Module:
+def _attention(
+    dim: int, heads: int, size: tuple[int, int], kv_stride: int, pool_queries: bool = False
+) -> nn.Module:
     queries = {"kernel_q": (3, 3), "stride_q": (2, 2)} if pool_queries else {}
     pooling = {"kernel_kv": (3, 3), "stride_kv": (kv_stride,) * 2, **queries}
     plain = {"has_cls_token": False, "rel_pos_type": "none", "residual_pooling": False}

@@ -43,13 +43,31 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "rev_vit_small": (RevViT, {**PATCH16, "embed_dim": 384, "depth": 12, "num_heads": 6}),
     "rev_vit_base": (RevViT, {**PATCH16, "embed_dim": 768, "depth": 12, "num_heads": 12}),
     "rev_vit_large": (RevViT, {**PATCH16, "embed_dim": 1024, "depth": 24, "num_heads": 16}),
-    "rev_swin_tiny": (RevSwin, {**WINDOW7, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}),
-    "rev_swin_small": (RevSwin, {**WINDOW7, "embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}),
-    "rev_swin_base": (RevSwin, {**WINDOW7, "embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}),
-    "rev_swin_large": (RevSwin, {**WINDOW7, "embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}),
+    "rev_swin_tiny": (
+        RevSwin,
+        {**WINDOW7, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    ),
+    "rev_swin_small": (
+        RevSwin,
+        {**WINDOW7, "embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    ),
+    "rev_swin_base": (
+        RevSwin,
+        {**WINDOW7, "embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    ),
+    "rev_swin_large": (
+        RevSwin,
+        {**WINDOW7, "embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)},
+    ),
     "rev_mvit_base": (
         RevMViT,
-        {"patch_size": 4, "embed_dim": 96, "depths": (1, 2, 11, 2), "kv_stride": 4, "fusion": ConcatMlp},
+        {
+            "patch_size": 4,
+            "embed_dim": 96,
+            "depths": (1, 2, 11, 2),
+            "kv_stride": 4,
+            "fusion": ConcatMlp,
+        },
     ),
     "rev_vit_cifar10": (RevViT, {}),
     "rev_swin_cifar10": (RevSwin, {}),
@@ -75,7 +93,9 @@ def _cfg(name: str, model: type[nn.Module]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(name, model) for name, (model, _) in SIZES.items()})
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(name, model) for name, (model, _) in SIZES.items()}
+)
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -84,7 +104,9 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
     def checked(**given: Any) -> nn.Module:
         if unknown := [argument for argument in given if argument not in defaults]:
-            raise TypeError(f"{name} takes no argument {unknown[0]!r}; {model.__name__} takes {', '.join(defaults)}")
+            raise TypeError(
+                f"{name} takes no argument {unknown[0]!r}; {model.__name__} takes {', '.join(defaults)}"
+            )
         built = model(**given)
         if features["feature_cls"] == "fx" and isinstance(built, TimmModel):
             for i in feature_take_indices(levels, features["out_indices"])[0]:
@@ -93,12 +115,20 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
     arguments = defaults | sizes | kwargs
     levels = len(arguments["depths"]) if "depths" in arguments else arguments["depth"]
-    features: dict[str, Any] = {"out_indices": min(levels, 4), "feature_cls": "getter"}  # the last four
+    features: dict[str, Any] = {
+        "out_indices": min(levels, 4),
+        "feature_cls": "getter",
+    }  # the last four
     if kwargs.get("features_only"):
         features |= {name: kwargs.pop(name) for name in list(features) if name in kwargs}
     filter_fn = FILTERS[model]
     return build_model_with_cfg(
-        checked, name, pretrained, feature_cfg=features, pretrained_filter_fn=filter_fn, **(sizes | kwargs)
+        checked,
+        name,
+        pretrained,
+        feature_cfg=features,
+        pretrained_filter_fn=filter_fn,
+        **(sizes | kwargs),
     )
 
 
@@ -113,7 +143,9 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         return _create(name, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{model.__name__} with {sizes or 'its default sizes'}; ``kwargs`` override them."
+    create.__doc__ = (
+        f"{model.__name__} with {sizes or 'its default sizes'}; ``kwargs`` override them."
+    )
     create.__annotations__["return"] = model
     return register_model(create)
 

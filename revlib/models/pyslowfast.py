@@ -47,10 +47,18 @@ def refuse_other_settings(model: SlowFast, config: str | Mapping[str, Any] | Non
         found = _found(config, setting.name)
         if found is None or found == setting.value or found == []:
             continue
-        advice = f"change {setting.argument} of the model" if setting.argument else "no model here has that"
-        wrong.append(f"{setting.name} is {found}, and {setting.value} of this {type(model).__name__}; {advice}")
+        advice = (
+            f"change {setting.argument} of the model"
+            if setting.argument
+            else "no model here has that"
+        )
+        wrong.append(
+            f"{setting.name} is {found}, and {setting.value} of this {type(model).__name__}; {advice}"
+        )
     if wrong:
-        raise ValueError("\n  ".join(["the configuration of the checkpoint is of another network:", *wrong]))
+        raise ValueError(
+            "\n  ".join(["the configuration of the checkpoint is of another network:", *wrong])
+        )
     return True
 
 
@@ -58,7 +66,13 @@ def _settings(model: SlowFast) -> Iterator[Setting]:
     yield Setting("MVIT.NUM_HEADS", _heads(model), "num_heads")
     yield Setting("MVIT.USE_MEAN_POOLING", not isinstance(model.fc_norm, nn.Identity), "fc_norm")
     yield Setting("MVIT.REV.RESPATH_FUSE", "concat")
-    for name in ("CLS_EMBED_ON", "RESIDUAL_POOLING", "POOL_FIRST", "REL_POS_SPATIAL", "REL_POS_TEMPORAL"):
+    for name in (
+        "CLS_EMBED_ON",
+        "RESIDUAL_POOLING",
+        "POOL_FIRST",
+        "REL_POS_SPATIAL",
+        "REL_POS_TEMPORAL",
+    ):
         yield Setting(f"MVIT.{name}", False)
     if isinstance(model, RevViT):
         return
@@ -70,7 +84,9 @@ def _settings(model: SlowFast) -> Iterator[Setting]:
     yield Setting("MVIT.REV.PRE_Q_FUSION", fusion)
     yield Setting("MVIT.REV.BUFFER_LAYERS", transitions, "depths")
     yield Setting("MVIT.POOL_Q_STRIDE", [[layer, 1, 2, 2] for layer in transitions], "depths")
-    yield Setting("MVIT.POOL_KV_STRIDE_ADAPTIVE", [1, *(first.stride[-2:] if first else (1, 1))], "kv_stride")
+    yield Setting(
+        "MVIT.POOL_KV_STRIDE_ADAPTIVE", [1, *(first.stride[-2:] if first else (1, 1))], "kv_stride"
+    )
 
 
 def _heads(model: SlowFast) -> int:
@@ -84,4 +100,8 @@ def _found(config: Mapping[str, Any], name: str) -> Any:
     value: Any = config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, (list, tuple)) else value
+    return (
+        [list(v) if isinstance(v, tuple) else v for v in value]
+        if isinstance(value, (list, tuple))
+        else value
+    )

@@ -10,7 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table, to_2tuple
+from timm.layers import (
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    resize_rel_pos_bias_table,
+    to_2tuple,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -63,7 +68,9 @@ def divisible(img_size: Size, patch_size: Size) -> tuple[int, int]:
     return height, width
 
 
-def resampled_positions(positions: Tensor, grid: tuple[int, int], before: tuple[int, int]) -> Tensor:
+def resampled_positions(
+    positions: Tensor, grid: tuple[int, int], before: tuple[int, int]
+) -> Tensor:
     """(1, patches before, C) to (1, patches, C)."""
     found: Tensor = resample_abs_pos_embed(positions, list(grid), list(before), num_prefix_tokens=0)
     return found
@@ -120,7 +127,9 @@ def resize_swin(
     embed = model.patch_embed
     embed.set_input_size(None if img_size is None else to_2tuple(img_size), patch_size)
     grid, (before, at) = grid_of(embed.img_size, embed.patch_size), model.windows
-    window = tuple(max(1, side * new // old) for side, new, old in zip(before, grid, at, strict=True))
+    window = tuple(
+        max(1, side * new // old) for side, new, old in zip(before, grid, at, strict=True)
+    )
     if window_size is not None or window_ratio is not None:
         parts = tuple(max(1, side // (window_ratio or 1)) for side in grid)
         window = parts if window_size is None else to_2tuple(window_size)
@@ -128,7 +137,9 @@ def resize_swin(
     for i, stage in enumerate(model.stages):
         model.feature_info[i]["reduction"] = max(embed.patch_size) * 2**i
         for F, _ in stage:
-            F.set_input_size(feat_size=grid_of(embed.img_size, embed.patch_size, i), window_size=window)
+            F.set_input_size(
+                feat_size=grid_of(embed.img_size, embed.patch_size, i), window_size=window
+            )
     update_model_input_size(model, embed.img_size, patch_size=patch_size, window_size=window)
 
 
@@ -150,10 +161,15 @@ def checkpoint_of_swin(checkpoint: dict[str, Any], model: RevSwin) -> dict[str, 
 def _fit(attention: Any, before: tuple[int, int], now: tuple[int, int]) -> None:
     """Fit tables of relative positions to another map. Of an oblong map they are timm's of a square one, which leave
     rows over along the shorter side; only those in use are resampled."""
-    strides = [pool.stride if pool is not None else (1, 1) for pool in (attention.pool_q, attention.pool_k)]
+    strides = [
+        pool.stride if pool is not None else (1, 1) for pool in (attention.pool_q, attention.pool_k)
+    ]
     (_, used), (longest, needed) = (
         (2 * max(lengths) - 1, [2 * length - 1 for length in lengths])
-        for lengths in ([max(size[d] // stride[d] for stride in strides) for d in (0, 1)] for size in (before, now))
+        for lengths in (
+            [max(size[d] // stride[d] for stride in strides) for d in (0, 1)]
+            for size in (before, now)
+        )
     )
     for d, name in enumerate(("rel_pos_h", "rel_pos_w")):
         table = getattr(attention, name)
@@ -171,7 +187,9 @@ def resize_mvit(model: RevMViT, img_size: Size | None) -> None:
     height, width = to_2tuple(img_size)
     if height % unit or width % unit:
         resized = f"{-(-height // unit) * unit}x{-(-width // unit) * unit}"
-        raise ValueError(f"img_size must be divisible by {unit}, got {height}x{width}; resize to {resized}")
+        raise ValueError(
+            f"img_size must be divisible by {unit}, got {height}x{width}; resize to {resized}"
+        )
     now = (height // rows, width // columns)
     if now == model.stages[0].feat_size:
         return

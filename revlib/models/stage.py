@@ -22,7 +22,9 @@ __all__ = ["PooledAttention", "RevStage", "WindowBranch", "patch_grid"]
 class PooledAttention(nn.Module):
     """F of a pair: norm, attention with pooled keys and values on a map of one size, drop path; no residual."""
 
-    def __init__(self, norm: nn.Module, attn: nn.Module, drop_path: nn.Module, feat_size: tuple[int, ...]) -> None:
+    def __init__(
+        self, norm: nn.Module, attn: nn.Module, drop_path: nn.Module, feat_size: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.norm, self.attn, self.drop_path, self.feat_size = norm, attn, drop_path, feat_size
 
@@ -55,16 +57,27 @@ class RevStage(NotScripted):
     parts: int = 1
 
     def __init__(
-        self, transition: nn.Module | None, pairs: ReversibleSequence, fusion: nn.Module, feat_size: tuple[int, ...]
+        self,
+        transition: nn.Module | None,
+        pairs: ReversibleSequence,
+        fusion: nn.Module,
+        feat_size: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.transition, self.pairs, self.fusion, self.feat_size = transition, pairs, fusion, feat_size
+        self.transition, self.pairs, self.fusion, self.feat_size = (
+            transition,
+            pairs,
+            fusion,
+            feat_size,
+        )
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         if traced(x):
             both = noted(self, (x, feat_size))
             after = both[1]
-            return both[0], after  # the features last, as what a trace knows by the name of the stage
+            return both[
+                0
+            ], after  # the features last, as what a trace knows by the name of the stage
         if tuple(feat_size) != self.feat_size:
             raise ValueError(
                 f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
@@ -72,7 +85,9 @@ class RevStage(NotScripted):
             )
         if self.transition is not None:
             x, feat_size = self._ordinary(self.transition, x, feat_size)
-        x = x.to(next(self.parameters()).dtype)  # autocast's would be too coarse for sums over blocks to invert
+        x = x.to(
+            next(self.parameters()).dtype
+        )  # autocast's would be too coarse for sums over blocks to invert
         return self._ordinary(self.fusion, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
@@ -80,7 +95,9 @@ class RevStage(NotScripted):
         parts = parts_of(self.parts, args[0])
         if parts == 1:
             return self._again(layer, *args)
-        tensors = [arg.tensor_split(parts) if isinstance(arg, Tensor) else [arg] * parts for arg in args]
+        tensors = [
+            arg.tensor_split(parts) if isinstance(arg, Tensor) else [arg] * parts for arg in args
+        ]
         with each_alone(args[0]):
             results = [self._again(layer, *part) for part in zip(*tensors, strict=True)]
         if isinstance(results[0], Tensor):
@@ -89,16 +106,24 @@ class RevStage(NotScripted):
 
     def _again(self, layer: Callable[..., Any], *args: Any) -> Any:
         kept = isinstance(self.pairs.scheduler, Naive) or transforming()
-        return layer(*args) if kept or exporting() else checkpoint(layer, *args, use_reentrant=False)
+        return (
+            layer(*args) if kept or exporting() else checkpoint(layer, *args, use_reentrant=False)
+        )
 
 
 def patch_grid(
-    img_size: int | tuple[int, int], patch_size: int, embed_dim: int, depths: Sequence[int], num_heads: int
+    img_size: int | tuple[int, int],
+    patch_size: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: int,
 ) -> tuple[int, int]:
     """Rows and columns of patches, for stages that each halve them. Raises: ValueError for sizes that do not fit."""
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if min(depths, default=0) < 1:
-        raise ValueError(f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages")
+        raise ValueError(
+            f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages"
+        )
     unit = patch_size * 2 ** (len(depths) - 1)
     if any(side % unit for side in sides):
         resized = "x".join(str(-(-side // unit) * unit) for side in sides)

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple
+from timm.layers import (
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_norm_layer,
+    to_2tuple,
+)
 from timm.models.swin_transformer import PatchMerging
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
@@ -90,32 +96,55 @@ class RevSwin(TimmModel):
         size, window = to_2tuple(img_size), to_2tuple(window_size)
         if not 0 < len(depths) == len(num_heads) or min(*depths, *num_heads, *window) < 1:
             got = f"got depths={depths}, num_heads={num_heads}, window_size={window_size}"
-            raise ValueError(f"depths and num_heads take a number per stage, all and window_size at least 1, {got}")
+            raise ValueError(
+                f"depths and num_heads take a number per stage, all and window_size at least 1, {got}"
+            )
         widths = [embed_dim * 2**i for i in range(len(depths))]
         if any(width % heads for width, heads in zip(widths, num_heads, strict=True)):
-            raise ValueError(f"num_heads must divide the widths {widths} of the stages, got {num_heads}")
+            raise ValueError(
+                f"num_heads must divide the widths {widths} of the stages, got {num_heads}"
+            )
         self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
         self.num_features = self.head_hidden_size = 2 * widths[-1]
-        self.make_taps([2 * width for width in widths], [patch_size * 2**i for i in range(len(depths))])
+        self.make_taps(
+            [2 * width for width in widths], [patch_size * 2**i for i in range(len(depths))]
+        )
         norm, act = get_norm_layer(norm_layer), get_act_layer(act_layer)
-        embed = {"output_fmt": "NHWC", "strict_img_size": not dynamic_img_size, "dynamic_img_pad": True}
-        layers = {"norm_layer": norm, "act_layer": act, "proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
+        embed = {
+            "output_fmt": "NHWC",
+            "strict_img_size": not dynamic_img_size,
+            "dynamic_img_pad": True,
+        }
+        layers = {
+            "norm_layer": norm,
+            "act_layer": act,
+            "proj_drop": proj_drop_rate,
+            "attn_drop": attn_drop_rate,
+        }
         sizes = {"window_size": window, "dynamic_mask": True, "mlp_ratio": mlp_ratio}
         sizes["always_partition"] = always_partition
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         with placed(device):
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm, **embed)
-            self.windows = (window, grid_of(size, patch_size))  # as wide as these for this map, and in proportion
+            self.windows = (
+                window,
+                grid_of(size, patch_size),
+            )  # as wide as these for this map, and in proportion
             self.stages: Any = nn.ModuleList()
             for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
                 blocks = Blocks(coupling=coupling, scheduler=scheduler)
                 for j, rate in enumerate(drop_paths[i]):
-                    own = {"shift_size": [j % 2 * (side // 2) for side in window], "drop_path": rate}
+                    own = {
+                        "shift_size": [j % 2 * (side // 2) for side in window],
+                        "drop_path": rate,
+                    }
                     grid = grid_of(size, patch_size, i)
                     blocks.append(self.branch(width, grid, heads, **sizes, **layers, **own).pair())
                 self.stages.append(blocks)
             self.fusions = nn.ModuleList(fusion(width, norm) for width in widths[:-1])
-            self.downsamples = nn.ModuleList(PatchMerging(width, 2 * width, norm) for width in widths[:-1])
+            self.downsamples = nn.ModuleList(
+                PatchMerging(width, 2 * width, norm) for width in widths[:-1]
+            )
             self.norm, self.fc_norm = norm(self.num_features), nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
             self.reset_classifier(num_classes, global_pool)
@@ -124,7 +153,9 @@ class RevSwin(TimmModel):
         self.to(dtype=dtype)
 
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-        dtype = self.patch_embed.proj.weight.dtype  # autocast's would be too coarse for sums over blocks to invert
+        dtype = (
+            self.patch_embed.proj.weight.dtype
+        )  # autocast's would be too coarse for sums over blocks to invert
         x = self.patch_embed(images).to(dtype)
         for i in range(stops[-1]):
             streams = self.stages[i](x, x)
@@ -153,7 +184,11 @@ class RevSwin(TimmModel):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith("relative_position_bias_table")
+        }
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for rates that depend on depth: patches, blocks or stages, norm, head.

@@ -26,7 +26,9 @@ def traced(value: Any) -> bool:
 def noted(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
     """The call of a module in the trace that its first argument belongs to."""
     tracer: Any = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, dict(kwargs or {}))
+    return tracer.create_proxy(
+        "call_module", tracer.path_of_module(module), args, dict(kwargs or {})
+    )
 
 
 class NotScripted(nn.Module):

@@ -70,20 +70,30 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
         scheduler: Scheduler | None = None,
     ) -> None:
         if min(depths, default=0) < 1 or sum(depths) < 2:
-            raise ValueError(f"depths must give each stage a block, and two in all, got {tuple(depths)}; add blocks")
+            raise ValueError(
+                f"depths must give each stage a block, and two in all, got {tuple(depths)}; add blocks"
+            )
         shrink = 2 ** (len(depths) - 1)
         units = (patch_size[0], patch_size[1] * shrink, patch_size[2] * shrink)
         if any(pixels % unit for pixels, unit in zip(clip_size, units, strict=True)):
-            nearest = tuple(-(-pixels // unit) * unit for pixels, unit in zip(clip_size, units, strict=True))
-            raise ValueError(f"clip_size must be divisible by {units}, got {clip_size}; resize to {nearest}")
+            nearest = tuple(
+                -(-pixels // unit) * unit for pixels, unit in zip(clip_size, units, strict=True)
+            )
+            raise ValueError(
+                f"clip_size must be divisible by {units}, got {clip_size}; resize to {nearest}"
+            )
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+            raise ValueError(
+                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
+            )
         settings = []
         for i, depth in enumerate(depths):
             width, heads, kv = embed_dim * 2**i, num_heads * 2**i, max(kv_stride // 2**i, 1)
             for pools in [i > 0] + [False] * (depth - 1):
                 entering, stride = (width // 2, [1, 2, 2]) if pools else (width, [1, 1, 1])
-                settings.append(MSBlockConfig(heads, entering, width, [3, 3, 3], [3, 3, 3], stride, [1, kv, kv]))
+                settings.append(
+                    MSBlockConfig(heads, entering, width, [3, 3, 3], [3, 3, 3], stride, [1, kv, kv])
+                )
         super().__init__(
             spatial_size=clip_size[1:],
             temporal_size=clip_size[0],
@@ -101,7 +111,9 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
             patch_embed_padding=tuple(n - 1 for n in patch_size),
         )
         self.clip_size, blocks, stages = clip_size, iter(self.blocks), nn.ModuleList()
-        inner = frames, height, width = [pixels // n for pixels, n in zip(clip_size, patch_size, strict=True)]
+        inner = frames, height, width = [
+            pixels // n for pixels, n in zip(clip_size, patch_size, strict=True)
+        ]
         for i, depth in enumerate(depths):
             outer, inner = inner, [frames, height // 2**i, width // 2**i]
             transition, pairs = next(blocks) if i else None, Blocks((), coupling, scheduler)
@@ -114,5 +126,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
 
     def forward(self, clips: Tensor) -> Tensor:
         if clips.shape[2:] != self.clip_size:
-            raise ValueError(f"clips must be (B, 3, *{self.clip_size}), got {tuple(clips.shape)}; resize them")
+            raise ValueError(
+                f"clips must be (B, 3, *{self.clip_size}), got {tuple(clips.shape)}; resize them"
+            )
         return super().forward(clips)

@@ -85,7 +85,9 @@ class RevViT(TimmModel):
         super().__init__()
         size = divisible(img_size, patch_size)
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
+            raise ValueError(
+                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
+            )
         self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
         self.num_features = self.head_hidden_size = 2 * embed_dim
         self.make_taps([2 * embed_dim] * depth, [patch_size] * depth)
@@ -100,7 +102,11 @@ class RevViT(TimmModel):
                 dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
                 attention = SelfAttention(embed_dim, num_heads, qkv_bias=True, **dropout)
                 mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=act, drop=proj_drop_rate)
-                self.blocks.append(tuple(nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp)))
+                self.blocks.append(
+                    tuple(
+                        nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp)
+                    )
+                )
             self.norm = nn.Identity() if fc_norm else norm(2 * embed_dim)
             self.fc_norm = norm(2 * embed_dim) if fc_norm else nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
@@ -123,13 +129,17 @@ class RevViT(TimmModel):
         if not self.dynamic_img_size:
             return x + self.pos_embed
         grid = (x.shape[1], x.shape[2])
-        return x.flatten(1, 2) + resampled_positions(self.pos_embed, grid, self.patch_embed.grid_size)
+        return x.flatten(1, 2) + resampled_positions(
+            self.pos_embed, grid, self.patch_embed.grid_size
+        )
 
     def keep(self, levels: int) -> None:
         self.blocks = self.blocks[:levels]
 
     def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Take images of another size, or cut them into other patches: positions and patches are resampled."""
         resize_vit(self, img_size, patch_size)
@@ -140,4 +150,7 @@ class RevViT(TimmModel):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for rates that depend on depth: patches, blocks, norm, head."""
-        return {"stem": r"^pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }

@@ -26,32 +26,62 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 def _rtol(given: float | None, tensors: Iterable[Tensor]) -> float:
     """Unless given: 1e-10 in float64, 1e-4 in float32, a tenth in float16, three tenths in bfloat16."""
     coarse = {torch.float16: 0.1, torch.bfloat16: 0.3}
-    return max(({**_RTOL, **coarse}[t.dtype] for t in tensors), default=1e-10) if given is None else given
+    return (
+        max(({**_RTOL, **coarse}[t.dtype] for t in tensors), default=1e-10)
+        if given is None
+        else given
+    )
 
 
-def _compare(what: str, got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None], rtol: float) -> None:
+def _compare(
+    what: str, got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None], rtol: float
+) -> None:
     """Relative error in the norm of each tensor, plus 64 roundings of the largest gradient: gradients that vanish
     exactly (of a key's bias, of a bias before batch norm) are nothing but rounding errors of others."""
     sizes = {k: float(t.detach().abs().double().norm()) for k, t in want.items() if t is not None}
     eps = max((torch.finfo(t.dtype).eps for t in want.values() if t is not None), default=0.0)
-    noise = 64 * eps * max((size for k, size in sizes.items() if k.startswith("gradient")), default=0.0)
+    noise = (
+        64 * eps * max((size for k, size in sizes.items() if k.startswith("gradient")), default=0.0)
+    )
     problems = []
     for name in want:
         a, b = got[name], want[name]
         if a is None or b is None:
             if a is not b:
-                problems.append((float("inf"), f"{name}: {'none' if a is None else 'one'}, not like the oracle's"))
+                problems.append(
+                    (
+                        float("inf"),
+                        f"{name}: {'none' if a is None else 'one'}, not like the oracle's",
+                    )
+                )
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
-            problems.append((float("inf"), f"{name}: {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}"))
+            problems.append(
+                (
+                    float("inf"),
+                    f"{name}: {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}",
+                )
+            )
             continue
         gap = (a.detach() - b.detach()).abs().double()
-        error, allowed = float(gap.norm()), rtol * sizes[name] + (noise if name.startswith("gradient") else 0.0)
+        error, allowed = (
+            float(gap.norm()),
+            rtol * sizes[name] + (noise if name.startswith("gradient") else 0.0),
+        )
         if not error <= allowed:
             relative = error / sizes[name] if sizes[name] else float("inf")
-            where = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)) if gap.ndim else ()
+            where = (
+                tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+                if gap.ndim
+                else ()
+            )
             at = f"largest at {list(where)}: {a[where].item():.6g}, not {b[where].item():.6g}"
-            problems.append((relative, f"{name} {tuple(a.shape)}: relative error {relative:.3g} > {rtol:.3g}; {at}"))
+            problems.append(
+                (
+                    relative,
+                    f"{name} {tuple(a.shape)}: relative error {relative:.3g} > {rtol:.3g}; {at}",
+                )
+            )
     if problems:
         problems.sort(key=lambda p: -p[0])
         listed = "\n  ".join(text for _, text in problems[:8])
@@ -68,7 +98,9 @@ def assert_unmerges(coupling: Coupling, s: Tensor, f: Any, *, rtol: float | None
     checked(coupling)
     with torch.no_grad():
         recovered = coupling.unmerge(coupling.merge(s, f), f)
-    _compare(f"{coupling} does not unmerge what it merged", {"s": recovered}, {"s": s}, _rtol(rtol, [s]))
+    _compare(
+        f"{coupling} does not unmerge what it merged", {"s": recovered}, {"s": s}, _rtol(rtol, [s])
+    )
 
 
 def assert_inverts(
@@ -102,7 +134,10 @@ def assert_inverts(
 
 def _default_loss(outputs: Sequence[Tensor]) -> Tensor:
     """Curved, and different for each output, so that no mistake cancels."""
-    terms = [(y.abs().square() if y.is_complex() else y.sin() * y).sum() / (i + 1) for i, y in enumerate(outputs)]
+    terms = [
+        (y.abs().square() if y.is_complex() else y.sin() * y).sum() / (i + 1)
+        for i, y in enumerate(outputs)
+    ]
     return torch.stack([t.double() for t in terms]).sum()
 
 
@@ -132,7 +167,9 @@ def _observe(
         seen: dict[str, Tensor | None] = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
         seen |= {f"gradient of stream {i}": t.grad for i, t in enumerate(leaves)}
         tensors = {"".join(map(str, path)): v for path, v in tree_flatten_with_path(context)[0]}
-        seen |= {f"gradient of context{k}": v.grad for k, v in tensors.items() if isinstance(v, Tensor)}
+        seen |= {
+            f"gradient of context{k}": v.grad for k, v in tensors.items() if isinstance(v, Tensor)
+        }
         seen |= {f"gradient of {k}": p.grad for k, p in stack.named_parameters()}
         seen |= {f"buffer {k}": b for k, b in stack.named_buffers() if b.is_floating_point()}
         seen["the caller's next random number"] = torch.rand((), dtype=torch.float64)
@@ -168,7 +205,12 @@ def assert_same_gradients(
     want = _observe(stack, oracle or Naive(), *arguments)
     for scheduler in schedulers:
         got = _observe(stack, scheduler, *arguments)
-        _compare(f"{scheduler} against {oracle or Naive()} on {len(stack.bound_steps)} steps", got, want, rtol)
+        _compare(
+            f"{scheduler} against {oracle or Naive()} on {len(stack.bound_steps)} steps",
+            got,
+            want,
+            rtol,
+        )
 
 
 def assert_memory_flat(
@@ -195,5 +237,9 @@ def assert_memory_flat(
     first = prints[depths[0]]
     for found in prints.values():
         if found.peak > first.peak * (1 + rtol) or found.held > first.held * (1 + rtol):
-            table = "\n  ".join(f"depth {d}: held {p.held:,} B, peak {p.peak:,} B" for d, p in prints.items())
-            raise AssertionError(f"activation memory grows with depth (allowed: {rtol:.0%})\n  {table}")
+            table = "\n  ".join(
+                f"depth {d}: held {p.held:,} B, peak {p.peak:,} B" for d, p in prints.items()
+            )
+            raise AssertionError(
+                f"activation memory grows with depth (allowed: {rtol:.0%})\n  {table}"
+            )

@@ -63,7 +63,9 @@ class Footprint(NamedTuple):
 
 
 def footprint(
-    run: Callable[..., Sequence[Tensor]], streams: Sequence[Tensor], parameters: Iterable[Tensor] = ()
+    run: Callable[..., Sequence[Tensor]],
+    streams: Sequence[Tensor],
+    parameters: Iterable[Tensor] = (),
 ) -> Footprint:
     """Activation bytes of ``run(*streams)`` and of the backward pass of the sum of its outputs' mean squares.
 

@@ -76,7 +76,9 @@ class RaceChecker(TorchDispatchMode):
         self.driver = Model(self.report, clock or (lambda: float(self.kernels)))
         self._outer: list[Any] = []
         self._memory: dict[int, _Memory] = {}  # of live storages
-        self._free: dict[Stream, list[_Memory]] = {}  # dropped by the host, and given to no one since
+        self._free: dict[
+            Stream, list[_Memory]
+        ] = {}  # dropped by the host, and given to no one since
 
     def __enter__(self) -> RaceChecker:
         super().__enter__()
@@ -107,37 +109,58 @@ class RaceChecker(TorchDispatchMode):
         for main, side in self.driver.sides.items():
             behind = side.known[side] - main.known.get(side, 0)
             if behind:
-                self.report(f"not joined: stream {main} has not waited for the last {behind} kernels on {side}")
+                self.report(
+                    f"not joined: stream {main} has not waited for the last {behind} kernels on {side}"
+                )
 
     # ------------------------------------------------------------------------------------------ kernels
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        before, written = self._storages((args, kwargs)), self._storages(_written(func, args, kwargs))
+        before, written = (
+            self._storages((args, kwargs)),
+            self._storages(_written(func, args, kwargs)),
+        )
         after = self._storages(result)
         view = not written and after and after.keys() <= before.keys()
         name = func.name().split("::")[-1] if hasattr(func, "name") else str(func)
-        if not view and (before or after) and getattr(getattr(func, "_schema", None), "name", "") not in _METADATA:
+        if (
+            not view
+            and (before or after)
+            and getattr(getattr(func, "_schema", None), "name", "") not in _METADATA
+        ):
             self._kernel(name, before, written, after)
         return result
 
     def _storages(self, nest: Any) -> dict[int, Any]:
         tensors = (t for t in tree_leaves(nest) if isinstance(t, Tensor) and has_storage(t))
-        return {s._cdata: s for s in (t.untyped_storage() for t in tensors if self.driver.serves(t))}
+        return {
+            s._cdata: s for s in (t.untyped_storage() for t in tensors if self.driver.serves(t))
+        }
 
-    def _kernel(self, name: str, before: dict[int, Any], written: dict[int, Any], after: dict[int, Any]) -> None:
+    def _kernel(
+        self, name: str, before: dict[int, Any], written: dict[int, Any], after: dict[int, Any]
+    ) -> None:
         now = self.driver.stream
         mark = (now.tick(), name)
         self.kernels += 1
         self.on_side += now in self.driver.sides.values()
         for key, storage in before.items():
-            memory = self._memory.get(key) or self._born(storage, self.driver.main)  # older than this context
+            memory = self._memory.get(key) or self._born(
+                storage, self.driver.main
+            )  # older than this context
             if key in written:
-                self._compare(memory.read, "write after read", f"{name} on {now} overwrites", "reads")
-                self._compare(memory.written, "write after write", f"{name} on {now} overwrites", "writes")
+                self._compare(
+                    memory.read, "write after read", f"{name} on {now} overwrites", "reads"
+                )
+                self._compare(
+                    memory.written, "write after write", f"{name} on {now} overwrites", "writes"
+                )
                 memory.written, memory.read = {now: mark}, {}
             else:
-                self._compare(memory.written, "read after write", f"{name} on {now} reads", "writes")
+                self._compare(
+                    memory.written, "read after write", f"{name} on {now} reads", "writes"
+                )
                 memory.read[now] = mark
         for key in after.keys() - before.keys():
             for memory in self._free.pop(now, []):
@@ -146,7 +169,9 @@ class RaceChecker(TorchDispatchMode):
             # Also what is only allocated here (torch.empty) must not be touched by other streams before this point.
             self._born(after[key], now).written = {now: mark}
 
-    def _compare(self, uses: Mapping[Stream, tuple[int, str]], kind: str, this: str, does: str) -> None:
+    def _compare(
+        self, uses: Mapping[Stream, tuple[int, str]], kind: str, this: str, does: str
+    ) -> None:
         """Report the uses of some memory that do not happen before the current stream's next kernel."""
         for stream, (tick, name) in uses.items():
             if not self.driver.stream.knows(stream, tick):
@@ -208,7 +233,9 @@ def assert_no_races(
                         parameter.grad = None
     if checker.races:
         listed = "\n  ".join(checker.races[:8])
-        raise AssertionError(f"{stack.scheduler} has {len(checker.races)} races, among them\n  {listed}")
+        raise AssertionError(
+            f"{stack.scheduler} has {len(checker.races)} races, among them\n  {listed}"
+        )
     if not checker.on_side:
         raise AssertionError(
             f"{stack.scheduler} gave no work to a side stream in {steps} steps, so that it has no races says nothing"

@@ -18,14 +18,35 @@ except ModuleNotFoundError as error:
     if error.name != "hypothesis":
         raise
     raise ModuleNotFoundError(
-        'revlib.testing.strategies needs hypothesis: pip install "revlib-torch[testing]"', name="hypothesis"
+        'revlib.testing.strategies needs hypothesis: pip install "revlib-torch[testing]"',
+        name="hypothesis",
     ) from error
 
-from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Plan, Reversible, Scheduler
+from revlib.schedulers import (
+    Anchored,
+    Budget,
+    Checkpoint,
+    KeepLast,
+    Naive,
+    PaReprop,
+    Plan,
+    Reversible,
+    Scheduler,
+)
 from revlib.sequence import ReversibleSequence
 from revlib.step import Step
 
-__all__ = ["Case", "branches", "cases", "contexts", "dtypes", "schedulers", "seeds", "stacks", "streams"]
+__all__ = [
+    "Case",
+    "branches",
+    "cases",
+    "contexts",
+    "dtypes",
+    "schedulers",
+    "seeds",
+    "stacks",
+    "streams",
+]
 
 
 class Branch(nn.Module):
@@ -34,7 +55,9 @@ class Branch(nn.Module):
     It names the context arguments ``gain`` and ``shift``, adds dropout, batch norm and in-place activation if asked.
     """
 
-    def __init__(self, widths: Sequence[int], out: int, *, dropout: float, batch_norm: bool, inplace: bool) -> None:
+    def __init__(
+        self, widths: Sequence[int], out: int, *, dropout: float, batch_norm: bool, inplace: bool
+    ) -> None:
         super().__init__()
         hidden = 2 * max(out, 2)
         self.inputs = nn.ModuleList(nn.Linear(w, hidden) for w in widths)
@@ -73,12 +96,16 @@ def branches(draw: st.DrawFn, widths: Sequence[int] = (4,), out: int = 4) -> nn.
 
 
 @st.composite
-def streams(draw: st.DrawFn, widths: Sequence[int] = (4, 4), dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def streams(
+    draw: st.DrawFn, widths: Sequence[int] = (4, 4), dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
     """Streams of shape (batch, tokens, width) with elements of order one; any subset requires a gradient."""
     batch, tokens = draw(st.integers(2, 4)), draw(st.integers(2, 5))
     generator = torch.Generator().manual_seed(draw(seeds()))
     return tuple(
-        torch.randn(batch, tokens, w, generator=generator, dtype=dtype).requires_grad_(draw(st.booleans()))
+        torch.randn(batch, tokens, w, generator=generator, dtype=dtype).requires_grad_(
+            draw(st.booleans())
+        )
         for w in widths
     )
 
@@ -98,7 +125,10 @@ def contexts(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> dict[str, A
 
 @st.composite
 def stacks(
-    draw: st.DrawFn, widths: Sequence[int] = (4, 4), dtype: torch.dtype = torch.float64, max_depth: int = 5
+    draw: st.DrawFn,
+    widths: Sequence[int] = (4, 4),
+    dtype: torch.dtype = torch.float64,
+    max_depth: int = 5,
 ) -> ReversibleSequence:
     """Stacks on ``len(widths)`` streams: pairs and single steps (more than two streams: steps), some modules shared,
     some parameters frozen. Whatever order pairs and steps come in, every function fits the streams it meets."""
@@ -130,7 +160,9 @@ class Planned(Scheduler):
     streams: tuple[int, ...] = ()
 
     def plan(self, length: int) -> Plan:
-        return Plan(self.activations, {length} | {j for j in self.states if j < length}, self.streams)
+        return Plan(
+            self.activations, {length} | {j for j in self.states if j < length}, self.streams
+        )
 
 
 def schedulers() -> st.SearchStrategy[Scheduler]:
@@ -160,9 +192,13 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_streams: int = 3, max_depth: int = 5) -> Case:
+def cases(
+    draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_streams: int = 3, max_depth: int = 5
+) -> Case:
     """A stack on two or more streams of equal or different widths, with streams and context."""
     count = draw(st.integers(2, max_streams))
-    widths = draw(st.one_of(st.just([4] * count), st.lists(st.integers(1, 5), min_size=count, max_size=count)))
+    widths = draw(
+        st.one_of(st.just([4] * count), st.lists(st.integers(1, 5), min_size=count, max_size=count))
+    )
     stack = draw(stacks(widths, dtype, max_depth))
     return Case(stack, draw(streams(widths, dtype)), draw(contexts(dtype)))
