@@ -12,6 +12,7 @@ from revlib._torch import is_traceable_wrapper_subclass, view_base
 __all__ = [
     "has_dense_memory",
     "is_dtensor",
+    "is_integral",
     "is_parameter",
     "like_strided",
     "local_part",
@@ -46,6 +47,11 @@ def is_parameter(t: Tensor) -> bool:
         return True
     base = view_base(t)
     return base is not t and type(base) is not Tensor and isinstance(base, nn.Parameter)
+
+
+def is_integral(t: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, which have no gradient: seeds and indices."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
 
 
 def has_dense_memory(t: Tensor) -> bool:

@@ -145,10 +145,12 @@ def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
     return partial(DistributedDataParallel, **options)
 
 
+EXCHANGES: list[tuple[int, bool]] = []
+note_exchange = EXCHANGES.append  # out of sight of the guards, which put lists back for a repetition
+
+
 class SyncedNorm(nn.Module):
     """Batch norm over the batch of all processes, with running statistics and a note of each exchange."""
-
-    exchanges: list[tuple[int, bool]] = []  # noqa: RUF012
 
     def __init__(self, together: bool) -> None:
         super().__init__()
@@ -160,7 +162,7 @@ class SyncedNorm(nn.Module):
         x = x.mean(0)
         if not self.together:
             return x
-        SyncedNorm.exchanges.append((id(self), torch._C._current_graph_task_id() != -1))
+        note_exchange((id(self), torch._C._current_graph_task_id() != -1))
         return all_reduce(x) / RANKS
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,8 +180,8 @@ def synced(together: bool) -> nn.Module:
 def check_exchanges(model: Model, scheduler: Scheduler) -> None:
     """Processes that repeat their exchanges in different orders would exchange the wrong things."""
     numbers = {id(m): i for i, m in enumerate(model.modules())}
-    mine = [(numbers[norm], again) for norm, again in SyncedNorm.exchanges]
-    SyncedNorm.exchanges.clear()
+    mine = [(numbers[norm], again) for norm, again in EXCHANGES]
+    EXCHANGES.clear()
     everyones: list[Any] = [None] * RANKS
     dist.all_gather_object(everyones, mine)
     assert everyones[0] == everyones[1], "the exchanges come in different orders"

@@ -42,7 +42,7 @@ def test_features_by_timms_hooks(name):
             raise Foreign(f"{type(raised).__name__}: {raised}") from raised
         return
     promised = model.feature_info.channels()
-    got = [t.shape[1] if t.shape[1] in promised else t.shape[-1] for t in found if isinstance(t, Tensor)]
+    got = [t.shape[-1] if t.shape[-1] in promised else t.shape[1] for t in found if isinstance(t, Tensor)]
     if got != promised:
         raise Unlike(f"{promised} promised, {[tuple(t.shape) for t in found]} given")
 

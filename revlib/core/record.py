@@ -20,7 +20,7 @@ from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, evaluate, merge
 from revlib.tensors import is_parameter, like_strided
 
-__all__ = ["StepRecord"]
+__all__ = ["StepRecord", "last_operation"]
 
 
 _Metadata = tuple[torch.Size, torch.dtype]
@@ -101,14 +101,7 @@ class StepRecord:
         t = None if last is None else last.tensor
         if t is None or not (t.requires_grad or is_parameter(t)):
             return False
-        node = f.grad_fn if isinstance(f, Tensor) else None
-        while node is not None:
-            name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
-            if name in _READING:
-                return True
-            above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
-            node = above[0] if name in _SAVING_NOTHING and len(above) == 1 else None
-        return False
+        return last_operation(f) in _READING
 
     def _forget_values(self) -> None:
         for ref in self.placeholders:
@@ -286,9 +279,19 @@ _SAVING_NOTHING = (
     *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Unsqueeze", "Squeeze"),
     *("Clone", "ToCopy", "Slice", "Add", "Sub"),
 )
-
-
 _LEAF = "torch::autograd::AccumulateGrad"
+
+
+def last_operation(f: Any) -> str:
+    """The name of the last operation of a function that may have saved something, if there is but one."""
+    node = f.grad_fn if isinstance(f, Tensor) else None
+    while node is not None:
+        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+        if name not in _SAVING_NOTHING:
+            return name
+        above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
+        node = above[0] if len(above) == 1 else None
+    return ""
 
 
 def _detached(f: Any) -> Any:

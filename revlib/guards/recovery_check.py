@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from revlib import cuda_streams
 from revlib._torch import is_fake
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
+from revlib.core.record import last_operation
 from revlib.step import State
-from revlib.tensors import has_dense_memory, is_parameter, local_part, sum_dtype
+from revlib.tensors import has_dense_memory, is_integral, is_parameter, local_part, sum_dtype
 
 __all__ = [
     "Comparison",
@@ -191,10 +192,11 @@ class _StepRecovery(StepGuard):
     def _sample_activations(self, run: FirstRun) -> None:
         """The stream is kept, so backward will not recover it. The last activations stand for what it recovers.
 
-        Only those that require a gradient: kernels leave parts of what they save beside these unwritten, such as the
-        seeds of attention that draws nothing, or the noise of RReLU in eval mode. And no activation depends on the last
-        weight, whose data somebody may exchange unseen.
+        Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing. Some
+        kernels also leave a part of other tensors unwritten; of these, only what requires a gradient is compared.
+        And no activation depends on the last weight, whose data somebody may exchange unseen.
         """
+        some_unwritten = len(run.result) == 1 and last_operation(run.result[0]) in _UNWRITTEN
         activations = 0
         for place, placeholder in reversed(run.saved):
             t = placeholder.tensor
@@ -204,7 +206,7 @@ class _StepRecovery(StepGuard):
                 if self.weight < 0:
                     self.weight = place
                     self.samples[place] = self.of.sampler(_first_row(t))
-            elif activations < 2 and t.requires_grad:
+            elif activations < 2 and (t.requires_grad or not (some_unwritten or is_integral(t))):
                 activations += 1
                 self.samples[place] = self.of.sampler(t)
             if activations == 2 and self.weight >= 0:
@@ -220,6 +222,10 @@ class _StepRecovery(StepGuard):
                 if is_fake(t) == is_fake(original):  # what is traced into a graph has no values
                     found = Comparison(self.view.step.name, original, t, self.reference)
                     self.of.compare(key, found)
+
+
+# RReLU does not write its noise in eval mode, and CTC loss not all of its table.
+_UNWRITTEN = ("RreluWithNoise", "CtcLoss")
 
 
 def _first_row(t: Tensor) -> Tensor:
