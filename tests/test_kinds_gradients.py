@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from common import Lambda, grads, leaves, loss
-from scenes import RECOMPUTING, Stage, scene, share_no_storage
+from scenes import Stage, scene, share_no_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -231,7 +231,7 @@ def test_gradients_by_autograd_grad_edited_afterwards(stage: Stage):
     return list(found)
 
 
-@scene("0", wrong=RECOMPUTING + " Functional")
+@scene("0")
 def test_a_gradient_that_the_user_gives(stage: Stage):
     """It stays the user's: what accumulates must not lie in its memory."""
 

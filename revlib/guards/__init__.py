@@ -5,6 +5,7 @@ randomness          the states of random generators
 settings            autocast, the default dtype and device, kernels of attention, inference mode
 modules             which modules a function reads, and what they hold (not a guard: two guards need it)
 module_state        parameters, buffers, modes, attributes, children and hooks of these modules
+containers          state in lists, dicts, arrays and plain objects (not a guard: module_state uses it)
 edits               tensors that the function reads besides: edited in place, or replaced
 recovery_check      everything else, by what it does: the recovered streams are compared with forward's
 measure             what each step would take to keep; it refuses nothing
