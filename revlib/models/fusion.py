@@ -55,4 +55,5 @@ class Concat(nn.Module):
     (..., 2 dim)."""
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Both streams side by side."""
         return torch.cat([x1, x2], dim=-1)

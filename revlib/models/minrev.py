@@ -39,7 +39,7 @@ def minrev_vit(**sizes: Any) -> RevViT:
 
     It differs from ``RevViT(**sizes)`` in this: patches are averaged before the last norm (``fc_norm=True``); the norm
     before attention has an epsilon of 1e-6, all others of 1e-5; layers start as torch's own do
-    (:func:`init_like_torch`); positions start at zero.
+    (``init_like_torch``); positions start at zero.
 
     Args: those of ``RevViT``, but for ``fc_norm`` and ``norm_layer``.
     """
