@@ -96,19 +96,19 @@ def temporal(
     return found.view(1, -1, 1) if reduction == "none" else found
 
 
-@scene("8", refused="Anchored(3) Budget(fraction=0.5) Checkpoint() Checkpoint(every=2)")
+@scene("8", refusal="recovered what enters", refusing="Checkpoint Checkpoint(every=2) Anchored Budget")
 def test_a_ctc_loss_last(stage: Stage):
     """Its kernel leaves the part of a saved tensor that no target reaches as it was allocated."""
     return train(stage.stack(lambda: Lambda(temporal, nn.Linear(4, 4))), 12, 2, 4)
 
 
-@scene("8", refused="Anchored(3) Budget(fraction=0.5) Checkpoint() Checkpoint(every=2)")
+@scene("8", refusal="recovered what enters", refusing="Checkpoint Checkpoint(every=2) Anchored Budget")
 def test_a_ctc_loss_that_is_averaged(stage: Stage):
     run = functools.partial(temporal, reduction="mean")
     return train(stage.stack(lambda: Lambda(run, nn.Linear(4, 4))), 12, 2, 4)
 
 
-@scene("8", refused="Anchored(3) Budget(fraction=0.5) Checkpoint() Checkpoint(every=2)")
+@scene("8", refusal="recovered what enters", refusing="Checkpoint Checkpoint(every=2) Anchored Budget")
 def test_a_ctc_loss_without_infinities(stage: Stage):
     run = functools.partial(temporal, zero_infinity=True, lengths=(3, 1))
     return train(stage.stack(lambda: Lambda(run, nn.Linear(4, 4))), 12, 2, 4)
@@ -150,7 +150,7 @@ def test_a_custom_function_that_fills_what_it_saves(stage: Stage):
     return train(stage.stack(lambda: Lambda(lambda m, x: Noisy.apply(m(x)), nn.Linear(4, 4))))
 
 
-@scene("8", refused="Anchored(3) Budget(fraction=0.5) Checkpoint() Checkpoint(every=2)")
+@scene("8", refusal="recovered what enters", refusing="Checkpoint Checkpoint(every=2) Anchored Budget")
 def test_an_uninitialised_part_of_a_saved_tensor(stage: Stage):
     """Padding that nobody writes and no gradient reads, as of ragged kernels."""
 
