@@ -245,9 +245,9 @@ def counted_by_fvcore(net: nn.Module, x: Tensor) -> Any:
 
 
 def drawn_by_tensorboard(net: nn.Module, x: Tensor) -> Any:
+    pytest.importorskip("tensorboard")
     from torch.utils.tensorboard._pytorch_graph import graph
 
-    pytest.importorskip("tensorboard")
     nodes = graph(net, x)[0].node
     return sorted(n.op for n in nodes if n.op.startswith("aten"))
 
