@@ -609,6 +609,7 @@ def saved_by(depth, scheduler, rows=256):
     return sum(t.numel() for t in outputs if rows in t.shape[:1]) / rows
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 def test_what_a_compiled_forward_keeps_is_flat_in_depth():
