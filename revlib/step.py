@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from revlib._torch import tree_leaves, versions_of
 from revlib.couplings import Additive, Coupling
+from revlib.keywords import Keywords, keywords_of
 
 __all__ = [
     "BoundStep",
@@ -38,7 +39,7 @@ class BoundStep:
     def __init__(self, fn: Callable[..., Any], coupling: Coupling, name: str) -> None:
         self.fn, self.coupling, self.name = fn, coupling, name
         self.memory: dict[Any, Any] = {}
-        self._keywords: tuple[Any, tuple[frozenset[str], bool]] | None = None
+        self._keywords: tuple[Any, Keywords] | None = None
 
     @property
     def owner(self) -> Callable[..., Any]:
@@ -53,13 +54,15 @@ class BoundStep:
             self.memory[coupling] = BoundStep(self.fn, coupling, self.name)
         return self.memory[coupling]
 
-    def keywords(self, streams: int) -> tuple[frozenset[str], bool]:
-        """The keyword names that the function takes besides its streams, and whether it takes any name at all."""
+    def keywords(self, streams: int) -> Keywords:
+        """The keywords that the function takes besides so many streams."""
         owner = self.owner
         target = owner.forward if isinstance(owner, nn.Module) else owner
         if self._keywords is None or self._keywords[0] != (target, streams):
-            self._keywords = (target, streams), _keywords(target, streams)
-        return self._keywords[1]
+            self._keywords = (target, streams), keywords_of(owner, streams)
+        found = self._keywords[1]
+        # A wrapper may have been given another function since.
+        return keywords_of(owner, streams) if found.looked_through else found
 
 
 class Step(nn.Module):
@@ -116,19 +119,6 @@ def checked(coupling: Coupling) -> Coupling:
 
 
 # ------------------------------------------------------------------------------------------ context
-def _keywords(target: Callable[..., Any], streams: int) -> tuple[frozenset[str], bool]:
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return frozenset(), False
-    kinds = inspect.Parameter
-    by_position = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    rest = [p for p in parameters if p.kind in by_position][streams:]
-    rest += [p for p in parameters if p.kind is kinds.KEYWORD_ONLY]
-    names = frozenset(p.name for p in rest if p.kind is not kinds.POSITIONAL_ONLY)
-    return names, any(p.kind is kinds.VAR_KEYWORD for p in parameters)
-
-
 def route(
     steps: Sequence[BoundStep], streams: int, context: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -136,15 +126,15 @@ def route(
     if not context:
         return [{} for _ in steps]
     taken = [step.keywords(streams - 1) for step in steps]
-    unknown = [k for k in context if not any(k in names or every for names, every in taken)]
+    unknown = [k for k in context if not any(k in names or every for names, every, _ in taken)]
     if unknown:
-        known = sorted(set().union(*(names for names, _ in taken)))
+        known = sorted(set().union(*(names for names, _, _ in taken)))
         these = f"the names they take are {known}" if known else "they take streams alone"
         raise TypeError(
             f"context argument {unknown[0]!r} is taken by none of the {len(steps)} functions of this sequence; "
             f"{these}. Name it in the signature of a function that uses it."
         )
-    return [{k: v for k, v in context.items() if every or k in names} for names, every in taken]
+    return [{k: v for k, v in context.items() if every or k in names} for names, every, _ in taken]
 
 
 # ------------------------------------------------------------------------------------------ running a step

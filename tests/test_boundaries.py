@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "revlib"
 # What stands lower may be imported by what stands higher. A folder is one entry.
 LAYERS = [
     ["_torch"],
-    ["tensors", "couplings"],
+    ["tensors", "couplings", "keywords"],
     ["step", "cuda_streams"],
     ["core"],
     ["guards"],

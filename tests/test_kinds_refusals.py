@@ -68,7 +68,7 @@ def routed(stage: Stage, wrap: Callable[[nn.Module], nn.Module]) -> list[Any]:
     return [*outputs, *grads(*xs, *(p for p in stack.parameters() if p.requires_grad))]
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_compiled_functions_with_context(stage: Stage):
     try:
         return routed(stage, lambda m: torch.compile(m, backend="eager"))
@@ -76,12 +76,12 @@ def test_compiled_functions_with_context(stage: Stage):
         torch._dynamo.reset()
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_averaged_models_with_context(stage: Stage):
     return routed(stage, AveragedModel)
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_torchs_checkpoint_wrapper_with_context(stage: Stage):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
         CheckpointImpl,
@@ -91,29 +91,29 @@ def test_torchs_checkpoint_wrapper_with_context(stage: Stage):
     return routed(stage, functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT))
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_torchs_offload_wrapper_with_context(stage: Stage):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import offload_wrapper
 
     return routed(stage, offload_wrapper)
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11", broken="Functional")
 def test_data_parallel_with_context(stage: Stage):
     return routed(stage, nn.DataParallel)
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_a_wrapper_of_ones_own_with_context(stage: Stage):
     return routed(stage, Passing)
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_wrappers_in_wrappers_with_context(stage: Stage):
     return routed(stage, lambda m: Passing(AveragedModel(Passing(m))))
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_a_forward_decorated_without_wraps(stage: Stage):
     """As decorators of mixed precision and of profilers often are."""
 
@@ -129,7 +129,7 @@ def test_a_forward_decorated_without_wraps(stage: Stage):
     return routed(stage, wrap)
 
 
-@scene("11", broken="Naive " + RECOMPUTING + " Functional")
+@scene("11")
 def test_a_partial_of_a_module_with_context(stage: Stage):
     """A module that calls a partial of another, which it has registered."""
 
@@ -404,7 +404,7 @@ def forbidden(stage: Stage, forward: bool, backward: bool) -> list[Any]:
 FORBIDDEN = "reversible|revlib"
 
 
-@scene("16", broken=RECOMPUTING, refusal=FORBIDDEN)
+@scene("16", refusal=FORBIDDEN)
 def test_backward_where_hooks_are_forbidden(stage: Stage):
     return forbidden(stage, False, True)
 
@@ -414,7 +414,7 @@ def test_forward_where_hooks_are_forbidden(stage: Stage):
     return forbidden(stage, True, False)
 
 
-@scene("16", broken=RECOMPUTING, refusal=FORBIDDEN)
+@scene("16", refusal=FORBIDDEN)
 def test_gradients_asked_for_where_hooks_are_forbidden(stage: Stage):
     stack, xs = stage.stack(mlp), leaves()
     outputs = stack(*xs)
@@ -422,7 +422,7 @@ def test_gradients_asked_for_where_hooks_are_forbidden(stage: Stage):
         return list(torch.autograd.grad(loss(outputs), [*xs, *stack.parameters()]))
 
 
-@scene("16", broken=RECOMPUTING, refusal=FORBIDDEN)
+@scene("16", refusal=FORBIDDEN)
 def test_a_retained_graph_where_hooks_are_forbidden(stage: Stage):
     stack, xs = stage.stack(mlp), leaves()
     total = loss(stack(*xs))

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from revlib._torch import bypass_compiler, tree_leaves, tree_map, version_of
+from revlib._torch import (
+    bypass_compiler,
+    saved_tensor_hooks_allowed,
+    tree_leaves,
+    tree_map,
+    version_of,
+)
 from revlib.core.guard import FirstRun, StepGuard
 from revlib.core.plan import Treatment
 from revlib.core.saved_tensors import Key, Placeholder, unedited
@@ -134,6 +140,12 @@ class StepRecord:
         if stream is not None and not (fill and (self.dropped or merge_saves)):
             return stream
         step, guard, recovered, self.rounded = self.step, self.guard, None, rounded
+        if not saved_tensor_hooks_allowed():
+            raise RuntimeError(
+                f"backward through a reversible sequence runs {step.name} again under saved-tensor hooks, which "
+                "torch.autograd.graph.disable_saved_tensors_hooks forbids here; call backward outside of it, or use "
+                "scheduler=Naive() or Functional(), which need none."
+            )
         guard.check()
         try:
             guard.enter_repetition()
