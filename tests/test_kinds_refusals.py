@@ -98,7 +98,7 @@ def test_torchs_offload_wrapper_with_context(stage: Stage):
     return routed(stage, offload_wrapper)
 
 
-@scene("11", broken="Functional")
+@scene("11")
 def test_data_parallel_with_context(stage: Stage):
     return routed(stage, nn.DataParallel)
 
@@ -189,17 +189,17 @@ def keeping(stage: Stage, keep: Callable[[Tensor], Any]) -> list[Any]:
     return [*found, *(f.kept for pair in stack for f in pair)]
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_integers_that_are_kept(stage: Stage):
     return keeping(stage, lambda h: h.argmax(-1))
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_a_mask_that_is_kept(stage: Stage):
     return keeping(stage, lambda h: h > 0)
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_a_value_computed_without_gradients_that_is_kept(stage: Stage):
     def keep(h):
         with torch.no_grad():
@@ -208,12 +208,12 @@ def test_a_value_computed_without_gradients_that_is_kept(stage: Stage):
     return keeping(stage, keep)
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_an_order_that_is_kept(stage: Stage):
     return keeping(stage, lambda h: h.argsort(-1))
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_a_histogram_that_is_kept(stage: Stage):
     return keeping(stage, lambda h: torch.bincount(h.argmax(-1), minlength=4))
 
@@ -223,12 +223,12 @@ def test_a_quantised_code_that_is_kept(stage: Stage):
     return keeping(stage, lambda h: h.detach().mul(8).round().to(torch.int8))
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_attention_that_is_kept_detached_by_data(stage: Stage):
     return keeping(stage, lambda h: h.softmax(-1).data)
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_buckets_of_hashed_attention(stage: Stage):
     """Reformer: buckets are kept from forward, for whoever wants to reverse with the same."""
 
@@ -250,7 +250,7 @@ def test_buckets_of_hashed_attention(stage: Stage):
     return train(stage.stack(Hashing))
 
 
-@scene("14", refused="Functional")
+@scene("14")
 def test_a_log_determinant_that_is_kept(stage: Stage):
     """A flow keeps it for the likelihood, which is differentiated by itself, detached here."""
 
@@ -346,7 +346,7 @@ def switching(stage: Stage, off: Callable[[], Any], on: Callable[[], Any]) -> li
     return train(stage.stack(lambda: Lambda(run, nn.Linear(4, 4), nn.Linear(4, 4))))
 
 
-@scene("16", refused="Functional")
+@scene("16")
 def test_set_grad_enabled_bare(stage: Stage):
     return switching(stage, lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True))
 
@@ -357,7 +357,7 @@ def test_no_grad_entered_and_left_by_hand(stage: Stage):
     return switching(stage, context.__enter__, lambda: context.__exit__(None, None, None))
 
 
-@scene("16", refused="Functional")
+@scene("16")
 def test_the_private_switch_of_grad_mode(stage: Stage):
     return switching(stage, lambda: torch._C._set_grad_enabled(False), lambda: torch._C._set_grad_enabled(True))
 
@@ -702,7 +702,7 @@ def test_an_exact_stack_within_an_unchecked_checkpoint(stage: Stage):
     return within(stage, 4, unchecked_checkpoint)
 
 
-@scene("17", tolerance=FLOAT, broken="Functional")
+@scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_selective_checkpoint(stage: Stage):
     return within(stage, 4, selective_checkpoint)
 

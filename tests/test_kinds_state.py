@@ -69,7 +69,7 @@ def test_a_layer_that_the_first_forward_builds(stage: Stage):
     return trained(stage, Built)
 
 
-@scene("2", wrong="Functional", refusal=REGISTERED, refusing="Functional")
+@scene("2", refusal=REGISTERED, refusing="Functional")
 def test_a_parameter_that_the_first_forward_registers(stage: Stage):
     def build(m, x):
         m.register_parameter("scale", nn.Parameter(x.detach().std(0)))
@@ -223,7 +223,7 @@ def test_a_layer_of_a_child_built_by_its_parent(stage: Stage):
     return trained(stage, Parent)
 
 
-@scene("2", broken="Functional", refusal=REGISTERED, refusing="Functional")
+@scene("2", refusal=REGISTERED, refusing="Functional")
 def test_a_parametrization_that_forward_registers(stage: Stage):
     class Scaled(nn.Module):
         def forward(self, w):
@@ -462,7 +462,7 @@ def test_a_set_of_what_was_seen(stage: Stage):
     return holding(stage, set, counted(read), len)
 
 
-@scene("3", refused="Functional", refusal=NAMED)
+@scene("3", refusal=NAMED)
 def test_an_attribute_of_a_parameter(stage: Stage):
     def use(m, x):
         m.linear.weight.calls = getattr(m.linear.weight, "calls", 0) + 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,8 +76,7 @@ def run_eagerly(
                     "transforms of it cannot; put it into eval mode, or use GroupNorm."
                 )
     # Within a transform buffers may be mapped over. Without one, functions may update them.
-    tensors = [*state, *(p for tree in trees for p in tree.parameters if p is not None)]
-    environment = Environment(steps, contexts, [tree.modules for tree in trees], tensors)
+    environment = Environment(steps, contexts, trees, state, transformed=bool(active))
     return _apply(steps, state, contexts, tolerance, environment, buffers=bool(active))
 
 
@@ -130,10 +128,7 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(program: PureStack, *flat: Tensor) -> State:  # type: ignore[override]
         if program.environment is not None:
-            purity = program.environment.watching(flat)
-            state = _views(program(flat, again=False), flat)
-            purity.close()
-            return state
+            return _views(program.forward(flat), flat)
         if (
             not torch.compiler.is_compiling()
         ):  # the compiler broke its graph within, and left the rest to us
@@ -142,7 +137,7 @@ class _Stack(torch.autograd.Function):
                 "why. Compile its functions alone, or use scheduler=Reversible()."
             )
         with TracingPurityMode(flat):
-            return _views(program(flat, again=False), flat)
+            return _views(program(flat), flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: State) -> None:
@@ -229,9 +224,8 @@ class _Sweep(torch.autograd.Function):
 
         def gradient(some: Sequence[Tensor], g: State) -> Any:
             whole = _filled(flat, needed, some)
-            run = partial(program, again=True)
             chosen = _picked(whole, wanted)
-            pull = vjp(lambda chosen: run(_filled(whole, wanted, chosen)), chosen)[1]
+            pull = vjp(lambda chosen: program(_filled(whole, wanted, chosen)), chosen)[1]
             return tuple(_zeros(pull(g)[0], chosen))
 
         pull = vjp(gradient, _picked(flat, needed), g)[1]

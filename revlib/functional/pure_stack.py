@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch.func import functional_call
 
 from revlib._torch import TreeSpec, tree_flatten, tree_unflatten
 from revlib.core import Guards, StepGuard, StepView, first_run, repetition
-from revlib.functional.purity import PurityMode
+from revlib.functional.purity import GraphPurity, Purity, PurityMode
 from revlib.guards import ModuleStates, Randomness, Settings
+from revlib.guards.modules import ModuleTree, identical
 from revlib.guards.randomness import CpuGeneratorLock
 from revlib.guards.settings import AutocastSettings, autocast_settings
 from revlib.step import BoundStep, State, evaluate, merge
@@ -24,42 +26,93 @@ __all__ = ["Environment", "PureStack", "pure_stack_of"]
 _TENSOR = object()  # in place of a tensor of the context
 
 
+class Slot(NamedTuple):
+    """Where a module holds one of the tensors that a function reads by itself."""
+
+    held: dict[str, Tensor | None]
+    name: str
+    place: int  # among these tensors
+
+
+class Own(NamedTuple):
+    """What a function reads by itself: the parameters of its modules, and their buffers where these are arguments."""
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...] = ()  # for the compiler, which traces a call by names
+    slots: tuple[Slot, ...] = ()  # for everybody else
+
+
 class PureStep(NamedTuple):
     """The function of a step, and what it reads."""
 
     step: BoundStep
-    names: tuple[str, ...]  # of its parameters, and of its buffers where these are arguments too
-    own: tuple[Tensor, ...]  # what it reads by itself: what its modules hold under these names, and
+    own: Own
     context: dict[str, Any]  # the user's, with
     leaves: tuple[Any, ...]  # these
-    spec: TreeSpec
-    reads: tuple[
-        int, ...
-    ]  # places, among all tensors, of the named ones and of the tensors in its context
+    spec: TreeSpec | None
+    given: tuple[Tensor, ...]  # the tensors in it
+    reads: tuple[int, ...]  # places, among all tensors, of its own and of those in its context
 
-    def __call__(
-        self,
-        inputs: State,
-        tensors: Sequence[Tensor],
-        *,
-        bind: bool,
-        purity: PurityMode | None = None,
-    ) -> Any:
+    def __call__(self, inputs: State, tensors: Sequence[Tensor], purity: Purity | None = None) -> Any:
         """On its streams and the tensors that it reads."""
         fn: Any = self.step.fn
-        count = len(self.names)
-        context = self.context
-        if bind:
-            rest = iter(tensors[count:])
+        (own, names, slots), context = self.own, self.context
+        if self.spec is not None and (purity is None or not identical(tensors[len(own) :], self.given)):
+            rest = iter(tensors[len(own) :])
             context = tree_unflatten(
                 [next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec
             )
-        if bind and count:
-            own, held = fn, dict(zip(self.names, tensors[:count], strict=True))
-            fn = lambda *args, **context: functional_call(own, held, args, context)  # noqa: E731
-        if purity is not None:
+        if names:
+            held = dict(zip(names, tensors[: len(own)], strict=True))
+            fn = lambda *args, **context: functional_call(self.step.fn, held, args, context)  # noqa: E731
+        elif purity is not None:
             fn = purity.over(fn)
-        return evaluate(BoundStep(fn, self.step.coupling, self.step.name), inputs, context)
+        step = self.step if fn is self.step.fn else BoundStep(fn, self.step.coupling, self.step.name)
+        # Its own need no binding, which would undo what it assigns to itself.
+        if all(slot.held.get(slot.name) is tensors[slot.place] for slot in slots):
+            return evaluate(step, inputs, context)
+        with _bound(slots, tensors):
+            return evaluate(step, inputs, context)
+
+
+@contextmanager
+def _bound(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Modules hold other tensors for a moment."""
+    before = [slot.held.get(slot.name) for slot in slots]
+    try:
+        for slot in slots:
+            slot.held[slot.name] = tensors[slot.place]
+        yield
+    finally:
+        for slot, t in zip(slots, before, strict=True):
+            slot.held[slot.name] = t
+
+
+def _own(step: BoundStep, tree: ModuleTree | None, *, buffers: bool) -> Own:
+    if tree is None:
+        named: dict[str, Tensor] = {}
+        if isinstance(step.fn, nn.Module):
+            named = dict(step.fn.named_parameters())
+            named = {**named, **dict(step.fn.named_buffers())} if buffers else named
+        return Own(tuple(named.values()), tuple(named))
+    known = step.memory.get(Own)
+    if known is not None and known[0] is tree and not buffers:
+        found: Own = known[1]
+        return found
+    places: dict[int, int] = {}
+    tensors: list[Tensor] = []
+    slots = []
+    for held in (*tree.parameter_slots, *(tree.buffer_slots if buffers else ())):
+        for name, t in held.items():
+            if t is not None:
+                if id(t) not in places:
+                    places[id(t)] = len(tensors)
+                    tensors.append(t)
+                slots.append(Slot(held, name, places[id(t)]))
+    found = Own(tuple(tensors), (), tuple(slots))
+    if tree.reusable and not buffers:
+        step.memory[Own] = tree, found
+    return found
 
 
 class Environment:
@@ -72,23 +125,29 @@ class Environment:
         self,
         steps: Sequence[BoundStep],
         contexts: Sequence[dict[str, Any]],
-        modules: Sequence[list[nn.Module]],
-        tensors: list[Tensor],
+        trees: Sequence[ModuleTree],
+        state: State,
+        *,
+        transformed: bool,
     ) -> None:
-        self.steps, self.modules = steps, modules
+        self.steps, self.trees, self.transformed = steps, trees, transformed
         # Without tensors, which are arguments of the pure function.
         self.contexts = [
             {k: v for k, v in context.items() if not isinstance(v, Tensor)} for context in contexts
         ]
+        tensors = [*state, *(p for tree in trees for p in tree.parameters if p is not None)]
         self.guards = Guards([Randomness(tensors), Settings(tensors), ModuleStates()])
         self.step_guards: dict[int, StepGuard] = {}
-        self.purity: PurityMode | None = None
+        self.purity: Purity | None = None
 
-    def watching(self, arguments: Sequence[Tensor]) -> PurityMode:
-        buffers = [
-            b for ms in self.modules for m in ms for b in m._buffers.values() if b is not None
-        ]
-        self.purity = PurityMode([*arguments, *buffers])
+    def watching(self, streams: State, tensors: Sequence[Tensor]) -> Purity:
+        """Whoever watches forward, on these arguments."""
+        if self.transformed:
+            slots = [named for tree in self.trees for named in tree.buffer_slots]
+            buffers = [b for named in slots for b in named.values() if b is not None]
+            self.purity = PurityMode(streams, tensors, buffers)
+        else:
+            self.purity = GraphPurity(tensors)
         return self.purity
 
     @contextmanager
@@ -129,39 +188,55 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
         """Of all tensors that are not streams, those that a step reads."""
         return [tensors[i] for i in self.functions[k].reads]
 
-    def evaluate(self, k: int, inputs: State, mine: Sequence[Tensor], *, again: bool) -> Any:
+    def forward(self, flat: Sequence[Tensor]) -> State:
+        """All steps for the first time, on the streams and all other tensors; neither may carry a graph away."""
+        environment = self.environment
+        assert environment is not None
+        state, needs = tuple(flat[: self.m]), [t.requires_grad for t in flat[: self.m]]
+        purity = environment.watching(state, flat[self.m :])
+        for k, function in enumerate(self.functions):
+            s, *inputs = state
+            mine = self.mine(k, purity.arguments)
+            with environment.first_run(k):
+                call = partial(function, tensors=mine, purity=purity)
+                f, needed = purity.run(function.step, call, tuple(inputs), needs[1:], mine)
+            state = (*inputs, self._merged(function.step, s, f))
+            needs = [*needs[1:], needs[0] or needed]
+            del f
+        purity.close()
+        return state
+
+    def evaluate(self, k: int, inputs: State, mine: Sequence[Tensor]) -> Any:
         """The function of a step, in the environment of forward."""
         function = self.functions[k]
         if self.environment is None:
             settings = tuple(s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0]))
             return _under(settings, function, inputs, mine)
-        if again:
-            with self.environment.repetition(k):
-                return function(inputs, mine, bind=True)
-        # Its own need no binding, which would disturb other threads and undo what it assigns to itself.
-        bind = not all(a is b for a, b in zip(mine, function.own, strict=True))
-        with self.environment.first_run(k):
-            return function(inputs, mine, bind=bind, purity=self.environment.purity)
+        with self.environment.repetition(k):
+            return function(inputs, mine)
 
-    def __call__(self, flat: Sequence[Tensor], *, again: bool) -> State:
-        """All steps, on the streams and all other tensors."""
+    def __call__(self, flat: Sequence[Tensor]) -> State:
+        """All steps again, or in compiled code."""
         state, tensors = tuple(flat[: self.m]), flat[self.m :]
         for k, function in enumerate(self.functions):
             s, *inputs = state
-            f = self.evaluate(k, tuple(inputs), self.mine(k, tensors), again=again)
-            merged = merge(function.step, s, f)
-            if merged.dtype != s.dtype:
-                raise TypeError(
-                    f"{function.step.name} would turn its {s.dtype} stream into {merged.dtype}; Functional() needs "
-                    "streams that keep their dtype: cast the streams, or its result."
-                )
-            state = (*inputs, merged)
+            f = self.evaluate(k, tuple(inputs), self.mine(k, tensors))
+            state = (*inputs, self._merged(function.step, s, f))
         return state
+
+    def _merged(self, step: BoundStep, s: Tensor, f: Any) -> Tensor:
+        merged = merge(step, s, f)
+        if merged.dtype != s.dtype:
+            raise TypeError(
+                f"{step.name} would turn its {s.dtype} stream into {merged.dtype}; Functional() needs "
+                "streams that keep their dtype: cast the streams, or its result."
+            )
+        return merged
 
 
 def _under(settings: Any, function: PureStep, inputs: State, mine: Sequence[Tensor]) -> Any:
     if not settings:
-        return function(inputs, mine, bind=True)
+        return function(inputs, mine)
     kind, enabled, dtype = settings[0]
     with torch.autocast(
         kind, dtype, enabled, cache_enabled=False
@@ -181,20 +256,17 @@ def pure_stack_of(
     """A stack, with or without buffers among its arguments. -> itself, and its arguments but streams."""
     places: dict[Tensor, int] = {}
     functions = []
-    for step, context in zip(steps, contexts, strict=True):
-        leaves, spec = tree_flatten(context)
-        named: dict[str, Tensor] = {}
-        if isinstance(step.fn, nn.Module):
-            named = dict(step.fn.named_parameters())
-            if buffers:
-                named = {**named, **dict(step.fn.named_buffers())}
-        read = [*named.values(), *(t for t in leaves if isinstance(t, Tensor))]
+    for k, (step, context) in enumerate(zip(steps, contexts, strict=True)):
+        own = _own(step, None if environment is None else environment.trees[k], buffers=buffers)
+        leaves, spec = tree_flatten(context) if context else ((), None)
+        given = tuple(t for t in leaves if isinstance(t, Tensor))
+        read = [*own.tensors, *given]
         saved = (
             read if environment is None else [t.clone() if t.is_inference() else t for t in read]
         )
         reads = tuple(places.setdefault(t, len(places)) for t in saved)
         others = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        functions.append(PureStep(step, tuple(named), tuple(read), context, others, spec, reads))
+        functions.append(PureStep(step, own, context, others, spec, given, reads))
     tensors = list(places)
     settings = autocast_settings([*state, *tensors])
     return PureStack(tuple(functions), len(state), tolerance, environment, settings), tensors

@@ -1,10 +1,16 @@
-"""What a function may not do where it must be pure, noticed as it runs: operation by operation."""
+"""What a function may not do where it must be pure, noticed as it runs.
+
+Three watchers for three situations. In plain autograd :class:`GraphPurity` has each function build its graph once, and
+reads there what the function has used and whether anything of the graph is left over. Within ``torch.func`` transforms
+such a graph says nothing, so :class:`PurityMode` looks at every operation. :class:`TracingPurityMode` does so while the
+compiler traces.
+"""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,40 +18,280 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from revlib._torch import is_transformed, tree_leaves, version_of
+from revlib._torch import is_transformed, transforms, tree_leaves, tree_map, version_of
+from revlib.step import BoundStep, State
 
-__all__ = ["PurityMode", "TracingPurityMode"]
+__all__ = ["GraphPurity", "Purity", "PurityMode", "TracingPurityMode", "asked_directly", "leaves_of"]
 
 CAPTURED = (
-    "a function of a stack with scheduler=Functional() uses a tensor that needs a gradient, or is mapped over, and is "
-    "neither a stream, nor a parameter or buffer of the function, nor in its context. Pass it as context, make it a "
-    "parameter, or use scheduler=Reversible()."
+    "uses a tensor that needs a gradient, or is mapped over, and is neither a stream, nor a parameter or buffer that "
+    "its modules register, nor in its context. Pass it as context, make it a parameter, or use scheduler=Reversible()."
 )
+_FUNCTION = "a function of a stack with scheduler=Functional()"
+_KEEPS = (
+    "that it computed (in an attribute, a list, a forward hook), through which no gradient would flow. Keep "
+    "t.detach(), or use scheduler=Reversible()."
+)
+
+
+def asked_directly(t: Tensor) -> bool:
+    """Whether a gradient can be asked for with respect to this very tensor, in whatever way a function reaches it.
+
+    Not if it is part of a graph, which would be differentiated as well, nor if it has hooks, which would be called with
+    the gradient of one function.
+    """
+    return t.is_leaf and not t._backward_hooks and not t.is_inference()
+
+
+class Purity:
+    """Watches the functions of one forward."""
+
+    arguments: list[Tensor]  # that functions get: the tensors that the stack reads, or others in their place
+
+    def __init__(self) -> None:
+        self.captured: dict[int, weakref.ref[Tensor]] = {}  # what functions read besides
+        self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # of what is left of that
+
+    def run(
+        self,
+        step: BoundStep,
+        call: Callable[[State], Any],
+        inputs: State,
+        needs: Sequence[bool],
+        mine: Sequence[Tensor],
+    ) -> tuple[Any, bool]:
+        """Run a function on streams, of which some need a gradient, with the tensors that it reads.
+
+        -> its result, without a graph, and whether that needs a gradient.
+        """
+        raise NotImplementedError
+
+    def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that ``call`` calls, watched."""
+        return fn
+
+    def close(self) -> None:
+        """After forward."""
+        left = ((ref, ref()) for ref in self.captured.values())
+        self.versions = [(ref, version_of(t)) for ref, t in left if t is not None]
+
+    def check(self, name: str) -> None:
+        """Before a repetition. Raise where a tensor was edited that functions read unasked."""
+        for ref, version in self.versions:
+            t = ref()
+            if t is not None and version_of(t) != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(t.shape)} that {name}, or another function of its stack, reads was "
+                    "modified by an inplace operation between forward and backward; edit a clone of it instead."
+                )
+
+
+# ------------------------------------------------------------------------------------------ plain autograd
+class GraphPurity(Purity):
+    """A function first runs on leaves of its own and builds a graph, which is dropped when the function is over.
+
+    The leaves of this graph are all that the function differentiates, however it reaches it: each must be a stream or
+    an argument. If one of the streams' leaves is still there after forward, then somebody keeps a part of the graph.
+    Integers, masks, and what was computed under ``no_grad`` keep none.
+
+    Args:
+        tensors: all that the stack reads besides streams.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.arguments = [
+            t if asked_directly(t) else t.detach().requires_grad_(t.requires_grad) for t in tensors
+        ]
+        self.streams: list[tuple[BoundStep, weakref.ref[Tensor]]] = []
+
+    def run(
+        self,
+        step: BoundStep,
+        call: Callable[[State], Any],
+        inputs: State,
+        needs: Sequence[bool],
+        mine: Sequence[Tensor],
+    ) -> tuple[Any, bool]:
+        leaves = tuple(
+            t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
+        )
+        with torch.enable_grad():
+            f = self._first_call(step, call, leaves, mine)
+        results = (f,) if isinstance(f, Tensor) else tree_leaves(f)
+        differentiable = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+        if differentiable:
+            known = {id(t) for t in (*leaves, *mine)}
+            for t in leaves_of(differentiable):
+                if id(t) not in known:
+                    _refuse_captured(step, t)
+        for t in leaves:
+            if any(not _is_a_trackers(hook) for hook in (t._backward_hooks or {}).values()):
+                raise RuntimeError(
+                    f"{step.name} calls register_hook() on a stream, of which it sees a copy under "
+                    "scheduler=Functional(); register the hook outside of the stack, or use scheduler=Reversible()."
+                )
+        self.streams += [(step, weakref.ref(t)) for t in leaves if t.requires_grad]
+        return _without_graph(f), bool(differentiable)
+
+    def _first_call(
+        self, step: BoundStep, call: Callable[[State], Any], leaves: State, mine: Sequence[Tensor]
+    ) -> Any:
+        try:
+            # What a function captures besides is found out once.
+            if step.memory.get(_Captures) is False:
+                return call(leaves)
+            with _Captures((*leaves, *mine), self.captured) as captures:
+                f = call(leaves)
+            captures.returned(f)
+            step.memory[_Captures] = captures.found
+            return f
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{step.name} edited a stream, a context tensor or a parameter in place, so its step cannot be "
+                "inverted; clone the tensor before editing it, or use an out-of-place operation."
+            ) from error
+
+    def close(self) -> None:
+        if any(ref() is not None for _, ref in self.streams):
+            gc.collect()  # it may be in a cycle that nobody holds
+            for step, ref in self.streams:
+                if ref() is not None:
+                    self._refuse_kept(step, ref)
+        super().close()
+
+    def _refuse_kept(self, step: BoundStep, ref: weakref.ref[Tensor]) -> None:
+        # Views that were made without gradients keep a stream as well, and are harmless.
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.requires_grad]
+        for t in tensors:
+            kept = t is ref() and len(gc.get_referrers(t)) > 1  # the other is the list
+            if kept or (t.grad_fn is not None and any(v is ref() for v in leaves_of([t]))):
+                raise RuntimeError(
+                    f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)} {_KEEPS}"
+                )
+
+
+def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors at the end of the graphs of these: all that a gradient of them would reach.
+
+    The graphs are not followed further than to the tensors at which to ``stop``.
+    """
+    seen = {t.grad_fn for t in stop}
+    found = [t for t in tensors if t.grad_fn is None]
+    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in seen]
+    seen.update(nodes)
+    while nodes:
+        node = nodes.pop()
+        above = node.next_functions
+        for n, _ in above:
+            if n is not None and n not in seen:
+                seen.add(n)
+                nodes.append(n)
+        if not above and (t := getattr(node, "variable", None)) is not None:
+            found.append(t)
+    return found
+
+
+def _is_a_trackers(hook: Callable[..., Any]) -> bool:
+    """Whether torch itself put a hook on a stream, as flop counters and profilers do to follow modules in backward.
+
+    They only count. ``register_multi_grad_hook`` wraps what it is given, so the closure is looked at as well.
+    """
+    inside = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    functions = [hook, *(c for c in inside if callable(c))]
+    return all((getattr(f, "__module__", None) or "").startswith("torch.") for f in functions)
+
+
+def _without_graph(f: Any) -> Any:
+    if isinstance(f, Tensor):
+        return f.detach()
+    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, f)
+
+
+def _refuse_captured(step: BoundStep, t: Tensor) -> None:
+    names = [
+        name
+        for name, p in getattr(step.owner, "named_parameters", lambda: ())()
+        if p is t
+    ]  # fmt: skip
+    if names:
+        raise RuntimeError(
+            f"{step.name} with scheduler=Functional() reaches its parameter {names[0]!r}, which has hooks or is part "
+            "of a graph, in another way than through the module that registers it (a list, a closure, a partial), so "
+            "that no gradient would flow. Read it from its module, or use scheduler=Reversible()."
+        )
+    raise RuntimeError(
+        f"{step.name} with scheduler=Functional() {CAPTURED} Its shape is {tuple(t.shape)}."
+    )
+
+
+class _Captures(TorchFunctionMode):
+    """Which tensors a function reads that need no gradient, and that it was not given."""
+
+    def __init__(self, known: Iterable[Tensor], into: dict[int, weakref.ref[Tensor]]) -> None:
+        super().__init__()
+        self.alive = list(known)  # numbers of tensors are used again
+        self.known = {id(t) for t in self.alive}
+        self.into, self.found = into, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        self.returned((args, kwargs))
+        result = func(*args, **kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and id(t) not in self.into:
+                self.known.add(id(t))
+        return result
+
+    def returned(self, values: Any) -> None:
+        for t in tree_leaves(values):
+            if isinstance(t, Tensor) and id(t) not in self.known and not is_transformed(t):
+                self.into[id(t)] = weakref.ref(t)
+                self.found = True
+
+
+# ------------------------------------------------------------------------------------------ transforms
 _OF_A_GRAPH = (Tensor.register_hook, Tensor.retain_grad, Tensor.backward, torch.autograd.grad)
+_DETACHING = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
-class PurityMode(TorchFunctionMode):
+class PurityMode(TorchFunctionMode, Purity):
     """Sees to it that no gradient is lost: a tensor that needs one must come in as argument, and leave as result.
 
     Args:
-        known: the arguments, and buffers, which others watch.
+        streams, tensors: the arguments.
+        watched: buffers, which others watch.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.known = {id(t) for t in known}
-        self.carrying = {id(t) for t in known if t.requires_grad}
+    def __init__(
+        self, streams: Sequence[Tensor], tensors: Sequence[Tensor], watched: Sequence[Tensor]
+    ) -> None:
+        TorchFunctionMode.__init__(self)
+        Purity.__init__(self)
+        # Others in their place, so that a parameter which a function reaches in another way is not taken for them.
+        self.arguments = [t.view_as(t) for t in tensors]
+        self.known = {id(t) for t in (*streams, *self.arguments, *watched)}
+        needing = (*streams, *self.arguments)
+        self.carrying = {id(t) for t, o in zip(needing, (*streams, *tensors), strict=True) if o.requires_grad}
         self.made: list[weakref.ref[Tensor]] = []  # out of those
-        self.captured: dict[
-            int, weakref.ref[Tensor]
-        ] = {}  # what functions read besides, or make out of sight
-        self.versions: list[
-            tuple[weakref.ref[Tensor], int]
-        ] = []  # of what is left of that after forward
+        self.transforms = transforms()
+
+    def run(
+        self,
+        step: BoundStep,
+        call: Callable[[State], Any],
+        inputs: State,
+        needs: Sequence[bool],
+        mine: Sequence[Tensor],
+    ) -> tuple[Any, bool]:
+        with torch.enable_grad():
+            return _without_graph(call(inputs)), True
 
     def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A function, watched; its streams and context come from elsewhere."""
-
         def watched(*streams: Tensor, **context: Any) -> Any:
             for t in tree_leaves((streams, context)):
                 if isinstance(t, Tensor):
@@ -63,7 +309,12 @@ class PurityMode(TorchFunctionMode):
             if id(t) in self.known:
                 continue
             if t.requires_grad or is_transformed(t):
-                raise RuntimeError(f"{CAPTURED} Its shape is {tuple(t.shape)}.")
+                if transforms() != self.transforms:
+                    raise RuntimeError(
+                        f"{_FUNCTION} runs a torch.func transform while the stack itself is transformed; use "
+                        "torch.autograd.grad(create_graph=True) inside the function, or scheduler=Naive()."
+                    )
+                raise RuntimeError(f"{_FUNCTION} {CAPTURED} Its shape is {tuple(t.shape)}.")
             self.captured[id(t)] = weakref.ref(t)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,46 +322,34 @@ class PurityMode(TorchFunctionMode):
         self._seen(tensors)
         if func in _OF_A_GRAPH and not tensors[0].requires_grad:
             raise RuntimeError(
-                f"a function of a stack with scheduler=Functional() calls {func.__name__}() on a tensor that it "
-                "computes; its functions run without a graph in forward. Use scheduler=Reversible()."
+                f"{_FUNCTION} calls {func.__name__}() on a tensor that it computes; within torch.func transforms its "
+                "functions run without a graph in forward. Use scheduler=Reversible()."
             )
-        carries = func is not Tensor.detach and any(id(t) in self.carrying for t in tensors)
+        # What was computed without gradients, or has none, is harmless.
+        carries = func not in _DETACHING and any(id(t) in self.carrying for t in tensors)
+        carries = carries and torch.is_grad_enabled()
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 if (ref := self.captured.get(id(t))) is None or ref() is not t:
                     self.known.add(id(t))
-                (self.carrying.add if carries else self.carrying.discard)(id(t))
-                if carries and not any(t is a for a in tensors):
+                mine = carries and (t.is_floating_point() or t.is_complex())
+                (self.carrying.add if mine else self.carrying.discard)(id(t))
+                if mine and not any(t is a for a in tensors):
                     self.made.append(weakref.ref(t))
         return result
 
     def close(self) -> None:
-        """After forward. Raise if something that needs a gradient is still there: a loss on it would have none."""
         if any(ref() is not None for ref in self.made):
             gc.collect()  # it may be in a cycle that nobody holds
         for ref in self.made:
             t = ref()
             if t is not None:
-                raise RuntimeError(
-                    f"a function of a stack with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)} that "
-                    "it computed (in an attribute, a list, a forward hook), through which no gradient would flow. Keep "
-                    "t.detach(), or use scheduler=Reversible()."
-                )
-        left = ((ref, ref()) for ref in self.captured.values())
-        self.versions = [(ref, version_of(t)) for ref, t in left if t is not None]
-
-    def check(self, name: str) -> None:
-        """Before a repetition. Raise where a tensor was edited that functions read unasked."""
-        for ref, version in self.versions:
-            t = ref()
-            if t is not None and version_of(t) != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that {name}, or another function of its stack, reads was "
-                    "modified by an inplace operation between forward and backward; edit a clone of it instead."
-                )
+                raise RuntimeError(f"{_FUNCTION} keeps a tensor of shape {tuple(t.shape)} {_KEEPS}")
+        super().close()
 
 
+# ------------------------------------------------------------------------------------------ compiled
 _ALWAYS = (
     *(
         torch.rand,
@@ -168,7 +407,7 @@ class TracingPurityMode(TorchFunctionMode):
                     and not any(t is k for k in self.known)
                 ):
                     raise RuntimeError(
-                        f"{CAPTURED} Or the compiler broke its graph: fullgraph=True says where."
+                        f"{_FUNCTION} {CAPTURED} Or the compiler broke its graph: fullgraph=True says where."
                     )
         draws = func in _ALWAYS
         if func in _DROPOUTS:

@@ -19,6 +19,7 @@ from revlib._torch import (
     unwrapped,
 )
 from revlib.functional.pure_stack import PureStack
+from revlib.functional.purity import asked_directly, leaves_of
 from revlib.guards import recovery_check
 from revlib.step import State, merge
 from revlib.tensors import local_part, sum_dtype
@@ -33,13 +34,12 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     if torch.compiler.is_compiling() or in_transform():
         return func.vjp(f, *primals)  # type: ignore[return-value]
     again = torch.is_grad_enabled()
-    leaves, spec = tree_flatten(primals)
-    leaves = [
-        t.view_as(t) for t in leaves
-    ]  # a transform that is over leaves wrappers, which say more than is so
-    leaves = [t if again and t.requires_grad else t.detach().requires_grad_() for t in leaves]
+    originals, spec = tree_flatten(primals)
+    leaves = [_leaf(t, again=again) for t in originals]
     with torch.enable_grad():
         result = f(*tree_unflatten(leaves, spec))
+    if again:
+        _refuse_bypassed(result, leaves, originals)
 
     def pull(gradient: Any) -> Any:
         both = zip(tree_leaves(result), tree_leaves(gradient), strict=True)
@@ -63,6 +63,30 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     return result, pull
 
 
+def _leaf(t: Tensor, *, again: bool) -> Tensor:
+    """What to differentiate with respect to in place of an argument.
+
+    A leaf of the user's stands for itself, since a function may reach it in several ways. Not where the result is
+    differentiated again: there other arguments may lead to the same leaf, and it would be counted for these as well.
+    """
+    if not again and t.requires_grad and asked_directly(t):
+        return t
+    t = t.view_as(t)  # a transform that is over leaves wrappers, which say more than is so
+    return t if again and t.requires_grad else t.detach().requires_grad_()
+
+
+def _refuse_bypassed(result: Any, views: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+    """Raise where a function reaches one of the originals otherwise than through the view that stands for it."""
+    ends = leaves_of([t for t in tree_leaves(result) if t.requires_grad], stop=views)
+    own = {id(t) for t in originals if t.requires_grad}
+    if any(id(t) in own for t in ends):
+        raise RuntimeError(
+            "a function of a stack with scheduler=Functional() reaches a parameter in another way than through the "
+            "module that registers it (a list, a closure, a partial), where a second derivative would be lost. Read it "
+            "from its module, or use scheduler=Reversible()."
+        )
+
+
 def _invert_and_pull_back(
     program: PureStack,
     k: int,
@@ -80,7 +104,7 @@ def _invert_and_pull_back(
         filled = list(mine)
         for i, t in zip(places, chosen, strict=True):
             filled[i] = t
-        return program.evaluate(k, inputs, filled, again=True)
+        return program.evaluate(k, inputs, filled)
 
     result, pull = vjp(f, tuple(inputs), [mine[i] for i in places])
     leaves, spec = tree_flatten(result)
