@@ -8,6 +8,7 @@ stack reports that as an error which names the version, instead of an AttributeE
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -54,6 +56,7 @@ __all__ = [
     "missing",
     "no_dispatch_modes",
     "normalises",
+    "raised_by_forbidding_hooks",
     "saved_tensor_hooks",
     "saved_tensor_hooks_allowed",
     "set_function_modes",
@@ -169,6 +172,19 @@ def saved_tensor_hooks(*, ignore_disabled: bool = True) -> Any:
 def saved_tensor_hooks_allowed() -> bool:
     """False within ``torch.autograd.graph.disable_saved_tensors_hooks``, where placeholders are impossible."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+
+
+def raised_by_forbidding_hooks(error: BaseException) -> bool:
+    """Whether an error says that ``disable_saved_tensors_hooks`` was entered while hooks were in force.
+
+    All ``torch.func`` transforms that differentiate enter it, each with a message of its own, so the message does not
+    tell.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    code = None if trace is None else trace.tb_frame.f_code
+    return code is not None and code is inspect.unwrap(disable_saved_tensors_hooks).__code__
 
 
 def forward_mode_active() -> bool:

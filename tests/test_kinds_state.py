@@ -77,8 +77,7 @@ def test_a_parameter_that_the_first_forward_registers(stage: Stage):
     return trained(stage, lambda: Building(build, lambda m, x: (x * m.scale).tanh()))
 
 
-# Under Functional() it is sometimes silently wrong, and sometimes right: not solved.
-@scene("2", without="Functional")
+@scene("2", refusal=REGISTERED, refusing="Functional")
 def test_a_parameter_assigned_in_forward(stage: Stage):
     class Assigned(nn.Module):
         def __init__(self):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from common import Lambda, error, grads, leaves, loss, mlp
-from scenes import RECOMPUTING, Foreign, Stage, Unlike, scene
+from scenes import Foreign, Stage, Unlike, scene
 from situations.base import SCHEDULERS
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -34,7 +34,7 @@ def inside(stage: Stage, run: Callable[..., Tensor], *modules: Callable[[], nn.M
     return found
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_one_step_of_an_inner_model(stage: Stage):
     """Test-time training."""
 
@@ -61,12 +61,12 @@ def test_one_step_of_an_inner_model(stage: Stage):
     return grads(*xs, stack)
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_the_gradient_of_an_energy_by_func(stage: Stage):
     return inside(stage, lambda m, x: -grad(lambda x: m(x).sin().sum())(x))
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_a_jacobian_in_reverse(stage: Stage):
     def run(m, x):
         return torch.stack([jacrev(lambda z: m(z).tanh())(z).sum(0) for z in x])
@@ -82,7 +82,7 @@ def test_a_jacobian_in_forward_mode(stage: Stage):
     return inside(stage, run)
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_a_vector_jacobian_product(stage: Stage):
     def run(m, x):
         y, pull = vjp(lambda x: m(x).tanh(), x)
@@ -96,7 +96,7 @@ def test_a_jacobian_vector_product(stage: Stage):
     return inside(stage, lambda m, x: jvp(lambda x: m(x).tanh(), (x,), (x.cos(),))[1])
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_the_trace_of_a_hessian(stage: Stage):
     def run(m, x):
         return torch.stack([hessian(lambda z: m(z).sin().sum())(z).diagonal() for z in x])
@@ -104,7 +104,7 @@ def test_the_trace_of_a_hessian(stage: Stage):
     return inside(stage, run)
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_gradients_per_sample(stage: Stage):
     return inside(stage, lambda m, x: vmap(grad(lambda z: m(z).sin().sum()))(x))
 
@@ -114,7 +114,7 @@ def test_a_vmap_alone(stage: Stage):
     return inside(stage, lambda m, x: vmap(lambda z: m(z).tanh())(x))
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_gradients_of_weights_by_functional_call(stage: Stage):
     def run(m, x):
         weights = dict(m.named_parameters())
@@ -124,7 +124,7 @@ def test_gradients_of_weights_by_functional_call(stage: Stage):
     return inside(stage, run)
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_a_divergence_estimated_by_noise(stage: Stage):
     """Hutchinson's, as of continuous flows."""
 
@@ -136,7 +136,7 @@ def test_a_divergence_estimated_by_noise(stage: Stage):
     return inside(stage, run)
 
 
-@scene("9", broken=RECOMPUTING, refusal=REASON)
+@scene("9", refusal=REASON)
 def test_an_unrolled_inner_loop(stage: Stage):
     """MAML: three steps of the inner weights."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revlib import _torch
@@ -160,3 +161,13 @@ def test_trees_and_wrappers():
 
 def test_nothing_is_missing():
     assert _torch.missing() == ()
+
+
+def test_an_error_of_those_who_forbid_hooks_is_recognised():
+    def entering(forbidding):
+        with pytest.raises(RuntimeError) as raised, saved_tensors_hooks(lambda t: t, lambda t: t):
+            forbidding()
+        return raised.value
+
+    assert _torch.raised_by_forbidding_hooks(entering(lambda: torch.func.grad(torch.sin)(torch.tensor(1.0))))
+    assert not _torch.raised_by_forbidding_hooks(entering(lambda: torch.ones(2) @ torch.ones(3)))

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revlib._torch import (
     bypass_compiler,
+    raised_by_forbidding_hooks,
     saved_tensor_hooks_allowed,
     tree_leaves,
     tree_map,
@@ -80,7 +81,7 @@ class StepRecord:
         try:
             guard.enter_first_run()
             with hooks:
-                f = evaluate(step, state[1:], context)
+                f = self._evaluated(state[1:], context)
                 self.function_saves = len(self.placeholders)
                 leaves = (f,) if isinstance(f, Tensor) else tree_leaves(f)
                 self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
@@ -95,6 +96,19 @@ class StepRecord:
         del f, leaves  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
         return merged
+
+    def _evaluated(self, inputs: State, context: dict[str, Any]) -> Any:
+        try:
+            return evaluate(self.step, inputs, context)
+        except RuntimeError as error:
+            if not raised_by_forbidding_hooks(error):
+                raise
+            raise RuntimeError(
+                f"{self.step.name} uses a torch.func transform (grad, vjp, jacrev, hessian), or enters "
+                "disable_saved_tensors_hooks. Neither can run under saved-tensor hooks, by which this scheduler saves "
+                "memory. Use scheduler=Functional(), which needs none, or torch.autograd.grad(create_graph=True) in "
+                "place of the transform."
+            ) from error
 
     def _ends_in_reading(self, f: Any) -> bool:
         """Whether a repetition may stop at the last tensor that it saves.

@@ -53,21 +53,26 @@ class PureStep(NamedTuple):
     given: tuple[Tensor, ...]  # the tensors in it
     reads: tuple[int, ...]  # places, among all tensors, of its own and of those in its context
 
-    def __call__(self, inputs: State, tensors: Sequence[Tensor], purity: Purity | None = None) -> Any:
+    def run(self, inputs: State, tensors: Sequence[Tensor], purity: Purity | None = None) -> Any:
         """On its streams and the tensors that it reads."""
         fn: Any = self.step.fn
         (own, names, slots), context = self.own, self.context
-        if self.spec is not None and (purity is None or not identical(tensors[len(own) :], self.given)):
+        if self.spec is not None and (
+            purity is None or not identical(tensors[len(own) :], self.given)
+        ):
             rest = iter(tensors[len(own) :])
             context = tree_unflatten(
                 [next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves], self.spec
             )
         if names:
             held = dict(zip(names, tensors[: len(own)], strict=True))
-            fn = lambda *args, **context: functional_call(self.step.fn, held, args, context)  # noqa: E731
+            module = fn
+            fn = lambda *args, **context: functional_call(module, held, args, context)  # noqa: E731
         elif purity is not None:
             fn = purity.over(fn)
-        step = self.step if fn is self.step.fn else BoundStep(fn, self.step.coupling, self.step.name)
+        step = (
+            self.step if fn is self.step.fn else BoundStep(fn, self.step.coupling, self.step.name)
+        )
         # Its own need no binding, which would undo what it assigns to itself.
         if all(slot.held.get(slot.name) is tensors[slot.place] for slot in slots):
             return evaluate(step, inputs, context)
@@ -143,12 +148,14 @@ class Environment:
     def watching(self, streams: State, tensors: Sequence[Tensor]) -> Purity:
         """Whoever watches forward, on these arguments."""
         if self.transformed:
-            slots = [named for tree in self.trees for named in tree.buffer_slots]
-            buffers = [b for named in slots for b in named.values() if b is not None]
-            self.purity = PurityMode(streams, tensors, buffers)
+            self.purity = PurityMode(streams, tensors, self._buffers())
         else:
-            self.purity = GraphPurity(tensors)
+            self.purity = GraphPurity(tensors, self._buffers)
         return self.purity
+
+    def _buffers(self) -> list[Tensor]:
+        slots = [named for tree in self.trees for named in tree.buffer_slots]
+        return [b for named in slots for b in named.values() if b is not None]
 
     @contextmanager
     def first_run(self, k: int) -> Iterator[None]:
@@ -198,7 +205,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             s, *inputs = state
             mine = self.mine(k, purity.arguments)
             with environment.first_run(k):
-                call = partial(function, tensors=mine, purity=purity)
+                call = partial(function.run, tensors=mine, purity=purity)
                 f, needed = purity.run(function.step, call, tuple(inputs), needs[1:], mine)
             state = (*inputs, self._merged(function.step, s, f))
             needs = [*needs[1:], needs[0] or needed]
@@ -213,7 +220,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             settings = tuple(s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0]))
             return _under(settings, function, inputs, mine)
         with self.environment.repetition(k):
-            return function(inputs, mine)
+            return function.run(inputs, mine)
 
     def __call__(self, flat: Sequence[Tensor]) -> State:
         """All steps again, or in compiled code."""
@@ -236,7 +243,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
 
 def _under(settings: Any, function: PureStep, inputs: State, mine: Sequence[Tensor]) -> Any:
     if not settings:
-        return function(inputs, mine)
+        return function.run(inputs, mine)
     kind, enabled, dtype = settings[0]
     with torch.autocast(
         kind, dtype, enabled, cache_enabled=False

@@ -21,7 +21,14 @@ from torch.overrides import TorchFunctionMode
 from revlib._torch import is_transformed, transforms, tree_leaves, tree_map, version_of
 from revlib.step import BoundStep, State
 
-__all__ = ["GraphPurity", "Purity", "PurityMode", "TracingPurityMode", "asked_directly", "leaves_of"]
+__all__ = [
+    "GraphPurity",
+    "Purity",
+    "PurityMode",
+    "TracingPurityMode",
+    "asked_directly",
+    "leaves_of",
+]
 
 CAPTURED = (
     "uses a tensor that needs a gradient, or is mapped over, and is neither a stream, nor a parameter or buffer that "
@@ -46,7 +53,9 @@ def asked_directly(t: Tensor) -> bool:
 class Purity:
     """Watches the functions of one forward."""
 
-    arguments: list[Tensor]  # that functions get: the tensors that the stack reads, or others in their place
+    arguments: list[
+        Tensor
+    ]  # that functions get: the tensors that the stack reads, or others in their place
 
     def __init__(self) -> None:
         self.captured: dict[int, weakref.ref[Tensor]] = {}  # what functions read besides
@@ -96,14 +105,19 @@ class GraphPurity(Purity):
 
     Args:
         tensors: all that the stack reads besides streams.
+        watched: finds the buffers, which others watch.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], watched: Callable[[], list[Tensor]]) -> None:
         super().__init__()
+        self.watched = watched
         self.arguments = [
             t if asked_directly(t) else t.detach().requires_grad_(t.requires_grad) for t in tensors
         ]
         self.streams: list[tuple[BoundStep, weakref.ref[Tensor]]] = []
+        self.others: list[
+            tuple[BoundStep, weakref.ref[Tensor]]
+        ] = []  # leaves that are none of these
 
     def run(
         self,
@@ -122,9 +136,9 @@ class GraphPurity(Purity):
         differentiable = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
         if differentiable:
             known = {id(t) for t in (*leaves, *mine)}
-            for t in leaves_of(differentiable):
-                if id(t) not in known:
-                    _refuse_captured(step, t)
+            others = [t for t in leaves_of(differentiable) if id(t) not in known]
+            self.others += [(step, weakref.ref(t)) for t in others]
+            del others
         for t in leaves:
             if any(not _is_a_trackers(hook) for hook in (t._backward_hooks or {}).values()):
                 raise RuntimeError(
@@ -141,7 +155,7 @@ class GraphPurity(Purity):
             # What a function captures besides is found out once.
             if step.memory.get(_Captures) is False:
                 return call(leaves)
-            with _Captures((*leaves, *mine), self.captured) as captures:
+            with _Captures((*leaves, *mine, *self.watched()), self.captured) as captures:
                 f = call(leaves)
             captures.returned(f)
             step.memory[_Captures] = captures.found
@@ -160,14 +174,23 @@ class GraphPurity(Purity):
             for step, ref in self.streams:
                 if ref() is not None:
                     self._refuse_kept(step, ref)
+        # Leaves that a function made for itself are gone by now, and no gradient of them can be asked for.
+        if any(ref() is not None for _, ref in self.others):
+            gc.collect()
+            for step, ref in self.others:
+                if (t := ref()) is not None:
+                    _refuse_captured(step, t)
         super().close()
 
     def _refuse_kept(self, step: BoundStep, ref: weakref.ref[Tensor]) -> None:
-        # Views that were made without gradients keep a stream as well, and are harmless.
+        # Views that were made without gradients keep a stream as well, and are harmless. So is what only autograd
+        # holds, as the hooks of a flop counter do; the one referrer of such a tensor is the list below.
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.requires_grad]
         for t in tensors:
-            kept = t is ref() and len(gc.get_referrers(t)) > 1  # the other is the list
-            if kept or (t.grad_fn is not None and any(v is ref() for v in leaves_of([t]))):
+            descends = t is ref() or (
+                t.grad_fn is not None and any(v is ref() for v in leaves_of([t]))
+            )
+            if descends and len(gc.get_referrers(t)) > 1:
                 raise RuntimeError(
                     f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)} {_KEEPS}"
                 )
@@ -216,6 +239,12 @@ def _refuse_captured(step: BoundStep, t: Tensor) -> None:
         for name, p in getattr(step.owner, "named_parameters", lambda: ())()
         if p is t
     ]  # fmt: skip
+    if names and asked_directly(t):
+        raise RuntimeError(
+            f"{step.name} with scheduler=Functional() registered its parameter {names[0]!r} while it ran, when the "
+            "arguments of the stack were known already, so that no gradient would flow. It is there now: run the first "
+            "forward under torch.no_grad(), or use scheduler=Reversible()."
+        )
     if names:
         raise RuntimeError(
             f"{step.name} with scheduler=Functional() reaches its parameter {names[0]!r}, which has hooks or is part "
@@ -276,7 +305,9 @@ class PurityMode(TorchFunctionMode, Purity):
         self.arguments = [t.view_as(t) for t in tensors]
         self.known = {id(t) for t in (*streams, *self.arguments, *watched)}
         needing = (*streams, *self.arguments)
-        self.carrying = {id(t) for t, o in zip(needing, (*streams, *tensors), strict=True) if o.requires_grad}
+        self.carrying = {
+            id(t) for t, o in zip(needing, (*streams, *tensors), strict=True) if o.requires_grad
+        }
         self.made: list[weakref.ref[Tensor]] = []  # out of those
         self.transforms = transforms()
 

@@ -44,12 +44,16 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     def pull(gradient: Any) -> Any:
         both = zip(tree_leaves(result), tree_leaves(gradient), strict=True)
         pairs = [(y, g) for y, g in both if y.requires_grad and g is not None]
-        found: Sequence[Tensor | None] = [None] * len(leaves)
+        found: list[Tensor | None] = [None] * len(leaves)
         if not pairs:
-            return tree_unflatten(list(found), spec)
+            return tree_unflatten(found, spec)
+        # A tensor may come in twice, as a parameter and as context. Its gradient counts once, for its first place.
+        places = {id(t): i for i, t in reversed(list(enumerate(leaves)))}.values()
         ys, gs = [y for y, _ in pairs], [g for _, g in pairs]
         try:
-            found = torch.autograd.grad(ys, leaves, gs, allow_unused=True, create_graph=again)
+            gradients = torch.autograd.grad(
+                ys, [leaves[i] for i in places], gs, allow_unused=True, create_graph=again
+            )
         except RuntimeError as error:
             if ".grad()" not in str(error):
                 raise
@@ -58,7 +62,9 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
                 "through, such as a checkpoint with use_reentrant=True, or a profiler's or counter's hook in backward; "
                 "use use_reentrant=False, or scheduler=Reversible()."
             ) from error
-        return tree_unflatten(list(found), spec)
+        for i, gradient in zip(places, gradients, strict=True):
+            found[i] = gradient
+        return tree_unflatten(found, spec)
 
     return result, pull
 

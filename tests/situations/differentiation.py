@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from common import grads, leaves, loss, mlp
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad, grad
 from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -239,31 +239,35 @@ def functional_calls(setting: Setting):
 
 @situation("hooks of tensors: of streams, outputs, parameters, and inside functions")
 def tensor_hooks(setting: Setting):
-    seen = []
+    seen: dict[str, list[Tensor]] = {}  # in which order the gradients come is not said anywhere
 
-    def hooked(g):
-        seen.append(g.clone())
-        return 2 * g
+    def hook(of: str):
+        def hooked(g):
+            seen.setdefault(of, []).append(g.clone())
+            return 2 * g
+
+        return hooked
 
     class Hooked(nn.Module):
-        def __init__(self):
+        def __init__(self, of: str):
             super().__init__()
-            self.linear = nn.Linear(4, 4)
+            self.linear, self.of = nn.Linear(4, 4), of
 
         def forward(self, x):
             h = self.linear(x)
-            h.register_hook(hooked)
+            h.register_hook(hook(self.of))
             return h.tanh()
 
-    stack, xs = setting.stack(Hooked), leaves()
-    for t in (*xs, stack[1].F.linear.weight):
-        t.register_hook(hooked)
+    names = iter("abcdefgh")
+    stack, xs = setting.stack(lambda: Hooked(next(names))), leaves()
+    for name, t in zip(("left", "right", "weight"), (*xs, stack[1].F.linear.weight), strict=True):
+        t.register_hook(hook(name))
     outputs = stack(*xs)
-    for y in outputs:
-        y.register_hook(hooked)
+    for name, y in zip(("first", "second"), outputs, strict=True):
+        y.register_hook(hook(name))
     loss(outputs).backward()
-    assert len(seen) == 4 + 3 + 2
-    return [*seen, *grads(*xs, stack)]
+    assert [len(seen[of]) for of in sorted(seen)] == [1] * (4 + 3 + 2)
+    return [*(seen[of] for of in sorted(seen)), *grads(*xs, stack)]
 
 
 @situation("retain_grad of outputs, and inside functions")

@@ -566,7 +566,7 @@ def written_late(setting: Setting):
     return train(setting.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU())), 16, 4)
 
 
-@situation("torch.func.grad inside a function", pending="issue 15 item 9", refusable=True)
+@situation("torch.func.grad inside a function", refusable=True)
 def func_inside(setting: Setting):
     def force(m, x):
         return -torch.func.grad(lambda x: m(x).sin().sum())(x)
@@ -600,7 +600,7 @@ def catches_everything(setting: Setting):
     return train(setting.stack(lambda: Lambda(run, nn.Linear(4, 4), nn.Linear(4, 4))))
 
 
-@situation("integers, masks and values without gradient that are kept", pending="issue 15 item 14")
+@situation("integers, masks and values without gradient that are kept")
 def harmless(setting: Setting):
     class Keeping(nn.Module):
         def __init__(self):
@@ -617,7 +617,7 @@ def harmless(setting: Setting):
     return train(setting.stack(Keeping))
 
 
-@situation("set_grad_enabled(False) and (True), bare", pending="issue 15 item 16")
+@situation("set_grad_enabled(False) and (True), bare")
 def bare_switch(setting: Setting):
     def gated(first, second, x):
         torch.set_grad_enabled(False)
