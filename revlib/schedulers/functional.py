@@ -30,11 +30,11 @@ class Functional(Scheduler):
     derivatives are right, and stored. Forward mode keeps nothing in any case.
 
     Cost in units of one forward: time 4; memory the last state and the input, the activations of the last step, of
-    another one in backward, the gradients of the state at both ends, and those of all weights until backward is done.
+    another one in forward and in backward, the gradients of the state at both ends, and those of all weights until backward is done.
     ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and adds them up then.
 
-    Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, and tensors
-    in the context. An output needs a gradient if anything that goes in does. Hooks of parameters that a function does
+    Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, however a
+    function comes to them, and tensors in the context. An output needs a gradient if anything that goes in does. Hooks of parameters that a function does
     not use are called with None. What was frozen in forward gets no second derivative either, if it is not any more in
     backward, where plain autograd decides by operation. Threads must not share modules.
 
@@ -48,9 +48,9 @@ class Functional(Scheduler):
         tolerance: the relative error of the recovered inputs of the whole stack up to which backward goes on.
 
     Raises:
-        RuntimeError: a function uses a tensor which needs a gradient in another way (by closure, as a plain attribute);
-            leaves a result behind (in a list, by a forward hook) without ``detach()``; asks for a graph in forward;
-            draws random numbers in a whole graph; batch norm in train mode under a transform, or dropout under
+        RuntimeError: a function uses another tensor that needs a gradient (by closure, as a plain attribute);
+            leaves a result behind (in a list, by a forward hook) without ``detach()``; registers a parameter while it
+            runs; reaches a parameter otherwise than through its module where second derivatives are asked for; draws random numbers in a whole graph; batch norm in train mode under a transform, or dropout under
             ``jacrev``; something edited between forward and backward; inputs that did not come back.
         TypeError: a function's result that turns its stream into another dtype.
 
