@@ -12,6 +12,7 @@ import typer
 from common import gap, model_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import RmsNorm
 from timm.models import group_parameters
 from timm.models.mvitv2 import MultiScaleBlock, MultiScaleVit, MultiScaleVitCfg
 from timm.optim import param_groups_weight_decay
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from research import config, networks, train
 from research.log import read_log
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
-from revlib.models import ConcatLinear, ConcatMlp, Mean, RevMViT
+from revlib.models import ConcatLinear, ConcatMlp, Mean, RevMViT, minrev_mvit
 from revlib.testing import footprint
 
 DEPTHS = (3, 2, 4)  # 3, 1 and 3 pairs
@@ -333,3 +334,26 @@ def test_under_function_transforms():
     found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (images,)).square().sum())(parameters)
     model(images).square().sum().backward()
     assert all(torch.allclose(found[name], p.grad, rtol=1e-9) for name, p in parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "seen"),
+    [
+        ({"device": "meta"}, lambda block: {p.device.type for p in block.parameters()} == {"meta"}),
+        ({"dtype": torch.bfloat16}, lambda block: {p.dtype for p in block.parameters()} == {torch.bfloat16}),
+        ({"act_layer": "relu"}, lambda block: isinstance(block.mlp.act, nn.ReLU)),
+        ({"norm_layer": "rmsnorm"}, lambda block: isinstance(block.norm1, RmsNorm)),
+        ({"class_token": True}, lambda block: block.attn.has_cls_token),
+        ({"img_size": (16, 8)}, lambda block: len({len(block.attn.rel_pos_h), len(block.attn.rel_pos_w)}) == 1),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_transitions_of_minrevs_network_keep_the_settings_of_the_model(setting, seen):
+    """Its transitions are put in after the model is built, in place of others."""
+    sizes = {"img_size": 16, "embed_dim": 8, **setting}
+    model = minrev_mvit(**sizes)
+    rebuilt = [stage.transition for stage in model.stages[1:]]
+    assert len(rebuilt) == 2 and all(map(seen, rebuilt))
+    rows, columns = sizes["img_size"] if isinstance(sizes["img_size"], tuple) else (16, 16)
+    images = torch.randn(2, 3, rows, columns, device=setting.get("device"), dtype=setting.get("dtype"))
+    assert model(images).shape == (2, 10)

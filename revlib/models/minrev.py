@@ -134,22 +134,31 @@ def minrev_mvit(mlp_ratio: float = 4.0, **sizes: Any) -> RevMViT:
 
 
 def take_both_streams(model: RevMViT, mlp_ratio: float) -> None:
-    """Put in transitions for streams side by side, which have the width of the next stage already."""
+    """Put in transitions for streams side by side, which have the width of the next stage already.
+
+    In all else they are as those in whose place they come.
+    """
     for before, stage in pairwise(model.stages):
         old = stage.transition
-        stage.transition = MultiScaleBlock(
+        norm: Callable[..., nn.Module] = type(old.norm1)
+        weight = old.attn.qkv.weight
+        side = max(stage.feat_size)  # timm makes square tables only, as for RevMViT
+        new = MultiScaleBlock(
             old.dim_out,
             old.dim_out,
             old.attn.num_heads,
-            stage.feat_size,
+            (side, side),
             mlp_ratio,
             drop_path=getattr(old.drop_path1, "drop_prob", 0.0),
-            norm_layer=partial(nn.LayerNorm, eps=old.norm1.eps),
+            norm_layer=partial(norm, eps=old.norm1.eps),
             kernel_q=old.attn.pool_q.kernel_size,
             kernel_kv=old.attn.pool_k.kernel_size,
             stride_q=old.attn.pool_q.stride,
             stride_kv=old.attn.pool_k.stride,
-            has_cls_token=False,
+            has_cls_token=old.has_cls_token,
             expand_attn=True,
-        ).apply(model._init_weights)
+        )
+        new.mlp.act = old.mlp.act
+        new = new.to(device=weight.device, dtype=weight.dtype)
+        stage.transition = new.apply(model._init_weights)
         before.fusion = Concat()
