@@ -17,6 +17,7 @@ from revlib._torch import in_transform, is_fake, tree_leaves, tree_map
 from revlib.core import Guards, StepGuard, StepView, first_run, repetition
 from revlib.guards import ModuleStates, Randomness, Settings
 from revlib.guards.modules import module_tree
+from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import Comparison, default_tolerance, relative_errors
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence, checked_streams, entered
@@ -138,9 +139,9 @@ def _measure(
     trees = [module_tree(step) for step in steps]
     tensors = [t for t in tree_leaves((given, context)) if isinstance(t, Tensor)]
     tensors += [p for tree in trees for p in tree.parameters if p is not None]
-    randomness = Randomness(tensors)
-    guards = Guards([randomness, Settings(tensors), ModuleStates()])
-    devices = [d for d in randomness.devices if d.type != "cpu"]
+    devices = devices_of(tensors)
+    guards = Guards([Randomness(devices), Settings(devices), ModuleStates()])
+    devices = [d for d in devices if d.type != "cpu"]
     streams, samples = dict[int, Tensor](), dict[int, Tensor]()
     runs, dtypes, errors = list[StepGuard](), set[torch.dtype](), list[Tensor]()
     fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")

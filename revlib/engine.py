@@ -38,6 +38,7 @@ from revlib.guards import (
     raise_pending,
 )
 from revlib.guards.modules import parameters_of
+from revlib.guards.randomness import devices_of
 from revlib.look_ahead import LookAheadTape
 from revlib.step import BoundStep, State, advance, route
 
@@ -68,10 +69,11 @@ def run(
     if not torch.is_grad_enabled() or exporting() or tracing():
         return advance(steps, state, contexts)
     options = options or PassOptions()
-    if all(k in plan.activations for k in range(len(steps))) or not _can_record(steps):
+    parameters = [p for step in steps for p in parameters_of(step) if p is not None]
+    if all(k in plan.activations for k in range(len(steps))) or not _can_record(parameters):
         state = advance(steps, state, contexts)
     else:
-        state = _record(steps, state, contexts, plan, options)
+        state = _record(steps, state, contexts, parameters, plan, options)
     if options.on_backward is not None:
         for s in state:
             if s.requires_grad and not s.is_leaf:
@@ -83,19 +85,20 @@ def _notify(call: Callable[[], None], gradient: Tensor) -> None:
     call()
 
 
-def _can_record(steps: Sequence[BoundStep]) -> bool:
+def _can_record(parameters: Sequence[Tensor]) -> bool:
     """Function transforms and forward-mode differentiation do not go through saved tensors, and the first call of a
     lazy module is unlike its second."""
     if in_transform() or forward_mode_active() or not saved_tensor_hooks_allowed():
         return False
-    kinds = {type(p) for step in steps for p in parameters_of(step)}
-    return not any(issubclass(k, (UninitializedParameter, UninitializedBuffer)) for k in kinds)
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    return not any(issubclass(kind, lazy) for kind in set(map(type, parameters)))
 
 
 def _record(
     steps: Sequence[BoundStep],
     state: State,
     contexts: list[dict[str, Any]],
+    parameters: Sequence[Tensor],
     plan: Plan,
     options: PassOptions,
 ) -> State:
@@ -106,7 +109,10 @@ def _record(
         )
     raise_pending(wait=False)
     plan.check(len(steps))
-    guard, recovery = _guards(steps, state, contexts, options)
+    tensors = [*state, *parameters]
+    if any(contexts):
+        tensors += [t for t in tree_leaves(contexts) if isinstance(t, Tensor)]
+    guard, recovery = _guards(len(steps), tensors, options)
     tape = _tape(state, guard, options)
     tape.recovery = recovery  # type: ignore[attr-defined]
     # Containers of our own, since functions may append to the user's.
@@ -136,19 +142,14 @@ def _tape(state: State, guard: Guard, options: PassOptions) -> Tape:
 
 
 def _guards(
-    steps: Sequence[BoundStep],
-    state: State,
-    contexts: Sequence[dict[str, Any]],
-    options: PassOptions,
+    length: int, tensors: Sequence[Tensor], options: PassOptions
 ) -> tuple[Guards, RecoveryCheck]:
     """Everything that is watched, in the order in which it is entered."""
-    tensors = [*state, *(p for step in steps for p in parameters_of(step) if p is not None)]
-    tensors += [t for t in tree_leaves(contexts) if isinstance(t, Tensor)]
-    outer = surrounding_tape()
-    recovery = RecoveryCheck(len(steps), options.tolerance, getattr(outer, "recovery", None))
+    outer, devices = surrounding_tape(), devices_of(tensors)
+    recovery = RecoveryCheck(length, options.tolerance, getattr(outer, "recovery", None))
     guards: list[Guard] = [
-        Randomness(tensors),
-        Settings(tensors),
+        Randomness(devices),
+        Settings(devices),
         ModuleStates(),
         Edits(recovery),
         recovery,

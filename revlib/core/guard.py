@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -121,18 +122,33 @@ class Guards(Guard):
             guard.forget(key)
 
 
+@lru_cache(maxsize=64)
+def _overriding(kinds: tuple[type[StepGuard], ...], *methods: str) -> tuple[int, ...]:
+    """The places of the guards that do something in one of these methods."""
+    return tuple(
+        i
+        for i, kind in enumerate(kinds)
+        if any(getattr(kind, name) is not getattr(StepGuard, name) for name in methods)
+    )
+
+
 class _StepGuards(StepGuard):
+    """Asks only those that do something: of five guards, one or two at most points."""
+
     def __init__(self, guards: list[StepGuard]) -> None:
-        self.guards = guards
+        self.guards, self.kinds = guards, tuple(map(type, guards))
         self.entered: list[StepGuard] = []
 
+    def _acting(self, *methods: str) -> list[StepGuard]:
+        return [self.guards[i] for i in _overriding(self.kinds, *methods)]
+
     def enter_first_run(self) -> None:
-        for guard in self.guards:
+        for guard in self._acting("enter_first_run", "exit_first_run"):
             guard.enter_first_run()
             self.entered.append(guard)
 
     def first_run_done(self, run: FirstRun) -> None:
-        for guard in self.guards:
+        for guard in self._acting("first_run_done"):
             guard.first_run_done(run)
 
     def exit_first_run(self) -> None:
@@ -140,15 +156,15 @@ class _StepGuards(StepGuard):
             self.entered.pop().exit_first_run()
 
     def saved_tensors_dropped(self) -> None:
-        for guard in self.guards:
+        for guard in self._acting("saved_tensors_dropped"):
             guard.saved_tensors_dropped()
 
     def check(self) -> None:
-        for guard in self.guards:
+        for guard in self._acting("check"):
             guard.check()
 
     def enter_repetition(self) -> None:
-        for guard in self.guards:
+        for guard in self._acting("enter_repetition", "exit_repetition"):
             guard.enter_repetition()
             self.entered.append(guard)
 
@@ -159,7 +175,7 @@ class _StepGuards(StepGuard):
     def repeated(
         self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
     ) -> None:
-        for guard in self.guards:
+        for guard in self._acting("repeated"):
             guard.repeated(key, inputs, saved, stream)
 
 

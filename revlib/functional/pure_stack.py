@@ -17,7 +17,7 @@ from revlib.core import Guards, StepGuard, StepView, first_run, repetition
 from revlib.functional.purity import GraphPurity, Purity, PurityMode
 from revlib.guards import ModuleStates, Randomness, Settings
 from revlib.guards.modules import ModuleTree, identical
-from revlib.guards.randomness import CpuGeneratorLock
+from revlib.guards.randomness import CpuGeneratorLock, devices_of
 from revlib.guards.settings import AutocastSettings, autocast_settings
 from revlib.step import BoundStep, State, evaluate, merge
 
@@ -141,7 +141,8 @@ class Environment:
             {k: v for k, v in context.items() if not isinstance(v, Tensor)} for context in contexts
         ]
         tensors = [*state, *(p for tree in trees for p in tree.parameters if p is not None)]
-        self.guards = Guards([Randomness(tensors), Settings(tensors), ModuleStates()])
+        devices = devices_of(tensors)
+        self.guards = Guards([Randomness(devices), Settings(devices), ModuleStates()])
         self.step_guards: dict[int, StepGuard] = {}
         self.purity: Purity | None = None
 
@@ -275,5 +276,5 @@ def pure_stack_of(
         others = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         functions.append(PureStep(step, own, context, others, spec, given, reads))
     tensors = list(places)
-    settings = autocast_settings([*state, *tensors])
+    settings = autocast_settings([t.device for t in (*state, *tensors)])
     return PureStack(tuple(functions), len(state), tolerance, environment, settings), tensors

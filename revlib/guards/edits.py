@@ -60,27 +60,19 @@ class _StepEdits(StepGuard):
 
     def first_run_done(self, run: FirstRun) -> None:
         # Streams come back as they were, whatever is edited, and the modules' parameters have a guard of their own.
-        own, streams = self.tree.parameter_ids, {id(view_base(s)) for s in run.state}
+        known = self.tree.parameter_ids | {id(view_base(s)) for s in run.state}
         for place, placeholder in run.saved:
             t = placeholder.tensor
-            if t is None or id(t) in own:
+            if t is None or id(t) in known:
                 continue
             source = view_base(t)
-            if id(source) not in own and id(source) not in streams:
-                view = (
-                    (t.shape, t.stride(), t.storage_offset())
-                    if source is not t and type(t) is Tensor
-                    else None
-                )
-                self.read.append(
-                    _Read(
-                        place,
-                        weakref.ref(source),
-                        placeholder.version,
-                        view,
-                        place < run.function_saves,
-                    )
-                )
+            if id(source) not in known:
+                view = None
+                if source is not t and type(t) is Tensor:
+                    view = t.shape, t.stride(), t.storage_offset()
+                of_function = place < run.function_saves
+                read = _Read(place, weakref.ref(source), placeholder.version, view, of_function)
+                self.read.append(read)
 
     def saved_tensors_dropped(self) -> None:
         """What is alive now belongs to the user. Intermediate results of the function are gone."""

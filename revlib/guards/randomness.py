@@ -57,9 +57,8 @@ class CpuGeneratorLock:
 
 def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
     """The devices whose default generators a function on these tensors may draw from; always with the CPU."""
-    return sorted(
-        {t.device for t in tensors if t.device.type != "meta"} | {torch.device("cpu")}, key=str
-    )
+    found = {t.device for t in tensors} | {torch.device("cpu")}
+    return sorted((d for d in found if d.type != "meta"), key=str)
 
 
 def _state(device: torch.device) -> Tensor:
@@ -152,9 +151,8 @@ class Draws(StepGuard):
 class Randomness(Guard):
     """The default generators of a stack's devices."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.devices = devices_of(tensors)
-        self.generators = Generators(self.devices)
+    def __init__(self, devices: list[torch.device]) -> None:
+        self.generators = Generators(devices)
 
     def step(self, view: StepView, state: State) -> StepGuard:
         return Draws(self.generators)

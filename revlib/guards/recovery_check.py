@@ -54,18 +54,16 @@ class Sampler:
         self.samples = min(_SAMPLES, max(_FEWEST, _ALL // max(1, steps)))
         self.offset = next(_serial)
         # The numbers of the elements. They are forgotten between forward and backward, to save their memory.
-        self.places: dict[tuple[torch.Size, type], Tensor] = {}
+        self.places: dict[tuple[torch.Size, torch.device, type], Tensor] = {}
 
     def __call__(self, t: Tensor) -> Tensor:
         t = local_part(t).detach()
-        key = t.shape, type(t)  # a fake tensor wants fake places
+        key = t.shape, t.device, type(t)  # a fake tensor wants fake places
         places = self.places.get(key)
-        if places is None or places.device != t.device:
+        if places is None:
             places = self.places[key] = self._places(t)
-        if is_fake(t) and not is_fake(
-            places
-        ):  # a fake tensor outside of its mode has nothing to compare
-            return t
+        if type(t) is not Tensor and is_fake(t) and not is_fake(places):
+            return t  # a fake tensor outside of its mode has nothing to compare
         return torch.take(t, places)
 
     def _places(self, t: Tensor) -> Tensor:

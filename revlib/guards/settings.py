@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from revlib._torch import function_modes, set_function_modes
 from revlib.core.guard import Guard, StepGuard, StepView
@@ -34,9 +33,9 @@ _GLOBAL: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
 _GETTERS = [get for get, _ in _GLOBAL]
 
 
-def autocast_settings(tensors: Iterable[Tensor]) -> AutocastSettings:
-    """Device type, whether autocast is on, and its dtype, for the devices of these tensors and the CPU."""
-    kinds = sorted({t.device.type for t in tensors} - {"meta"} | {"cpu"})
+def autocast_settings(devices: Iterable[torch.device]) -> AutocastSettings:
+    """Device type, whether autocast is on, and its dtype, for these devices and the CPU."""
+    kinds = sorted({d.type for d in devices} - {"meta"} | {"cpu"})
     return tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
 
 
@@ -58,8 +57,8 @@ def _enter_autocast(settings: AutocastSettings) -> ExitStack | None:
 class Settings(Guard):
     """Everything of the kind, as it was when forward began."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.autocast = autocast_settings(tensors)
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.autocast = autocast_settings(devices)
         self.in_autocast = any(enabled for _, enabled, _ in self.autocast)
         self.values = [get() for get in _GETTERS]
         self.modes = function_modes()

@@ -13,7 +13,6 @@ from revlib.step import BoundStep, State
 
 __all__ = ["Functional"]
 
-
 @dataclass(frozen=True)
 class Functional(Scheduler):
     r"""Keep the last state only, as ``Reversible`` does, in one ``autograd.Function``, without hooks.
@@ -30,13 +29,15 @@ class Functional(Scheduler):
     derivatives are right, and stored. Forward mode keeps nothing in any case.
 
     Cost in units of one forward: time 4; memory the last state and the input, the activations of the last step, of
-    another one in forward and in backward, the gradients of the state at both ends, and those of all weights until backward is done.
-    ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and adds them up then.
+    another one in forward and in backward, the gradients of the state at both ends, and those of all weights until
+    backward is done. ``grad`` of a ``vmap`` computes the gradients of what is not mapped for each sample, and adds them
+    up then.
 
     Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, however a
-    function comes to them, and tensors in the context. An output needs a gradient if anything that goes in does. Hooks of parameters that a function does
-    not use are called with None. What was frozen in forward gets no second derivative either, if it is not any more in
-    backward, where plain autograd decides by operation. Threads must not share modules.
+    function comes to them, and tensors in the context. An output needs a gradient if anything that goes in does. Hooks
+    of parameters that a function does not use are called with None. What was frozen in forward gets no second
+    derivative either, if it is not any more in backward, where plain autograd decides by operation. Threads must not
+    share modules.
 
     In a whole compiled graph, which takes torch 2.14, functions must also be modules, and draw no random numbers. What
     came back is compared with what went in inside the graph, and on CUDA a difference ends the process there. Nobody
@@ -48,10 +49,11 @@ class Functional(Scheduler):
         tolerance: the relative error of the recovered inputs of the whole stack up to which backward goes on.
 
     Raises:
-        RuntimeError: a function uses another tensor that needs a gradient (by closure, as a plain attribute);
-            leaves a result behind (in a list, by a forward hook) without ``detach()``; registers a parameter while it
-            runs; reaches a parameter otherwise than through its module where second derivatives are asked for; draws random numbers in a whole graph; batch norm in train mode under a transform, or dropout under
-            ``jacrev``; something edited between forward and backward; inputs that did not come back.
+        RuntimeError: a function uses another tensor that needs a gradient (by closure, as a plain attribute); leaves a
+            result behind (in a list, by a forward hook) without ``detach()``; registers a parameter while it runs;
+            reaches a parameter otherwise than through its module where second derivatives are asked for; draws random
+            numbers in a whole graph; batch norm in train mode under a transform, or dropout under ``jacrev``; something
+            edited between forward and backward; inputs that did not come back.
         TypeError: a function's result that turns its stream into another dtype.
 
     Source: the backward is that of Gomez et al. 2017, algorithm 1, step by step.
