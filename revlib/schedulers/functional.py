@@ -13,6 +13,7 @@ from revlib.step import BoundStep, State
 
 __all__ = ["Functional"]
 
+
 @dataclass(frozen=True)
 class Functional(Scheduler):
     r"""Keep the last state only, as ``Reversible`` does, in one ``autograd.Function``, without hooks.
