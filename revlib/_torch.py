@@ -50,6 +50,7 @@ __all__ = [
     "has_storage",
     "in_transform",
     "is_fake",
+    "is_opaque_wrapper",
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "keep_alive",
@@ -135,6 +136,17 @@ def is_fake(t: Tensor) -> bool:
     tensor cannot be of a class that nobody has imported."""
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return type(t) is not Tensor and fakes is not None and isinstance(t, fakes.FakeTensor)
+
+
+def is_opaque_wrapper(t: Tensor) -> bool:
+    """Whether a tensor is of a wrapper subclass that does not say which tensors are inside. It has no memory itself."""
+    wraps = type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if not wraps or is_traceable_wrapper_subclass(t) or is_fake(t):
+        return False
+    try:
+        return not has_storage(t) or (t.numel() > 0 and t.untyped_storage().data_ptr() == 0)
+    except RuntimeError:  # there is nothing that a pointer could point to
+        return True
 
 
 def normalises(module: Any) -> bool:

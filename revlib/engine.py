@@ -39,6 +39,7 @@ from revlib.guards import (
 )
 from revlib.guards.modules import parameters_of
 from revlib.guards.randomness import devices_of
+from revlib.guards.recovery_check import refuse_opaque
 from revlib.look_ahead import LookAheadTape
 from revlib.step import BoundStep, State, advance, route
 
@@ -108,6 +109,7 @@ def _record(
             "this release of revlib was tested with (2.11 to 2.14), or scheduler=Naive()"
         )
     raise_pending(wait=False)
+    refuse_opaque(state)
     plan.check(len(steps))
     tensors = [*state, *parameters]
     if any(contexts):

@@ -55,11 +55,17 @@ def checked_streams(streams: tuple[Any, ...]) -> State:
     for i, stream in enumerate(streams):
         if not isinstance(stream, Tensor):
             raise TypeError(
-                f"stream {i} must be a tensor, got {type(stream).__name__}; pass context by keyword"
+                f"stream {i} must be a tensor, got {type(stream).__name__}; {_instead_of(stream)}"
             )
         if not (stream.is_floating_point() or stream.is_complex()):
+            advice = "call its dequantize()" if stream.is_quantized else "cast or embed it"
             raise TypeError(
-                f"stream {i} must be floating-point, got {stream.dtype}; cast or embed it first"
+                f"stream {i} must be floating-point, got {stream.dtype}; {advice} first"
+            )
+        if stream.is_floating_point() and stream.dtype.itemsize == 1:
+            raise TypeError(
+                f"stream {i} must be of a dtype that can be added up, got {stream.dtype}; cast it to bfloat16 or "
+                "float32, and to 8 bits only inside of the functions"
             )
         _check_kind(i, stream)
     if len(streams) < 2:
@@ -68,6 +74,17 @@ def checked_streams(streams: tuple[Any, ...]) -> State:
             "duplicate the input, seq(x, x), or split it, seq(*x.chunk(2, dim=-1))"
         )
     return streams
+
+
+def _instead_of(stream: Any) -> str:
+    """What to do with something that is no tensor."""
+    if isinstance(stream, (tuple, list)):
+        return "unpack the streams, as in seq(*streams), and pass context by keyword"
+    if type(stream).__module__ == "torch.fx.proxy":
+        return "torch.fx cannot trace what a sequence does: make ReversibleSequence a leaf module of the tracer"
+    if hasattr(stream, "__array__"):
+        return "convert it by torch.from_numpy first"
+    return "pass context by keyword"
 
 
 def _check_kind(i: int, stream: Tensor) -> None:

@@ -200,6 +200,11 @@ def merge(step: BoundStep, s: Tensor, f: Any) -> Tensor:
             f"{step.name} returned shape {_shapes(f)} in a {type(f).__name__}, which {step.coupling} does not merge "
             f"into its stream of shape {tuple(s.shape)}"
         ) from error
+    if not isinstance(merged, Tensor):
+        raise TypeError(
+            f"{step.coupling}.merge must return the new stream as a tensor, got {type(merged).__name__}; merge only "
+            "adds the function's result to the stream, and returns nothing else"
+        )
     if merged.shape != s.shape:
         raise ValueError(
             f"{step.name} must return what merges into its stream of shape {tuple(s.shape)}; "
@@ -212,7 +217,8 @@ def merge(step: BoundStep, s: Tensor, f: Any) -> Tensor:
         merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype)
     ):
         raise TypeError(
-            f"{step.name} would turn its {s.dtype} stream into {merged.dtype}; cast its result."
+            f"{step.name} would turn its {s.dtype} stream into {merged.dtype} by {step.coupling}.merge; cast its "
+            "result."
         )
     return merged
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from revlib._torch import is_traceable_wrapper_subclass, view_base
 
 __all__ = [
+    "dense",
     "has_dense_memory",
     "is_dtensor",
     "is_integral",
@@ -47,6 +48,11 @@ def is_parameter(t: Tensor) -> bool:
         return True
     base = view_base(t)
     return base is not t and type(base) is not Tensor and isinstance(base, nn.Parameter)
+
+
+def dense(t: Tensor) -> Tensor:
+    """The same values without sparsity. A sparse tensor can be added to a dense one, but not always subtracted."""
+    return t if t.layout in (torch.strided, torch.jagged) else t.to_dense()
 
 
 def is_integral(t: Tensor) -> bool:

@@ -588,13 +588,11 @@ MISLEADING: dict[str, tuple[Callable[[Scheduler], None], tuple[str, ...]]] = {
         ("Odd()", "merge", "int64"),
     ),
 }
-RIGHT = {"a dict as a stream", "None as a stream"}  # today; the others mislead
-TODAY = pytest.mark.xfail(strict=True, raises=(Refused, Foreign), reason="issue 15 item 15: an error that misleads")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Functional()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("what", [pytest.param(w, marks=() if w in RIGHT else TODAY) for w in MISLEADING])
+@pytest.mark.parametrize("what", MISLEADING)
 def test_errors_say_what_was_given_and_what_to_do(what, scheduler):
     run, words = MISLEADING[what]
     told(lambda: run(scheduler), *words)
@@ -610,7 +608,7 @@ def test_functions_that_return_sparse_tensors(stage: Stage):
     return train(stage.stack(lambda: Lambda(rows, nn.Linear(4, 4))))
 
 
-@scene("15", broken="Functional")
+@scene("15")
 def test_functions_that_return_sparse_coordinates(stage: Stage):
     def rows(m, x):
         return m(x).tanh().to_sparse()

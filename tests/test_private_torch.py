@@ -171,3 +171,27 @@ def test_an_error_of_those_who_forbid_hooks_is_recognised():
 
     assert _torch.raised_by_forbidding_hooks(entering(lambda: torch.func.grad(torch.sin)(torch.tensor(1.0))))
     assert not _torch.raised_by_forbidding_hooks(entering(lambda: torch.ones(2) @ torch.ones(3)))
+
+
+def test_wrappers_that_do_not_say_what_is_inside_are_recognised():
+    class Opaque(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    class Logging(torch.Tensor):
+        """With memory of its own."""
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    plain = torch.ones(2, 3)
+    assert _torch.is_opaque_wrapper(Opaque(plain))
+    assert not any(
+        map(_torch.is_opaque_wrapper, (plain, nn.Parameter(plain), plain.as_subclass(Logging), torch.empty(2, 0)))
+    )

@@ -25,7 +25,7 @@ from revlib.core.guard import FirstRun, StepGuard
 from revlib.core.plan import Treatment
 from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, evaluate, merge
-from revlib.tensors import is_parameter, like_strided
+from revlib.tensors import dense, is_parameter, like_strided
 
 __all__ = ["StepRecord", "last_operation"]
 
@@ -321,4 +321,4 @@ def last_operation(f: Any) -> str:
 
 
 def _detached(f: Any) -> Any:
-    return f.detach() if isinstance(f, Tensor) else tree_map(Tensor.detach, f)
+    return dense(f.detach()) if isinstance(f, Tensor) else tree_map(lambda t: dense(t.detach()), f)

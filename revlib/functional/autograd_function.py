@@ -30,6 +30,7 @@ from revlib.functional.vjp import backward_by_inversion, vjp
 from revlib.guards import raise_pending
 from revlib.guards.modules import module_tree
 from revlib.guards.randomness import CpuGeneratorLock
+from revlib.guards.recovery_check import refuse_opaque
 from revlib.step import BoundStep, State, advance, route
 
 __all__ = ["run", "run_eagerly"]
@@ -62,6 +63,7 @@ def run_eagerly(
     tolerance: float | None,
 ) -> State:
     raise_pending(wait=False)
+    refuse_opaque(state)
     trees = [module_tree(step) for step in steps]
     active = transforms()
     if "Jvp" in active or forward_mode_active() or any(tree.is_lazy for tree in trees):

@@ -22,7 +22,7 @@ from revlib.functional.pure_stack import PureStack
 from revlib.functional.purity import asked_directly, leaves_of
 from revlib.guards import recovery_check
 from revlib.step import State, merge
-from revlib.tensors import local_part, sum_dtype
+from revlib.tensors import dense, local_part, sum_dtype
 
 __all__ = ["backward_by_inversion", "vjp"]
 
@@ -114,7 +114,7 @@ def _invert_and_pull_back(
 
     result, pull = vjp(f, tuple(inputs), [mine[i] for i in places])
     leaves, spec = tree_flatten(result)
-    detached = tree_unflatten([t.detach() for t in leaves], spec)
+    detached = tree_unflatten([dense(t.detach()) for t in leaves], spec)
     s = step.coupling.unmerge(merged, detached).to(merged.dtype)
     _, pull_merge = vjp(partial(merge, step), s, detached)
     g_s, g_result = pull_merge(g_merged)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from revlib import cuda_streams
-from revlib._torch import is_fake
+from revlib._torch import is_fake, is_opaque_wrapper
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.core.record import last_operation
 from revlib.step import State
@@ -33,6 +33,7 @@ __all__ = [
     "StreamRange",
     "default_tolerance",
     "raise_pending",
+    "refuse_opaque",
     "report",
 ]
 
@@ -111,6 +112,17 @@ def default_tolerance(dtypes: set[torch.dtype], on_accelerator: bool) -> float:
     if on_accelerator and torch.float32 in dtypes:
         eps = max(eps, 2.0**-10)
     return 4 * math.sqrt(eps)
+
+
+def refuse_opaque(state: State) -> None:
+    """Raises for a stream whose values cannot be read, so that what comes back could not be compared."""
+    for i, stream in enumerate(state):
+        if type(stream) is not Tensor and is_opaque_wrapper(stream):
+            raise TypeError(
+                f"stream {i} is a {type(stream).__name__}, a wrapper of tensors without __tensor_flatten__, so what "
+                "comes back in backward cannot be compared with what went in; give the class that method (see "
+                "torch.utils._python_dispatch), pass the tensor inside, or use scheduler=Naive()"
+            )
 
 
 # ------------------------------------------------------------------------------------------ the guard
