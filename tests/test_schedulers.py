@@ -252,6 +252,27 @@ def test_a_budget_adapts_to_shapes():
     assert len(kept_steps(stack, x[:1], x[:1])) > len(first)
 
 
+def test_a_budget_reports_what_it_keeps():
+    scheduler = Budget(fraction=0.5)
+    first, second = (ReversibleSequence([(nn.Tanh(), nn.Tanh())] * n, scheduler=scheduler) for n in (4, 2))
+    x = torch.randn(250, 1000, requires_grad=True)  # 1 MB, and as much as a step saves
+    assert "nothing has been measured yet" in scheduler.report()
+    for _ in range(2):
+        y1, y2 = first(x, x)
+        sum(y.sum() for y in second(y1[:, :500], y2[:, :500])).backward()
+        # Of 8 steps of 1 MB and 4 of 0.5 MB, half. The outputs of the first stack are kept, since it is not all kept.
+        assert scheduler.report().splitlines() == [
+            "first stream         steps  kept  streams     MB  MB of Naive()  time",
+            "(250, 1000) float32      8     1        2    3.0            8.0   3.9",
+            "(250, 500) float32       4     4        0    2.0            2.0   3.0",
+            "together                12     5        2    5.0           10.0   3.6",
+        ]
+    stack, x = vits(6), stream()
+    held, _ = units(stack, x, Budget(fraction=0.5), passes=2)
+    row = stack.scheduler.report().splitlines()[1].split()
+    assert float(row[7]) * 1e6 == pytest.approx(held * x.nbytes - 2 * x.nbytes, abs=60_000 + x.nbytes)
+
+
 class Stages(nn.Module):
     """Two stages at different widths."""
 
