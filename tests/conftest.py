@@ -1,9 +1,9 @@
 """Two ways to run the tests: the default, which is quick and repeats itself, and ``--thorough``, which is everything.
 
 By default, tests marked ``slow`` are left out, of those marked ``some(n)`` only n parameters are tried, and hypothesis
-draws the same examples every time, so that what has passed once passes again. With ``--thorough`` every test runs, and
-hypothesis draws from a seed that is new each time. The seed is printed at the start, and again at the end if a test has
-failed.
+draws a third of the examples, the same every time, so that what has passed once passes again. With ``--thorough``
+every test runs, and hypothesis draws from a seed that is new each time. The seed is printed at the start, and again at
+the end if a test has failed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-COMMON = {"deadline": None, "max_examples": 60, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("default", **COMMON, derandomize=True)
-settings.register_profile("thorough", **COMMON, derandomize=False)
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("default", **COMMON, max_examples=20, derandomize=True)
+settings.register_profile("thorough", **COMMON, max_examples=60, derandomize=False)
 settings.load_profile("default")
 torch.set_num_threads(1)  # The tensors here are small.
 
@@ -52,10 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Take what has been imported out of the garbage collector's sight, which many tests call, and which would look at
-    each of a million objects every time."""
+@pytest.fixture(autouse=True, scope="module")
+def _quick_garbage_collection() -> None:
+    """Take what has been imported out of the sight of the garbage collector, which many tests call.
+
+    It would look at each of a million objects every time. What the tests of a file make comes after this.
+    """
     gc.collect()
     gc.freeze()
 

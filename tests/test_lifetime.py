@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from common import Counter, every_recomputing_scheduler, every_scheduler, leaves, loss, mlp, net, vit_block
-from hypothesis import given, settings
+from common import Counter, every_recomputing_scheduler, every_scheduler, examples, leaves, loss, mlp, net, vit_block
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -251,7 +251,7 @@ def test_an_optimizers_step_frees_nothing_late(scheduler):
         gc.enable()
 
 
-@settings(max_examples=12)  # each collects the garbage of the whole process
+@examples(12)  # each collects the garbage of the whole process
 @given(st.integers(1, 6), st.booleans(), st.sampled_from([Reversible(), Checkpoint(), Naive()]))
 def test_training_leaves_as_many_bytes_as_it_found(depth, retain_graph, scheduler):
     stack, xs = net(scheduler, lambda: mlp(dropout=0.2), depth=depth), leaves(16, 4)

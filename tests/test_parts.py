@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from common import error
-from hypothesis import given, settings
+from common import error, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,7 +47,7 @@ def gradients(model, x, scheduler, amp=False):
     return [logits.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())]
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.sampled_from(sorted(CASES)), st.integers(1, 6), st.integers(1, 6), st.sampled_from([Naive(), Reversible()]))
 def test_parts_change_nothing(name, batch, parts, scheduler):
     """Any number of parts of any batch, also more parts than images."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import ByHand, Counter, error, grads, leaves, loss, mlp, net, vit_block
-from hypothesis import given, settings
+from common import ByHand, Counter, error, examples, grads, leaves, loss, mlp, net, vit_block
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_every_plan_can_be_carried_out(scheduler, length):
     plan.check(length)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(strategies.cases(max_depth=6), strategies.schedulers(), strategies.seeds())
 def test_a_second_pass_has_the_gradients_of_naive_too(case, scheduler, seed):
     """By then a budget knows what fits."""
@@ -202,7 +202,7 @@ def test_a_fraction_of_what_naive_keeps(fraction, below):
     assert peak - held <= max(naive[1] - naive[0], units(stack, x, Reversible())[1] - held) + 0.1
 
 
-@settings(max_examples=8)  # each measures a stack of ViT blocks
+@examples(8)  # each measures a stack of ViT blocks
 @given(st.integers(14, 150))
 def test_a_number_of_bytes(share):
     stack, x = vits(9), stream()
