@@ -19,7 +19,7 @@ from research.log import duration
 _leave_no_trace = test_train._leave_no_trace  # of the training script
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_killed_at_any_moment_of_saving_it_goes_on_bit_for_bit(tmp_path, every):
     straight = train_tiny(tmp_path / "straight", "--epochs", 3)
     command = [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path / "killed"), str(every)]

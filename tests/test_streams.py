@@ -353,6 +353,7 @@ def test_no_races_and_the_gradients_of_naive(name):
     check(SCENES[name], Reversible())
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize(
     "of", [KeepLast(2), Checkpoint(), Checkpoint(every=2), Anchored(3), Budget(fraction=0.5)], ids=str
 )
