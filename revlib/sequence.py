@@ -170,6 +170,9 @@ class ReversibleSequence(nn.Module):
     runs them a second time. Tensors that a custom ``autograd.Function`` puts on ``ctx`` by attribute, instead of by
     ``ctx.save_for_backward``, stay in memory: correct, at their cost.
 
+    Cost in units of one forward, under the default ``Reversible()``: time 4, against 3 with stored activations; memory
+    the last state and the activations of one step, at any depth.
+
     Raises:
         TypeError: an item, a stream or a context name of the wrong kind.
         ValueError: a function's result that does not fit its stream.
@@ -178,6 +181,16 @@ class ReversibleSequence(nn.Module):
             invert accurately.
 
     Source: Gomez et al. 2017 (RevNet); Mangalam et al. 2022 (Reversible Vision Transformers).
+
+    Example:
+        >>> def mlp():
+        ...     return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
+        >>> seq = ReversibleSequence([(mlp(), mlp()) for _ in range(4)])
+        >>> x = torch.randn(2, 5, 8)
+        >>> y1, y2 = seq(x, x)
+        >>> (y1.square().mean() + y2.mean()).backward()
+        >>> y1.shape, len(seq), all(p.grad is not None for p in seq.parameters())
+        (torch.Size([2, 5, 8]), 4, True)
     """
 
     def __init__(
@@ -186,6 +199,7 @@ class ReversibleSequence(nn.Module):
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
+        """Make a stack of pairs and Steps; the docstring of the class explains the arguments."""
         super().__init__()
         self.coupling = coupling or DefaultAdditive()
         self.scheduler = scheduler or Reversible()
@@ -197,12 +211,20 @@ class ReversibleSequence(nn.Module):
             self.append(item)
 
     def append(self, item: Any) -> ReversibleSequence:
-        """Add a pair or a Step at the end."""
+        """Add a pair ``(F, G)`` or a Step at the end, and return the stack.
+
+        Raises:
+            TypeError: if the item is neither, or if a function of the pair is no ``nn.Module``.
+        """
         self.add_module(str(len(self)), _item(item))
         return self
 
     @property
     def coupling(self) -> Coupling:
+        """The law by which pairs merge results into their streams; assign another one at any time.
+
+        Steps have laws of their own. Assigning anything but a :class:`~revlib.Coupling` raises a TypeError.
+        """
         return self._coupling
 
     @coupling.setter
@@ -211,6 +233,11 @@ class ReversibleSequence(nn.Module):
 
     @property
     def scheduler(self) -> Scheduler:
+        """What forward keeps for backward; assign another one at any time, which changes no gradient.
+
+        A backward follows the scheduler that its own forward had. Assigning anything but a value of
+        :mod:`revlib.schedulers` raises a TypeError.
+        """
         return self._scheduler
 
     @scheduler.setter
@@ -240,6 +267,20 @@ class ReversibleSequence(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k != "_bound"}
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
+        """Run the steps in order: ``y1, y2 = seq(x1, x2, **context)``.
+
+        Args:
+            streams: two tensors or more, as many as the functions expect.
+            context: keyword arguments for the functions. Each function receives those that its signature names.
+
+        Returns:
+            As many streams, of the same shapes and dtypes, differentiable in everything that the functions use.
+
+        Raises:
+            TypeError: for a stream that is no dense floating-point tensor, fewer than two streams, or context that no
+                function names.
+            ValueError: for a result that does not fit its stream.
+        """
         checked_streams(streams)
         steps, state = entered(self.bound_steps, streams)
         return _left(steps, streams, self.scheduler.run(steps, state, context))
@@ -247,7 +288,23 @@ class ReversibleSequence(nn.Module):
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.
 
-        Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode.
+        Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode. Pass the
+        context that forward had. The result is the input up to rounding, or to the last bit with ``ExactAdditive``.
+
+        Shapes: the outputs of the stack to its inputs.
+        Cost: the time of one forward; with gradients enabled every activation is kept, so use ``torch.no_grad()``
+        where no gradient is needed.
+
+        Raises:
+            TypeError: as :meth:`forward`.
+
+        Example:
+            >>> seq = ReversibleSequence([(nn.Tanh(), nn.Tanh())] * 3)
+            >>> x = torch.randn(2, 4)
+            >>> with torch.no_grad():
+            ...     r1, r2 = seq.inverse(*seq(x, x))
+            >>> torch.allclose(r1, x, atol=1e-5), torch.allclose(r2, x, atol=1e-5)
+            (True, True)
         """
         return _invert(self.bound_steps, streams, context)
 
@@ -270,6 +327,7 @@ class ReversibleSequence(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The coupling and the scheduler, as ``print(seq)`` shows them above the items."""
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
@@ -294,8 +352,25 @@ def reversible(
 ) -> State:
     """:class:`ReversibleSequence` without modules: ``y1, y2 = reversible([(f, g), ...], x1, x2)``.
 
-    ``functions`` are pairs of callables, and Steps. Gradients flow to everything they capture. What plain functions
-    capture cannot be checked for edits since forward, other than by closing the loop.
+    Args:
+        functions: pairs of callables, and Steps, in any order. Gradients flow to everything that they capture.
+        streams: two tensors or more.
+        coupling: the law of the pairs, additive unless given.
+        scheduler: what forward keeps, ``Reversible()`` unless given.
+        context: keyword arguments for the functions that name them.
+
+    What plain functions capture cannot be checked for edits since forward, other than by comparing what backward
+    recovers with what forward had.
+
+    Shapes, cost and errors are those of :class:`ReversibleSequence`.
+
+    Example:
+        >>> w = torch.randn(4, 4, requires_grad=True)
+        >>> x = torch.randn(2, 4)
+        >>> y1, y2 = reversible([(lambda s: torch.tanh(s @ w), torch.sin)] * 3, x, x)
+        >>> (y1.sum() + y2.sum()).backward()
+        >>> y1.shape, w.grad.shape
+        (torch.Size([2, 4]), torch.Size([4, 4]))
     """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
     checked_streams(streams)
@@ -310,6 +385,19 @@ def invert(
     coupling: Coupling | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> State:
-    """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``."""
+    """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``.
+
+    Pass the same functions, coupling and context. The result is the input up to rounding, or to the last bit with
+    ``ExactAdditive``. It is differentiable, and keeps every activation unless gradients are disabled.
+
+    Shapes, and errors in forward, are those of :class:`ReversibleSequence`. Cost: the time of one forward.
+
+    Example:
+        >>> functions = [(torch.sin, torch.tanh)] * 3
+        >>> x = torch.randn(2, 4)
+        >>> r1, r2 = invert(functions, *reversible(functions, x, x))
+        >>> torch.allclose(r1, x, atol=1e-5)
+        True
+    """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
     return _invert(steps, streams, context or {})

@@ -76,9 +76,24 @@ class Step(nn.Module):
 
     Calling the step evaluates $f$ alone, so that hooks and wrappers put on it run whenever $f$ does.
     Put steps into a :class:`~revlib.ReversibleSequence` to run them.
+
+    Shapes: streams of any shapes; what $f$ returns must fit ``s1``. Cost: that of $f$, and of the coupling.
+
+    Raises:
+        TypeError: if ``fn`` cannot be called, or if ``coupling`` is no :class:`~revlib.Coupling`.
+
+    Source: with $m = 2$, a step is half a block of Gomez et al. 2017 (RevNet).
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> three = ReversibleSequence([Step(lambda b, c: torch.tanh(b) * c) for _ in range(6)])
+        >>> a, b, c = three(*torch.randn(3, 2, 4))
+        >>> a.shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, fn: Callable[..., Any], coupling: Coupling | None = None) -> None:
+        """Make a step of a function and the law that merges its result, additive unless given."""
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
@@ -86,9 +101,11 @@ class Step(nn.Module):
         self.coupling = checked(coupling or Additive())
 
     def forward(self, *streams: Tensor, **context: Any) -> Any:
+        """What the function returns for the other streams, before it is merged."""
         return self.fn(*streams, **context)
 
     def extra_repr(self) -> str:
+        """The coupling, as ``print(step)`` shows it above the function."""
         return f"coupling={self.coupling}"
 
 

@@ -1,7 +1,7 @@
 """Trains, and kills itself with SIGKILL at the n-th moment of writing the second epoch; run by test_killed.py.
 
-Called with a folder and the flags of a run. It imports once, and forks a process for each moment, until one run ends
-without having met its moment. It prints how many there were.
+Called with a folder, a number and the flags of a run. It imports once, and forks a process for each moment, or for one
+in so many, until one run ends without having met its moment. It prints the moments that were met.
 """
 
 import os
@@ -66,8 +66,8 @@ def child(moment: int, folder: Path, args: list[str]) -> None:
 
 
 def main() -> None:
-    folder, args = Path(sys.argv[1]), sys.argv[2:]
-    for moment in range(1, 200):
+    folder, every, args = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    for moment in range(1, 200, every):
         mine = folder / str(moment)
         process = os.fork()
         if process == 0:
@@ -77,7 +77,7 @@ def main() -> None:
         if not os.WIFSIGNALED(status):
             if status:
                 raise SystemExit(status)
-            print(moment - 1)
+            print(*range(1, moment, every))
             return
         process = os.fork()
         if process == 0:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,10 @@ class Mutant:
 
 COUPLINGS = ("tests/test_laws.py", "tests/test_couplings.py", "tests/test_exact.py")
 SCHEDULERS = ("tests/test_schedulers.py",)
+GRAPH = ("tests/test_autograd.py", "tests/test_regressions.py", "tests/test_laws.py", "tests/test_situations.py")
+LIFETIME = ("tests/test_lifetime.py",)
+MISUSE = ("tests/test_misuse.py", "tests/test_regressions.py", "tests/test_situations.py")
+REPLAY = ("tests/test_replay.py", "tests/test_modes.py", "tests/test_situations.py")
 MUTANTS = [
     Mutant("revlib/couplings/additive.py", "return merged - f\n", "return merged + f\n", "inversion", COUPLINGS),
     Mutant("revlib/couplings/additive.py", ".round_(), alpha", ".floor_(), alpha", "rounding to the grid", COUPLINGS),
@@ -79,11 +84,179 @@ MUTANTS = [
         "which streams Checkpoint keeps",
         SCHEDULERS,
     ),
+    Mutant(
+        "revlib/schedulers/budget.py", "free = self.bytes - sum(least)", "free = self.bytes", "a budget", SCHEDULERS
+    ),
+    Mutant(
+        "revlib/guards/measure.py",
+        "                counted.add(storage)\n",
+        "",
+        "what is saved twice counts once",
+        SCHEDULERS,
+    ),
+    Mutant(
+        "revlib/core/plan.py", "kept_up_to = k + m - 1", "kept_up_to = k", "the streams of a kept state", SCHEDULERS
+    ),
+    Mutant(
+        "revlib/core/plan.py",
+        "stream_kept = k <= kept_up_to or k in self.streams",
+        "stream_kept = k <= kept_up_to",
+        "a kept stream spares the inversion",
+        SCHEDULERS,
+    ),
+    Mutant(
+        "revlib/core/tape.py",
+        "(progress.index < k or kept <= progress.index)",
+        "(progress.index < k or kept < progress.index)",
+        "a kept state is preferred to a recovered one",
+        ("tests/test_schedulers.py", *CORE),
+    ),
+    Mutant(
+        "revlib/core/tape.py",
+        "                merged.grad_fn.register_prehook(partial(_before_gradient, weakref.ref(self), k))\n",
+        "                pass\n",
+        "recovery before any gradient, and so before an optimizer inside backward",
+        GRAPH,
+    ),
+    Mutant(
+        "revlib/core/tape.py",
+        "self._empty(key, progress.recovered - {k})",
+        "pass",
+        "one step at a time under retain_graph",
+        LIFETIME,
+    ),
+    Mutant(
+        "revlib/core/tape.py",
+        "            self.records, progress.state = [], ()\n",
+        "            pass\n",
+        "letting go of the modules after backward",
+        LIFETIME,
+    ),
+    Mutant(
+        "revlib/core/saved_tensors.py",
+        "if version >= 0 and version_of(tensor) != version:",
+        "if version >= 0 and False:",
+        "edits of what autograd saves",
+        GRAPH,
+    ),
+    Mutant(
+        "revlib/core/saved_tensors.py",
+        "if stream is not None and version_of(stream) == version:",
+        "if stream is not None:",
+        "edits of a stream that was opened already",
+        MISUSE,
+    ),
+    Mutant("revlib/core/saved_tensors.py", "if not self.uses[i]:", "if False:", "release of kept states", LIFETIME),
+    Mutant(
+        "revlib/core/record.py",
+        "self.may_stop = self.stream_kept and self._ends_in_reading(f)",
+        "self.may_stop = self.stream_kept",
+        "a repetition that stops while its last kernel still writes",
+        MISUSE,
+    ),
+    Mutant(
+        "revlib/core/record.py",
+        "self.may_stop = self.stream_kept and self._ends_in_reading(f)",
+        "self.may_stop = False",
+        "repetitions that stop early",
+        SCHEDULERS,
+    ),
+    Mutant(
+        "revlib/core/guard.py",
+        "            self.entered.pop().exit_repetition()",
+        "            self.entered.pop()",
+        "leaving a repetition",
+        REPLAY,
+    ),
+    Mutant(
+        "revlib/step.py", "if versions_of(watched) != before:", "if False:", "edits of a stream by its function", MISUSE
+    ),
+    Mutant(
+        "revlib/guards/randomness.py",
+        "            for device, state in self.drawn:\n",
+        "            for device, state in ():\n",
+        "the same random numbers again",
+        REPLAY,
+    ),
+    Mutant(
+        "revlib/guards/randomness.py",
+        "            for device, state in self.present:\n",
+        "            for device, state in ():\n",
+        "the caller's random numbers after a repetition",
+        REPLAY,
+    ),
+    Mutant("revlib/guards/settings.py", "cache_enabled=False", "cache_enabled=True", "the cache of autocast", REPLAY),
+    Mutant(
+        "revlib/guards/settings.py",
+        "            _set(self.of.values, self.of.modes)\n",
+        "",
+        "the default dtype of forward",
+        REPLAY,
+    ),
+    Mutant(
+        "revlib/guards/edits.py",
+        "            if version_of(t) != version:\n",
+        "            if False:\n",
+        "edits of the context",
+        MISUSE,
+    ),
+    Mutant(
+        "revlib/guards/edits.py",
+        "                if version_of(source) != read.version:\n",
+        "                if False:\n",
+        "edits of what a function captures",
+        MISUSE,
+    ),
+    Mutant(
+        "revlib/guards/edits.py",
+        "if view_base(t) is not constant:",
+        "if False:",
+        "captured tensors that were replaced",
+        MISUSE,
+    ),
+    Mutant("revlib/guards/recovery_check.py", "if error > tolerance:", "if False:", "the comparison", MISUSE),
+    Mutant("revlib/guards/recovery_check.py", "if not size < limit:", "if False:", "the range of a grid", COUPLINGS),
+    Mutant(
+        "revlib/guards/recovery_check.py",
+        "self.offset = next(_serial)",
+        "self.offset = 0",
+        "samples that move from one forward to the next",
+        MISUSE,
+    ),
+    Mutant(
+        "revlib/guards/recovery_check.py",
+        "same = gaps == originals",
+        "same = torch.zeros_like(gaps, dtype=torch.bool)",
+        "infinities that came back",
+        MISUSE,
+    ),
+    Mutant("revlib/guards/module_state.py", "if m.training != training:", "if False:", "switched modes", MISUSE),
+    Mutant(
+        "revlib/guards/module_state.py",
+        "if versions_of(self.parameters) != self.versions:\n            names",
+        "if False:\n            names",
+        "edits of parameters",
+        MISUSE,
+    ),
+    Mutant(
+        "revlib/guards/module_state.py",
+        "in self.buffers.for_repetition(fresh):",
+        "in ():",
+        "buffers as the first run found them",
+        REPLAY,
+    ),
+    Mutant(
+        "revlib/guards/module_state.py",
+        "        self._bind_hooks()\n",
+        "",
+        "hooks that came or went since forward",
+        MISUSE,
+    ),
 ]
 
 
-def survives(mutant: Mutant | None) -> bool:
-    """Whether the mutant's tests pass; without a mutant, whether the quickest do with nothing broken."""
+def survives(mutant: Mutant | None, tests: Sequence[str]) -> bool:
+    """Whether these tests pass with the mutant; without one, whether they do with nothing broken."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("revlib", "tests"):
@@ -93,7 +266,7 @@ def survives(mutant: Mutant | None) -> bool:
         if mutant is not None:
             file = copy / mutant.file
             file.write_text(file.read_text().replace(mutant.before, mutant.after))
-        return all(_passes(test, copy) for test in (CORE[:1] if mutant is None else mutant.tests))
+        return all(_passes(test, copy) for test in tests)
 
 
 def _passes(test: str, copy: Path) -> bool:
@@ -115,12 +288,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     arguments = parser.parse_args()
     chosen = [m for m in MUTANTS if arguments.only in str(m)]
-    if not survives(None):
-        print(f"{CORE[0]} fails without any mutant; repair that first")
-        return 2
     survivors = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for mutant, alive in zip(chosen, pool.map(survives, chosen), strict=True):
+        tests = sorted({test for mutant in chosen for test in mutant.tests})
+        failing = [
+            t for t, passes in zip(tests, pool.map(lambda t: survives(None, [t]), tests), strict=True) if not passes
+        ]
+        if failing:
+            print(f"{', '.join(failing)} fail without any mutant, and so would notice nothing; repair that first")
+            return 2
+        for mutant, alive in zip(chosen, pool.map(lambda m: survives(m, m.tests), chosen), strict=True):
             print("survived" if alive else "noticed ", mutant, flush=True)
             survivors += [mutant] * alive
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants noticed; survivors:")

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from common import error
-from hypothesis import given, settings
+from common import error, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -321,7 +321,7 @@ sizes = st.fixed_dictionaries({"heads": st.integers(1, 3), "channels": st.intege
                                "side": st.integers(1, 2), "classes": st.integers(1, 4)})  # fmt: skip
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(sizes, st.sampled_from(["minrev", "vit", "mvit"]), st.booleans())
 def test_any_sizes(sizes, kind, separate):
     heads, depth, classes, dim = (sizes[key] for key in ("heads", "depth", "classes", "heads"))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from common import ByHand, SelfAttention, error, grads, leaves, loss, mlp, vit_block
-from hypothesis import given, settings
+from common import ByHand, SelfAttention, error, examples, grads, leaves, loss, mlp, vit_block
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,7 +33,7 @@ def test_parts_are_the_whole(depth, chunks, tokens, seed):
     assert error(found[1], found[0]) < 1e-12
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.integers(1, 3), st.integers(1, 3), strategies.schedulers(), strategies.seeds())
 def test_under_every_scheduler(depth, chunks, scheduler, seed):
     torch.manual_seed(seed)

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from common import error, grads, leaves, loss, mlp, train
-from hypothesis import given, settings
+from common import error, examples, grads, leaves, loss, mlp, train
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -118,7 +118,7 @@ def networks(draw):
     return stack, draw(strategies.streams([width] * count)), draw(strategies.contexts())
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(networks(), strategies.schedulers(), strategies.seeds())
 def test_every_network_under_every_scheduler(network, scheduler, seed):
     stack, streams, context = network

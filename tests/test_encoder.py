@@ -1,5 +1,7 @@
 """A pre-norm encoder layer of torch's, taken apart: the two functions add up to the layer, and stack reversibly."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from common import error, leaves, loss
@@ -51,6 +53,23 @@ def test_stacks_of_them_neither_grow_nor_lose_their_inputs():
         x.grad = None
         stack.zero_grad()
     assert error(*found) < 1e-4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_error_names_a_residual_connection_inside_and_only_there(whole):
+    torch.manual_seed(0)
+    layers = [layer(batch_first=True).float() for _ in range(24)]
+    pairs = zip(layers[::2], layers[1::2], strict=True) if whole else map(encoder_pair, layers[:12])
+    stack = ReversibleSequence(pairs, scheduler=Reversible(tolerance=None if whole else 1e-9))
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(RuntimeError, match=r"'When backward refuses' in the guide, revlib/README\.md") as refused:
+        loss(stack(x, x)).backward()
+    assert ("An existing residual block" in str(refused.value)) is whole
+
+
+def test_the_sections_that_errors_name_are_in_the_guide():
+    headings = (Path(__file__).parent.parent / "revlib" / "README.md").read_text().splitlines()
+    assert {"## When backward refuses", "## An existing residual block"} <= set(headings)
 
 
 def test_what_cannot_be_taken_apart_is_refused():

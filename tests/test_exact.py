@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from common import Lambda, error, grads, leaves, loss, mlp, vit_block
-from hypothesis import given, settings
+from common import Lambda, error, examples, grads, leaves, loss, mlp, vit_block
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,7 +75,7 @@ def test_any_result_unmerges_from_any_stream_on_the_grid(seed, power, scale, dty
     assert (coupling.merge(torch.zeros_like(s), f) - f).abs().max() <= coupling.limit * 2.0**-digits / 2
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(strategies.cases(dtype=torch.float32), precisions)
 def test_inversion_gives_back_every_bit(case, amp):
     stack = made_exact(case.stack).eval()
@@ -85,7 +85,7 @@ def test_inversion_gives_back_every_bit(case, amp):
     assert same(recovered, entered)
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(strategies.cases(dtype=torch.float32, max_depth=7), strategies.schedulers(), precisions, strategies.seeds())
 def test_gradients_are_those_of_naive_bit_for_bit(case, scheduler, amp, seed):
     """Dropout, batch norm, context, shared and frozen modules included."""

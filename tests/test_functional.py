@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
-from common import ByHand, Lambda, error, grads, leaves, loss, mlp, net, train
-from hypothesis import given, settings
+from common import ByHand, Lambda, error, examples, grads, leaves, loss, mlp, net, train
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -72,7 +72,7 @@ TRANSFORMS = {
 }
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(strategies.cases(max_depth=3), st.sampled_from(sorted(TRANSFORMS)), strategies.seeds())
 def test_every_transform_of_any_stack(case, name, seed):
     for module in case.stack.modules():

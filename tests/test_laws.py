@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from common import mlp
-from hypothesis import given, settings
+from common import examples, mlp
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,7 +19,7 @@ def test_inverse_undoes_forward(case):
     assert_inverts(case.stack, *case.streams, context=case.context)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(strategies.cases(), strategies.schedulers(), strategies.seeds())
 def test_every_scheduler_has_the_gradients_of_naive(case, scheduler, seed):
     assert_same_gradients(case.stack, *case.streams, context=case.context, schedulers=[scheduler], seed=seed)

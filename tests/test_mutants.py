@@ -20,8 +20,8 @@ def test_each_changes_one_place_of_its_file_into_other_python(mutant):
 @pytest.mark.slow
 def test_what_breaks_nothing_survives_and_what_breaks_the_import_does_not():
     version, tests = "__version__ = ", ("tests/test_encoder.py",)
-    assert mutants.survives(mutants.Mutant("revlib/__init__.py", version, "__version__  = ", "nothing", tests))
-    broken = mutants.Mutant("revlib/__init__.py", version, "raise SystemError\n" + version, "the import", tests)
-    assert not mutants.survives(broken)
+    assert mutants.survives(mutants.Mutant("revlib/__init__.py", version, "__version__  = ", "nothing"), tests)
+    broken = mutants.Mutant("revlib/__init__.py", version, "raise SystemError\n" + version, "the import")
+    assert not mutants.survives(broken, tests)
     with pytest.raises(RuntimeError, match=r"tests/test_nothing.py was not run"):
-        mutants.survives(mutants.Mutant("revlib/__init__.py", version, version, "nothing", ("tests/test_nothing.py",)))
+        mutants.survives(None, ("tests/test_nothing.py",))

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 import typer
-from common import gap, model_gradients
-from hypothesis import given, settings
+from common import examples, gap, model_gradients
+from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import RmsNorm
 from timm.models import group_parameters
@@ -67,7 +67,7 @@ def test_exact_streams_give_the_bits_of_naive(scheduler):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_the_gradients_of_any_sizes(data):
     depths = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))

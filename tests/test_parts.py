@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from common import error
-from hypothesis import given, settings
+from common import error, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,7 +47,7 @@ def gradients(model, x, scheduler, amp=False):
     return [logits.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())]
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.sampled_from(sorted(CASES)), st.integers(1, 6), st.integers(1, 6), st.sampled_from([Naive(), Reversible()]))
 def test_parts_change_nothing(name, batch, parts, scheduler):
     """Any number of parts of any batch, also more parts than images."""
@@ -58,6 +58,7 @@ def test_parts_change_nothing(name, batch, parts, scheduler):
     assert error(gradients(apart, x, scheduler), gradients(whole, x, Naive())) < 1e-10
 
 
+@pytest.mark.some(9)
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=str)
 @every_model
 @pytest.mark.parametrize("amp", [False, True])
@@ -124,7 +125,7 @@ def test_the_peak_falls(name):
     assert peak(2) < 0.8 * peak(1)
 
 
-@pytest.mark.parametrize(("model", "megabytes"), [("mvit-b", 30), ("swin-t", 20)])
+@pytest.mark.parametrize(("model", "megabytes"), [pytest.param("mvit-b", 30, marks=pytest.mark.slow), ("swin-t", 20)])
 def test_the_goals_in_memory_are_met(model, megabytes):
     """Bytes an image at 224 pixels under Reversible(), simulated: of 32 images, with all that they share."""
     (point,) = count(model, ["reversible"], MODELS[model].depth, [32], Setting())

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import ByHand, Counter, error, grads, leaves, loss, mlp, net, vit_block
-from hypothesis import given, settings
+from common import ByHand, Counter, error, examples, grads, leaves, loss, mlp, net, vit_block
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_every_plan_can_be_carried_out(scheduler, length):
     plan.check(length)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(strategies.cases(max_depth=6), strategies.schedulers(), strategies.seeds())
 def test_a_second_pass_has_the_gradients_of_naive_too(case, scheduler, seed):
     """By then a budget knows what fits."""
@@ -202,7 +202,7 @@ def test_a_fraction_of_what_naive_keeps(fraction, below):
     assert peak - held <= max(naive[1] - naive[0], units(stack, x, Reversible())[1] - held) + 0.1
 
 
-@settings(max_examples=8)  # each measures a stack of ViT blocks
+@examples(8)  # each measures a stack of ViT blocks
 @given(st.integers(14, 150))
 def test_a_number_of_bytes(share):
     stack, x = vits(9), stream()
@@ -250,6 +250,27 @@ def test_a_budget_adapts_to_shapes():
     assert kept_steps(stack, x, x) == first  # still knows
     assert len(kept_steps(stack, x[:1], x[:1])) == 0
     assert len(kept_steps(stack, x[:1], x[:1])) > len(first)
+
+
+def test_a_budget_reports_what_it_keeps():
+    scheduler = Budget(fraction=0.5)
+    first, second = (ReversibleSequence([(nn.Tanh(), nn.Tanh())] * n, scheduler=scheduler) for n in (4, 2))
+    x = torch.randn(250, 1000, requires_grad=True)  # 1 MB, and as much as a step saves
+    assert "nothing has been measured yet" in scheduler.report()
+    for _ in range(2):
+        y1, y2 = first(x, x)
+        sum(y.sum() for y in second(y1[:, :500], y2[:, :500])).backward()
+        # Of 8 steps of 1 MB and 4 of 0.5 MB, half. The outputs of the first stack are kept, since it is not all kept.
+        assert scheduler.report().splitlines() == [
+            "first stream         steps  kept  streams     MB  MB of Naive()  time",
+            "(250, 1000) float32      8     1        2    3.0            8.0   3.9",
+            "(250, 500) float32       4     4        0    2.0            2.0   3.0",
+            "together                12     5        2    5.0           10.0   3.6",
+        ]
+    stack, x = vits(6), stream()
+    held, _ = units(stack, x, Budget(fraction=0.5), passes=2)
+    row = stack.scheduler.report().splitlines()[1].split()
+    assert float(row[7]) * 1e6 == pytest.approx(held * x.nbytes - 2 * x.nbytes, abs=60_000 + x.nbytes)
 
 
 class Stages(nn.Module):

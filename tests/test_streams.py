@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import Lambda, error, grads, leaves, loss, mlp, net, vit_block
-from hypothesis import given, settings
+from common import Lambda, error, examples, grads, leaves, loss, mlp, net, vit_block
+from hypothesis import given
 from torch import nn
 
 from revlib import Coupling, Naive, Reversible, ReversibleSequence, Step, cuda_streams
@@ -353,6 +353,7 @@ def test_no_races_and_the_gradients_of_naive(name):
     check(SCENES[name], Reversible())
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize(
     "of", [KeepLast(2), Checkpoint(), Checkpoint(every=2), Anchored(3), Budget(fraction=0.5)], ids=str
 )
@@ -361,7 +362,7 @@ def test_over_other_schedulers(of, name):
     check(SCENES[name], of)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(strategies.cases(), strategies.schedulers())
 def test_no_races_in_any_stack_over_any_plan(case, of):
     with RaceChecker() as checker:

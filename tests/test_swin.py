@@ -6,8 +6,8 @@ from itertools import chain
 import pytest
 import test_train
 import torch
-from common import error, grads
-from hypothesis import given, settings
+from common import error, examples, grads
+from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.optim import param_groups_weight_decay
@@ -61,7 +61,7 @@ def test_on_a_grid_gradients_are_bit_for_bit_those_of_naive(scheduler, amp):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.tuples(st.integers(1, 13), st.integers(1, 13)), st.tuples(st.integers(1, 13), st.integers(1, 13)),
        st.integers(1, 3), st.tuples(st.integers(1, 5), st.integers(1, 5)),
        st.lists(st.integers(1, 3), min_size=1, max_size=3))  # fmt: skip
@@ -75,7 +75,7 @@ def test_any_image_in_any_windows_in_any_depths(img_size, size, patch, window, d
     assert model.forward_features(images).shape[1:3] == (-(-size[0] // half), -(-size[1] // half))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.tuples(st.integers(1, 4), st.integers(1, 4)))
 def test_patches_see_their_window_which_every_other_block_shifts(grid, window):
     """By perturbing each patch: what changes is the window, or the part of it that the shift did not carry around."""

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import typer
-from hypothesis import given, settings
+from common import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -184,7 +185,7 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(n=st.integers(1, 40), size=st.integers(1, 40))
 def test_the_means_do_not_depend_on_the_batch_size(n: int, size: int):
     draws = torch.Generator().manual_seed(n)
@@ -447,7 +448,7 @@ def test_a_data_set_brings_its_defaults_and_flags_win():
 # Batches
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(n=st.integers(1, 9), channels=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(1, 6),
        padding=st.integers(0, 4), seed=st.integers(0, 99))  # fmt: skip
 def test_random_crop_is_torchvisions_with_a_draw_per_image(n, channels, h, w, padding, seed):

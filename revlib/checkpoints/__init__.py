@@ -51,8 +51,24 @@ def load_minrev(
     ``checkpoint`` may hold it as "model_state", "state_dict" or "model", and names may start with DDP's
     ``module.``. With ``keep_classifier`` the model keeps its own head, for any number of classes. With
     ``same_function=False``, a model whose weights fit gets them even where it computes another function of them, as
-    a RevSwin does that rolls its windows back. Raises: ValueError, with a report of both sides, unless everything
-    matches; TypeError for what is no such thing.
+    a RevSwin does that rolls its windows back.
+
+    Shapes: each tensor has that of the parameter, or is one of the parts it is split into. Cost: the weights once more
+    while they are loaded.
+
+    Raises:
+        ValueError: with a report of both sides, unless everything matches; nothing is loaded then.
+        TypeError: if the model, or the checkpoint, is no such thing.
+
+    Source: the names in github.com/karttikeya/minREV.
+
+    Example:
+        >>> from revlib.models import minrev_vit
+        >>> sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+        >>> trained, model = minrev_vit(**sizes), minrev_vit(**sizes)
+        >>> print(load_minrev(model, {"model_state": to_minrev(trained)}))
+        minREV checkpoint for a RevViT: 31 parameters match
+          nothing is left over
     """
     return _load(_minrev(model), model, checkpoint, keep_classifier, same_function)
 
@@ -67,7 +83,23 @@ def load_pyslowfast(
     """Load a Rev-ViT or Rev-MViT of PySlowFast, with fused or separate qkv, as :func:`load_minrev` does.
 
     ``config`` is its configuration, YAML or a mapping, by default what the checkpoint holds as "cfg".
-    Raises: ValueError also where that is of another network, in heads, strides or pooling.
+
+    Shapes and cost are those of :func:`load_minrev`.
+
+    Raises:
+        ValueError: as :func:`load_minrev`, and where the configuration is of another network, in heads, strides or
+            pooling.
+        TypeError: if the model, or the checkpoint, is no such thing.
+
+    Source: the names in github.com/facebookresearch/SlowFast (reversible_mvit.py).
+
+    Example:
+        >>> from functools import partial
+        >>> sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+        >>> trained = RevViT(**sizes, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        >>> model = RevViT(**sizes)  # its norms get PySlowFast's epsilon, too
+        >>> load_pyslowfast(model, {"model_state": to_pyslowfast(trained)}).complete
+        True
     """
     fused = any(".attn.qkv." in name for name in _tensors(checkpoint))
     fmt = _fitting((FUSED if fused else SEPARATE,), model)
@@ -82,7 +114,19 @@ def load_pyslowfast(
 def to_minrev(model: MinREV, *, same_function: bool = True) -> dict[str, Tensor]:
     """A state_dict for minREV's network of this kind, of copies.
 
-    Raises: ValueError where it would compute something else, unless ``same_function=False``.
+    Shapes: those of minREV's parameters. Cost: the weights once more.
+
+    Raises:
+        ValueError: where minREV's network would compute something else, unless ``same_function=False``.
+        TypeError: for a model of another kind.
+
+    Source: the names in github.com/karttikeya/minREV.
+
+    Example:
+        >>> from revlib.models import minrev_vit
+        >>> model = minrev_vit(img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=2)
+        >>> sorted(to_minrev(model))[:2]
+        ['head.bias', 'head.weight']
     """
     return _save(_minrev(model), model, same_function)
 
@@ -91,6 +135,19 @@ def to_pyslowfast(model: SlowFast, *, separate_qkv: bool = True) -> dict[str, Te
     """A state_dict for PySlowFast's MViT, as :func:`to_minrev`; its checkpoints hold it as "model_state".
 
     PySlowFast's ``MVIT.USE_MEAN_POOLING`` must be what ``fc_norm`` is here, and ``MVIT.NUM_HEADS`` the heads.
+
+    Raises:
+        ValueError: where PySlowFast's network would compute something else, such as another epsilon of a norm.
+        TypeError: for a model of another kind.
+
+    Source: the names in github.com/facebookresearch/SlowFast (reversible_mvit.py).
+
+    Example:
+        >>> from functools import partial
+        >>> norm = partial(nn.LayerNorm, eps=1e-6)  # PySlowFast's
+        >>> model = RevViT(8, 4, embed_dim=12, depth=1, num_heads=2, norm_layer=norm)
+        >>> sorted(to_pyslowfast(model))[:2]
+        ['head.projection.bias', 'head.projection.weight']
     """
     return _save(_fitting((SEPARATE if separate_qkv else FUSED,), model), model, True)
 

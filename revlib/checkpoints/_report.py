@@ -11,21 +11,35 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What loading a checkpoint came to. ``str`` gives a few lines of it, everything is in the attributes."""
+    """What loading a checkpoint came to. ``str`` gives a few lines of it, everything is in the attributes.
+
+    Args:
+        title: the kind of checkpoint and of model.
+        matched: pairs of our name and theirs, of what has the right shape.
+        ours_left: pairs of our name and what was sought, of parameters that get nothing.
+        theirs_left: names of tensors of the checkpoint that have no place in the model.
+        misshapen: their name, the shape that fits the model, and the shape that the checkpoint has.
+        settings: which settings of the model differ, and how to set them.
+
+    Example:
+        >>> report = Report("a checkpoint", (("ours", "theirs"),), (), ("extra",), ())
+        >>> print(report)
+        a checkpoint: 1 parameters match
+          extra of the checkpoint has no place in the model
+        >>> report.complete
+        False
+    """
 
     title: str
-    matched: tuple[tuple[str, str], ...]  # our name and theirs, of what has the right shape
-    ours_left: tuple[
-        tuple[str, str], ...
-    ]  # our name and what was sought, of parameters that get nothing
-    theirs_left: tuple[str, ...]  # tensors that have no place in the model
-    misshapen: tuple[
-        tuple[str, torch.Size, torch.Size], ...
-    ]  # their name, the shape that fits the model, and theirs
-    settings: tuple[str, ...] = ()  # which settings of the model differ, and how to set them
+    matched: tuple[tuple[str, str], ...]
+    ours_left: tuple[tuple[str, str], ...]
+    theirs_left: tuple[str, ...]
+    misshapen: tuple[tuple[str, torch.Size, torch.Size], ...]
+    settings: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
+        """Whether everything matches, so that the checkpoint was loaded."""
         return not (self.ours_left or self.theirs_left or self.misshapen or self.settings)
 
     def __str__(self) -> str:

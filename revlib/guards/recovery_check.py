@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ _SAMPLES, _FEWEST, _ALL = (
     8,
     2**13,
 )  # elements of a stream: at most, at least, and of a whole stack
+_RESIDUAL = 0.5  # a cosine that residual blocks exceed, and what is added to a residual seldom does
 _serial = itertools.count()
 
 
@@ -91,6 +94,7 @@ class Comparison(NamedTuple):
     reference: Tensor | None = (
         None  # what the difference is measured against, if that is not the original
     )
+    step: int = -1  # the number of the step, if this is the stream that it merges away
 
 
 class StreamRange(NamedTuple):
@@ -176,12 +180,14 @@ class RecoveryCheck(Guard):
 class _StepRecovery(StepGuard):
     def __init__(self, view: StepView, of: RecoveryCheck) -> None:
         self.view, self.of = view, of
+        self.streams = 0
         self.samples: dict[int, Tensor] = {}  # of saved tensors, by position; -1: of the stream
         self.weight = -1  # the position of the last saved parameter. Only its first row is sampled: updates change all
         self.reference: Tensor | None = None
 
     def first_run_done(self, run: FirstRun) -> None:
         view, of, stream = self.view, self.of, run.state[0]
+        self.streams = len(run.state)
         if view.dropped and of.tolerance != math.inf:
             if view.stream_kept:
                 self._sample_activations(run)
@@ -230,7 +236,8 @@ class _StepRecovery(StepGuard):
             if t is not None and (place < 0 or has_dense_memory(t)):
                 t = self.of.sampler(_first_row(t) if place == self.weight >= 0 else t)
                 if is_fake(t) == is_fake(original):  # what is traced into a graph has no values
-                    found = Comparison(self.view.step.name, original, t, self.reference)
+                    number = self.view.number if place < 0 and self.streams == 2 else -1
+                    found = Comparison(self.view.step.name, original, t, self.reference, number)
                     self.of.compare(key, found)
 
 
@@ -333,18 +340,46 @@ def compare_recovered(
             parts.append(ends.abs().amax(0)[:, 0].double())
         values = torch.cat(parts)
         values = values if total is None else torch.where(total.isfinite(), values, 0.0)
-    report(values, [c.name for c in comparisons], ranges, tolerance)
+    hint = partial(residual_hint, comparisons)
+    report(values, [c.name for c in comparisons], ranges, tolerance, hint)
+
+
+def residual_hint(comparisons: Sequence[Comparison]) -> str:
+    r"""A sentence if functions return much of what enters them, as whole residual blocks do; otherwise nothing.
+
+    On two streams, what is added to stream k is $f_k = s_{k+2} - s_k$, and what enters the function is $s_{k+1}$. So
+    samples of three streams in a row give the cosine of both. It is near 0 for functions that return something new.
+    """
+    streams = {c.step: c.original.detach().double().flatten() for c in comparisons if c.step >= 0}
+    cosines = []
+    for k, s in streams.items():
+        if all(k + i in streams and streams[k + i].shape == s.shape for i in (1, 2)):
+            added, entered = streams[k + 2] - s, streams[k + 1]
+            cosines.append(torch.cosine_similarity(added, entered, dim=0).item())
+    typical = statistics.median(cosines) if cosines else 0.0
+    if not typical > _RESIDUAL:
+        return ""
+    return (
+        f" Here functions return much of what enters them (cosine {typical:.2f}), as blocks do that have a residual "
+        "connection of their own: then streams grow with every block. Take the blocks apart, as 'An existing residual "
+        "block' in the guide shows."
+    )
 
 
 def _unreadable(values: Tensor) -> bool:
     return values.is_meta or is_fake(values) or cuda_streams.driver.capturing()
 
 
-_pending: list[tuple[cuda_streams.Arriving, list[str], Sequence[StreamRange], float]] = []
+Hint = Callable[[], str]
+_pending: list[tuple[cuda_streams.Arriving, list[str], Sequence[StreamRange], float, Hint]] = []
 
 
 def report(
-    values: Tensor, names: list[str], ranges: Sequence[StreamRange], tolerance: float
+    values: Tensor,
+    names: list[str],
+    ranges: Sequence[StreamRange],
+    tolerance: float,
+    hint: Hint = str,  # returns what else there is to say where an error is too large
 ) -> None:
     """Raise where one of the errors, or of the magnitudes after them, is too large: at once on a CPU.
 
@@ -354,9 +389,9 @@ def report(
     if _unreadable(values):
         return
     if values.is_cuda:
-        _pending.append((cuda_streams.Arriving(values), names, ranges, tolerance))
+        _pending.append((cuda_streams.Arriving(values), names, ranges, tolerance, hint))
     else:
-        _judge(values, names, ranges, tolerance, "backward")
+        _judge(values, names, ranges, tolerance, hint, "backward")
 
 
 def raise_pending(*, wait: bool = True) -> None:
@@ -366,12 +401,17 @@ def raise_pending(*, wait: bool = True) -> None:
     ends; call this once there. ``wait=False`` looks only at those that have arrived, as every stack does by itself.
     """
     while _pending and not cuda_streams.driver.capturing() and (wait or _pending[0][0].here()):
-        verdict, names, ranges, tolerance = _pending.pop(0)
-        _judge(verdict.get(), names, ranges, tolerance, "an earlier backward")
+        verdict, names, ranges, tolerance, hint = _pending.pop(0)
+        _judge(verdict.get(), names, ranges, tolerance, hint, "an earlier backward")
 
 
 def _judge(
-    values: Tensor, names: Sequence[str], ranges: Sequence[StreamRange], tolerance: float, when: str
+    values: Tensor,
+    names: Sequence[str],
+    ranges: Sequence[StreamRange],
+    tolerance: float,
+    hint: Hint,
+    when: str,
 ) -> None:
     """Raise for the first of the magnitudes, then errors, that is too large."""
     errors, sizes = values[: len(names)].tolist(), values[len(names) :].tolist()
@@ -385,10 +425,8 @@ def _judge(
         if error > tolerance:
             raise RuntimeError(
                 f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
-                f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not repeat "
-                "(a random generator of its own, a call counter, a tensor edited or replaced since forward), or its "
-                "stream does not invert accurately (its coupling's unmerge does not undo merge: "
-                "revlib.testing.assert_unmerges tells; its result is far larger than the stream, or computed in a "
-                "lower precision: use the ExactAdditive coupling, keep the streams in float32, or normalise the "
-                "branches). Compare with scheduler=Naive(); if the error is acceptable, raise the tolerance."
+                f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not "
+                "repeat, or its stream does not invert accurately: with scheduler=Checkpoint(), which inverts nothing, "
+                "only the first is refused. 'When backward refuses' in the guide, revlib/README.md, has the causes of "
+                "both and what to do." + hint()
             )

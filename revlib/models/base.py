@@ -123,6 +123,7 @@ class TimmModel(Scheduled):
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes), or to features where there is no classifier."""
         return self.forward_head(self.forward_features(images))
 
     def forward_intermediates(

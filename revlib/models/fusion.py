@@ -16,43 +16,88 @@ Fusion = Callable[
 
 
 class Mean(nn.Module):
-    r"""$(x_1 + x_2) / 2$. Shapes: (..., dim), twice -> (..., dim). No parameters."""
+    r"""The mean of both streams, $(x_1 + x_2) / 2$.
+
+    Shapes: (..., dim), twice, to (..., dim). Cost: no parameters. Both arguments are ignored; they are there so that
+    every fusion is made alike.
+
+    Source: the mode "avg" of PySlowFast's ``TwoStreamFusion``, code of Mangalam et al. 2022.
+
+    Example:
+        >>> Mean(4)(torch.zeros(2, 4), torch.ones(2, 4))[0]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
 
     def __init__(self, dim: int, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        """Make the fusion; it needs neither the channels ``dim`` nor a norm."""
         super().__init__()
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """The mean of both streams, of the shape of either."""
         return (x1 + x2) / 2
 
 
 class ConcatLinear(nn.Module):
-    r"""$W\,\mathrm{norm}([x_1; x_2])$. Shapes: (..., dim), twice -> (..., dim). Parameters: 2 dim², and the norm's."""
+    r"""A linear layer on both streams side by side, $W\,\mathrm{norm}([x_1; x_2])$.
+
+    Args:
+        dim: channels of each stream. norm_layer: makes a norm of so many channels as it is given, 2 dim.
+
+    Shapes: (..., dim), twice, to (..., dim). Cost: 2 dim² parameters, the bias, and those of the norm.
+
+    Source: as the mode "ln+concat_linear" of PySlowFast's ``TwoStreamFusion``, with one layer in place of its MLP.
+
+    Example:
+        >>> ConcatLinear(4)(torch.zeros(2, 4), torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
 
     def __init__(self, dim: int, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        """Make the norm and the linear layer."""
         super().__init__()
         self.norm, self.linear = norm_layer(2 * dim), nn.Linear(2 * dim, dim)
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Both streams as one of the same width."""
         return self.linear(self.norm(torch.cat([x1, x2], dim=-1)))
 
 
 class ConcatMlp(nn.Module):
-    r"""$\mathrm{MLP}(\mathrm{norm}([x_1; x_2]))$ with 2 dim hidden channels.
+    r"""An MLP on both streams side by side, $\mathrm{MLP}(\mathrm{norm}([x_1; x_2]))$, with 2 dim hidden channels.
 
-    Shapes: (..., dim), twice -> (..., dim). Parameters: 6 dim², and the norm's.
+    Args:
+        dim: channels of each stream. norm_layer: makes a norm of so many channels as it is given, 2 dim.
+
+    Shapes: (..., dim), twice, to (..., dim). Cost: 6 dim² parameters, the biases, and those of the norm.
+
+    Source: the mode "ln+concat_linear" of PySlowFast's ``TwoStreamFusion``, code of Mangalam et al. 2022.
+
+    Example:
+        >>> ConcatMlp(4)(torch.zeros(2, 4), torch.ones(2, 4)).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, dim: int, norm_layer: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        """Make the norm and the MLP."""
         super().__init__()
         self.norm, self.mlp = norm_layer(2 * dim), Mlp(2 * dim, 2 * dim, dim)
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Both streams as one of the same width."""
         return self.mlp(self.norm(torch.cat([x1, x2], dim=-1)))
 
 
 class Concat(nn.Module):
-    """Both streams side by side, for a next stage that takes twice the channels. Shapes: (..., dim), twice ->
-    (..., 2 dim)."""
+    """Both streams side by side, for a next stage that takes twice the channels.
+
+    Shapes: (..., dim), twice, to (..., 2 dim). Cost: no parameters.
+
+    Source: the mode "concat" of PySlowFast's ``TwoStreamFusion``, code of Mangalam et al. 2022.
+
+    Example:
+        >>> Concat()(torch.zeros(2, 4), torch.ones(2, 4)).shape
+        torch.Size([2, 8])
+    """
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Both streams side by side."""

@@ -41,7 +41,14 @@ def minrev_vit(**sizes: Any) -> RevViT:
     before attention has an epsilon of 1e-6, all others of 1e-5; layers start as torch's own do
     (``init_like_torch``); positions start at zero.
 
-    Args: those of ``RevViT``, but for ``fc_norm`` and ``norm_layer``.
+    Args: those of ``RevViT``, but for ``fc_norm`` and ``norm_layer``. Shapes, cost and errors are its, too.
+
+    Source: rev.py of github.com/karttikeya/minREV.
+
+    Example:
+        >>> model = minrev_vit(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
     model = RevViT(**sizes, fc_norm=True)
     for step in model.blocks:
@@ -95,6 +102,13 @@ def minrev_swin(unrolled_windows: bool = False, **sizes: Any) -> RevSwin:
 
     Args: those of ``RevSwin``, but for ``fusion`` and ``always_partition``, and
         unrolled_windows: leave shifted windows where they are, as minREV's code does by mistake.
+
+    Shapes, cost and errors are those of ``RevSwin``. Source: revswin.py of github.com/karttikeya/minREV.
+
+    Example:
+        >>> model = minrev_swin(img_size=16, patch_size=2, embed_dim=8, depths=(2, 1), num_heads=(1, 2))
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
 
     def fusion(dim: int, norm_layer: Callable[[int], nn.Module]) -> nn.Module:
@@ -116,7 +130,14 @@ def minrev_mvit(mlp_ratio: float = 4.0, **sizes: Any) -> RevMViT:
     the last of the second stage, pools keys and values by 2 once more; patches are averaged before the last norm
     (``fc_norm=True``). minREV's code works for four blocks, ``depths=(1, 2, 1)``.
 
-    Args: those of ``RevMViT``, but for ``fusion`` and ``fc_norm``.
+    Args: those of ``RevMViT``, but for ``fusion`` and ``fc_norm``. Shapes, cost and errors are its, too.
+
+    Source: revmvit.py of github.com/karttikeya/minREV.
+
+    Example:
+        >>> model = minrev_mvit(img_size=16, patch_size=2, embed_dim=8, depths=(1, 2, 1))
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
     model = RevMViT(**sizes, mlp_ratio=mlp_ratio, fusion=Mean, fc_norm=True)
     take_both_streams(model, mlp_ratio)

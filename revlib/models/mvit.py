@@ -56,6 +56,11 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
 
     Source: Li et al., *MViTv2*, CVPR 2022; Fan et al., *Multiscale Vision Transformers*, ICCV 2021; Mangalam et al.,
     *Reversible Vision Transformers*, CVPR 2022, section 3.3 (stage-transition and stage-preserving blocks).
+
+    Example:
+        >>> model = RevMViT(img_size=16, patch_size=4, embed_dim=8, depths=(1, 2))
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
 
     stages: Any  # timm's
@@ -89,6 +94,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Make the model; the docstring of the class explains the arguments."""
         feat_size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         cfg = MultiScaleVitCfg(
             *(tuple(depths), embed_dim, num_heads, mlp_ratio),
@@ -145,6 +151,10 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Take images of another size: tables of relative positions are resampled to it."""
         resize_mvit(self, img_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes), or to pooled features where there is no classifier."""
+        return super().forward(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""

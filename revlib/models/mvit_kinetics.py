@@ -142,6 +142,11 @@ class PublishedRevMViTVideo(Published):
 
     Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.3; PySlowFast's
     ``REV_MVIT_B_16x4_CONV``. There F and G of a block drop the same samples; here each draws its own.
+
+    Example:
+        >>> model = PublishedRevMViTVideo((4, 32, 32), (2, 4, 4), num_classes=10, embed_dim=8, depths=(1, 2))
+        >>> model(torch.randn(1, 3, 4, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -161,6 +166,7 @@ class PublishedRevMViTVideo(Published):
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
+        """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
         if min(depths, default=0) < 1:
             raise ValueError(

@@ -100,6 +100,7 @@ class Published(Scheduled):
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images, or clips, to logits (B, num_classes), or to pooled features where there is no classifier."""
         return self.forward_head(self.forward_features(images))
 
     def get_classifier(self) -> nn.Module:
@@ -147,6 +148,11 @@ class PublishedRevMViT(Published):
     Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.3; Fan et al., *Multiscale Vision
     Transformers*, ICCV 2021; PySlowFast's ``REV_MVIT_B_16_CONV``. There F and G of a block drop the same samples; here
     each draws its own.
+
+    Example:
+        >>> model = PublishedRevMViT(32, 4, num_classes=10, embed_dim=8, depths=(1, 2))
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -167,6 +173,7 @@ class PublishedRevMViT(Published):
         drop_rate: float = 0.0,
         fc_norm: bool = False,
     ) -> None:
+        """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
         self.feat_size = size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         kernel, padding = (2 * patch_size - 1,) * 2, (patch_size - 1,) * 2

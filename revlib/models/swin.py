@@ -59,6 +59,11 @@ class RevSwin(TimmModel):
     Raises: ValueError where depths, num_heads, window_size and embed_dim do not fit each other.
     Source: Liu et al., *Swin Transformer*, ICCV 2021; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022,
     section 3.3 (stages); Zhu & Mangalam, *PaReprop*, 2023 (Rev-Swin).
+
+    Example:
+        >>> model = RevSwin(img_size=16, patch_size=2, embed_dim=8, depths=(2, 1), num_heads=(1, 2))
+        >>> model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
 
     output_fmt = "NHWC"  # of features
@@ -92,6 +97,7 @@ class RevSwin(TimmModel):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
         size, window = to_2tuple(img_size), to_2tuple(window_size)
         if not 0 < len(depths) == len(num_heads) or min(*depths, *num_heads, *window) < 1:

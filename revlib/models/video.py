@@ -69,6 +69,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
+        """Make the model; the docstring of the class explains the arguments."""
         if min(depths, default=0) < 1 or sum(depths) < 2:
             raise ValueError(
                 f"depths must give each stage a block, and two in all, got {tuple(depths)}; add blocks"
@@ -125,6 +126,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
         self.blocks = stages  # torchvision's forward walks them as it walks blocks
 
     def forward(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, frames, height, width) to logits (B, num_classes); ValueError for clips of another size."""
         if clips.shape[2:] != self.clip_size:
             raise ValueError(
                 f"clips must be (B, 3, *{self.clip_size}), got {tuple(clips.shape)}; resize them"

@@ -53,8 +53,18 @@ class RevViT(TimmModel):
     Shapes: images (B, in_chans, H, W) to logits (B, num_classes). With N patches, features are (B, N, 2 embed_dim).
     Cost: activation memory of one block at any depth, about 17.5 B·N·embed_dim elements at the peak of backward.
 
+    Raises: ValueError for sizes that do not divide each other, and in forward for images of another size, unless
+    ``dynamic_img_size``.
+
     Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022: no residual around the pair, no layer
     between blocks, fusion by concatenation at the end.
+
+    Example:
+        >>> model = RevViT(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+        >>> logits = model(torch.randn(2, 3, 16, 16))
+        >>> logits.sum().backward()
+        >>> logits.shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -82,6 +92,7 @@ class RevViT(TimmModel):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
         size = divisible(img_size, patch_size)
         if embed_dim % num_heads:

@@ -23,6 +23,21 @@ class Scheduler(ABC):
     Subclasses are frozen dataclasses that define :meth:`plan`. ``tolerance`` is the relative error up to which backward
     may recover a stream: ``None`` for the default of its precision (float64 6e-8, float32 1.4e-3, float16 0.13,
     bfloat16 0.35), ``math.inf`` to compare nothing.
+
+    Raises:
+        TypeError: in forward, if :meth:`plan` returns anything but a :class:`~revlib.schedulers.Plan`.
+        ValueError: in forward, if some step could not be recovered from what the plan keeps.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class KeepFirst(Scheduler):  # the activations of the first k steps, and the last state
+        ...     k: int
+        ...
+        ...     def plan(self, length: int) -> Plan:
+        ...         return Plan(activations=range(min(self.k, length)), states=[length])
+        >>> KeepFirst(2).plan(6)
+        Plan(activations=range(0, 2), states=[6], streams=())
     """
 
     tolerance: float | None = None
@@ -41,7 +56,7 @@ class Scheduler(ABC):
         return plan, PassOptions(self.tolerance)
 
     def run(self, steps: Sequence[BoundStep], state: State, context: Mapping[str, Any]) -> State:
-        """Run the steps on ``state``."""
+        """Run the steps on ``state`` and return the last state. A stack's forward calls this."""
         # Nothing is kept for a backward, or everything is.
         if exporting() or tracing() or not torch.is_grad_enabled():
             return engine.run(steps, state, context, Plan())

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +43,23 @@ class Budget(Wrapper):
             streams (``Checkpoint``, ``Anchored``).
 
     A forward pass is what runs between two backward passes. Steps are measured again when shapes, dtypes, autocast or
-    the modules' modes change; freezing parameters later is not noticed.
+    the modules' modes change; freezing parameters later is not noticed. :meth:`report` tells what is kept.
+
+    Raises:
+        ValueError: if not exactly one of ``bytes`` and ``fraction`` is given, if it is out of range, or if ``below``
+            keeps activations itself.
+        TypeError: if ``below`` is no scheduler.
+
+    Source: our own; keeping the last activations costs no peak, since backward uses and releases them first.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Tanh())] * 4, scheduler=Budget(fraction=0.5))
+        >>> x = torch.randn(250, 1000, requires_grad=True)
+        >>> sum(y.sum() for y in stack(x, x)).backward()  # the first pass only measures
+        >>> print(stack.scheduler.report())
+        first stream         steps  kept  streams     MB  MB of Naive()  time
+        (250, 1000) float32      8     2        2    4.0            8.0   3.8
     """
 
     bytes: int | None = None
@@ -74,11 +90,50 @@ class Budget(Wrapper):
 
     @property
     def inner(self) -> Scheduler:
+        """The scheduler of the steps that do not fit."""
         return self.below
 
     def plan(self, length: int) -> Plan:
-        """Before anything has been measured."""
+        """The plan before anything has been measured, which is that of ``below``; see :meth:`report` for the later."""
         return self.below.plan(length)
+
+    def report(self) -> str:
+        """What a forward pass like the last one keeps from now on: a table with a row for each stack that ran in it.
+
+        The columns: the first stream of the stack; its steps; of how many last steps the activations are kept; how many
+        single streams are kept below them; the bytes of all this until backward, in units of $10^6$, and those that
+        ``Naive()`` would keep; and the expected time of a training step in units of one forward, $4 - k/n$ for k of n
+        equal steps. The last row has the sums. PaReprop's own budget is asked as ``stack.scheduler.of.report()``.
+
+        Outputs that a loss keeps, and what runs between stacks, count nothing here.
+        """
+        ledger = self._ledger
+        with ledger.lock:
+            runs = ledger.last_pass()
+            sizes = [list(ledger.sizes.get(run, [])) for run in runs]
+        if not runs or any(
+            len(costs) != len(run[0]) for costs, run in zip(sizes, runs, strict=True)
+        ):
+            return "nothing has been measured yet: run forward and backward once"
+        rows = []
+        for run, costs, (kept, extra) in zip(runs, sizes, self._share(sizes), strict=True):
+            shape, dtype = run[1][0][:2]
+            below = self._streams(costs, kept, extra)
+            found = _Kept(
+                len(costs),
+                kept,
+                len(below),
+                self._held(costs, kept, extra),
+                self._held(costs, len(costs)),
+            )
+            rows.append((f"{tuple(shape)} {str(dtype).removeprefix('torch.')}", found))
+        if len(rows) > 1:
+            rows.append(
+                ("together", _Kept(*map(sum, zip(*(found for _, found in rows), strict=True))))
+            )
+        wide = max(len("first stream"), *(len(name) for name, _ in rows))
+        lines = [f"{'first stream':<{wide}}  steps  kept  streams     MB  MB of Naive()  time"]
+        return "\n".join([*lines, *(f"{name:<{wide}}  {found}" for name, found in rows)])
 
     def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:
         if not steps or not torch.is_grad_enabled() or _packed():
@@ -127,17 +182,35 @@ class Budget(Wrapper):
 
     def _held(self, costs: Sequence[StepCost], steps: int, extra: int = 0) -> int:
         """Bytes that a run keeps with the activations of so many last steps, and so many streams below them."""
-        length, m = len(costs), len(costs[0].streams) - 1
-        plan = self.below.plan(length - steps) if steps < length else Plan()
-        streams = {
-            *plan.streams,
-            *(i for j in plan.states for i in range(j, j + m)),
-            *_singles(length - steps)[:extra],
-        }
+        length, streams = len(costs), self._streams(costs, steps, extra)
         for cost in costs[length - steps :]:
             streams |= cost.saved
         shared = sum(costs[min(i, length - 1)].streams[max(0, i - length + 1)] for i in streams)
         return shared + sum(cost.own for cost in costs[length - steps :])
+
+    def _streams(self, costs: Sequence[StepCost], steps: int, extra: int) -> set[int]:
+        """The streams that are kept below the last steps."""
+        length, m = len(costs), len(costs[0].streams) - 1
+        plan = self.below.plan(length - steps) if steps < length else Plan()
+        states = (i for j in plan.states for i in range(j, j + m))
+        return {*plan.streams, *states, *_singles(length - steps)[:extra]}
+
+
+class _Kept(NamedTuple):
+    """What is kept of a stack, as a row of the report."""
+
+    length: int
+    steps: int
+    streams: int
+    bytes: int
+    naive: int
+
+    def __str__(self) -> str:
+        time = 4 - self.steps / self.length
+        return (
+            f"{self.length:>5}  {self.steps:>4}  {self.streams:>7}  {self.bytes / 1e6:>5.1f}  "
+            f"{self.naive / 1e6:>13.1f}  {time:>4.1f}"
+        )
 
 
 def _singles(length: int) -> list[int]:
@@ -165,6 +238,7 @@ class _Ledger:
             tuple[Any, ...], list[tuple[int, int]]
         ] = {}  # what to keep, by the runs of a pass
         self.current: list[Any] = []
+        self.latest: tuple[Any, ...] = ()  # the runs of the pass before this one
         self.closed = False
 
     def __reduce__(self) -> Any:  # a copied model starts afresh
@@ -174,11 +248,16 @@ class _Ledger:
         """A backward has begun: the next forward starts a new pass."""
         self.closed = True
 
+    def last_pass(self) -> tuple[Any, ...]:
+        """The runs of the last forward pass that a backward has followed."""
+        return tuple(self.current) if self.closed else self.latest
+
     def expect(self, key: Any) -> tuple[int, tuple[Any, ...]]:
         """This run's place in its pass, and all runs of the pass as far as is known: none if nothing is."""
         if self.closed or len(self.current) > _MANY:
             for place, run in enumerate(self.current):
                 self.following[place, run] = tuple(self.current[place + 1 :])
+            self.latest = tuple(self.current)
             self.current, self.closed = [], False
         for memory in (self.sizes, self.following, self.shares):
             if len(memory) > _MANY:  # shapes that never come again

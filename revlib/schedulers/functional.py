@@ -58,6 +58,16 @@ class Functional(Scheduler):
         TypeError: a function's result that turns its stream into another dtype.
 
     Source: the backward is that of Gomez et al. 2017, algorithm 1, step by step.
+
+    Example:
+        >>> import torch
+        >>> from revlib import ReversibleSequence
+        >>> from torch.func import functional_call, grad
+        >>> stack = ReversibleSequence([(torch.nn.Linear(4, 4), torch.nn.Tanh())] * 3, scheduler=Functional())
+        >>> weights, x = {k: p.detach() for k, p in stack.named_parameters()}, torch.randn(2, 4)
+        >>> found = grad(lambda w: functional_call(stack, w, (x, x))[1].sum())(weights)
+        >>> found["0.F.weight"].shape
+        torch.Size([4, 4])
     """
 
     tolerance: float | None = None

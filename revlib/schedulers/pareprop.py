@@ -41,7 +41,15 @@ class PaReprop(Wrapper):
         of: what is kept, and so what there is to recover.
         trials: backward passes of each kind to time; 0 to look ahead always.
 
+    Raises:
+        TypeError: if ``of`` is no scheduler.
+        ValueError: if ``trials`` is no whole number from 0 up.
+
     Source: Zhu and Mangalam, *PaReprop: Fast Parallelized Reversible Backpropagation*, 2023.
+
+    Example:
+        >>> PaReprop().plan(6) == Reversible().plan(6)  # the same is kept, and recovered beside the gradients
+        True
     """
 
     of: Scheduler = field(default_factory=Reversible)
@@ -65,6 +73,7 @@ class PaReprop(Wrapper):
         return self.of
 
     def plan(self, length: int) -> Plan:
+        """The plan of the scheduler ``of``."""
         return self.of.plan(length)
 
     def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:

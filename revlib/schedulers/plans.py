@@ -18,6 +18,10 @@ class Naive(Scheduler):
 
     Cost for n steps, in units of one forward: time 3, memory n times the activations of a step.
     Not for deep stacks: 16 stream tensors a block of a pre-norm transformer.
+
+    Example:
+        >>> Naive().plan(6)
+        Plan(activations=range(0, 6), states=(), streams=())
     """
 
     def plan(self, length: int) -> Plan:
@@ -33,7 +37,18 @@ class Reversible(Scheduler):
     Not for stacks whose activations fit anyway, nor for steps in low precision that must be exact at great depth:
     the recovered streams drift.
 
+    Args:
+        tolerance: the relative error of a recovered stream from which backward refuses. By default it depends on the
+            precision; ``math.inf`` compares nothing.
+
+    Raises:
+        RuntimeError: in backward, where a stream came back less accurately than that.
+
     Source: Gomez et al. 2017; Mangalam et al. 2022.
+
+    Example:
+        >>> Reversible().plan(6)
+        Plan(activations=(), states=(6,), streams=())
     """
 
     tolerance: float | None = None
@@ -63,7 +78,19 @@ class Checkpoint(Scheduler):
     ``every=2``: of pairs (F, G), the stream that G adds to is kept, and F is inverted. Cost: one stream a block, the
     time of checkpointing a one-stream block. The kept stream is exact, the other drifts as under ``Reversible``.
 
+    Args:
+        every: keep the stream of every so many steps, from 1 up.
+        tolerance: as of :class:`Reversible`; also of the last activations of a step whose stream is kept.
+
+    Raises:
+        ValueError: if ``every`` is no whole number from 1 up.
+        RuntimeError: in backward, where a stream or an activation came back less accurately than ``tolerance``.
+
     Source: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016, with one segment a step.
+
+    Example:
+        >>> sorted(Checkpoint(every=2).plan(6).streams)
+        [1, 3, 5]
     """
 
     every: int = 1
@@ -83,6 +110,20 @@ class Anchored(Scheduler):
     Cost in units of one forward: time 4; memory one state (two streams) every ``every`` steps.
     For steps in low precision at great depth. ``every`` should be even for pairs, and larger than 2: with two
     streams, ``every=2`` keeps as much as ``Checkpoint()``.
+
+    Args:
+        every: the steps between two states that are kept, from 1 up.
+        tolerance: as of :class:`Reversible`.
+
+    Raises:
+        ValueError: if ``every`` is no whole number from 1 up.
+        RuntimeError: in backward, where a stream came back less accurately than ``tolerance``.
+
+    Source: checkpoints at regular intervals, Chen et al. 2016, with inversion in place of recomputation between them.
+
+    Example:
+        >>> Anchored(4).plan(10).states
+        [4, 8, 10]
     """
 
     every: int
@@ -101,7 +142,19 @@ class KeepLast(Wrapper):
 
     They are used and released first, so they cost no peak beside what is kept: of one step, none at all.
     Cost for k of n steps, in units of one forward: time 4 - k/n over ``Reversible``, memory k times the activations of
-    a step. Where memory is known in bytes, use :class:`Budget`.
+    a step. Where memory is known in bytes, use :class:`~revlib.Budget`.
+
+    Args:
+        steps: how many, from 0 up; all steps of a shorter stack.
+        below: the scheduler of the steps before them.
+
+    Raises:
+        ValueError: if ``steps`` is no whole number from 0 up.
+        TypeError: if ``below`` is no scheduler.
+
+    Example:
+        >>> KeepLast(2).plan(6)
+        Plan(activations=[4, 5], states=(4,), streams=())
     """
 
     steps: int
@@ -113,9 +166,11 @@ class KeepLast(Wrapper):
 
     @property
     def inner(self) -> Scheduler:
+        """The scheduler of the steps below."""
         return self.below
 
     def plan(self, length: int) -> Plan:
+        """The plan of ``below`` for the steps before the last ones, whose activations are kept."""
         return self._over(self.below.plan(max(length - self.steps, 0)), length)
 
     def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:
