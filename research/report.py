@@ -14,14 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from research import figures, gpu
-from research.checkpoint import FREE
-from research.compare import show
-from research.config import Config, defaults
-from research.files import replacing
-from research.log import Log, read_log
-from research.points import Record
-from research.recipes import RECIPES
+from research.benchmarking.points import Record
+from research.settings.config import RECIPES, Config, defaults
+from research.shared.files import replacing
+from research.studies import figures
+from research.studies.differences import show
+from research.studies.jobs import jobs
+from research.training.checkpoint import FREE
+from research.training.log import Log, read_log
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -167,7 +167,7 @@ def images(root: Path, files: list[Path]) -> Iterator[str]:
 
 def to_do(root: Path) -> str:
     """The jobs for a GPU that have left nothing in the folder of its results."""
-    every = gpu.jobs("cuda", Path("DATA"), Path("runs/gpu"), tiny=False)
+    every = jobs("cuda", Path("DATA"), Path("runs/gpu"), tiny=False)
     head = (
         "\n## Not run yet\n\nJobs of `python -m research.gpu --data cifar10.tar.xz`, most telling first, of which "
         "there are no results here:\n\n"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from situations import SITUATIONS
 
-from research.log import read_log
-from research.points import Record
+from research.benchmarking.points import Record
+from research.training.log import read_log
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "research" / "results"
@@ -78,7 +78,8 @@ def test_every_link_leads_somewhere(name):
             assert anchor in anchors(target.read_text()), f"{name} links {link}"
 
 
-FOLDERS = ["research", "revlib/core", "revlib/couplings", "revlib/functional", "revlib/guards", "revlib/testing"]
+FOLDERS = ["revlib/core", "revlib/couplings", "revlib/functional", "revlib/guards", "revlib/testing", "research"]
+FOLDERS += [f"research/{path.parent.name}" for path in sorted((ROOT / "research").glob("*/__init__.py"))]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from research.config import Config
-
 POLICIES = 512
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels -> images, parts of classes (B, classes)
@@ -59,8 +57,8 @@ def rand_augment(images: Tensor, magnitude: int, draws: torch.Generator) -> Tens
     return augmented
 
 
-def mixer(config: Config, classes: int) -> Mix | None:
-    """What the flags make of a batch: mixup or cutmix, one of them at random where there are both."""
-    both = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+def mixer(mixup: float, cutmix: float, classes: int) -> Mix | None:
+    """What is made of a batch by these alphas: mixup or cutmix, one of them at random where neither is 0."""
+    both = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
     chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
     return v2.RandomChoice(chosen) if chosen else None

@@ -10,9 +10,9 @@ import typer
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from research.config import Config
-from research.files import check_room, remove_leftovers, replacing
-from research.log import Log
+from research.settings.config import Config
+from research.shared.files import check_room, remove_leftovers, replacing
+from research.training.log import Log
 
 # Flags that may differ when a run is resumed: where things lie and when to stop, not what is computed.
 FREE = {"recipe", "data_dir", "cache_dir", "device", "out", "resume", "overwrite", "stop_after", "tensorboard", "wandb"}

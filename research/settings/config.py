@@ -9,18 +9,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from research.flags import flag, keywords, real, whole
-from research.schedulers import EXAMPLES, checked
+from research.data.batches import StatisticsName
+from research.data.readers import DatasetName
+from research.recipes import SETTINGS, RecipeName
+from research.settings.flags import flag, keywords, real, whole
+from research.settings.schedulers import EXAMPLES, checked
 
-DatasetName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 ModelName = Literal["vit", "swin", "mvit", "plain-vit", "plain-swin", "plain-mvit"]
 CouplingName = Literal["additive", "exact"]
 FusionName = Literal["mean", "concat-linear", "concat-mlp", "concat"]
 OptimizerName = Literal["adam", "adamw"]
 AmpDtypeName = Literal["bfloat16", "float16"]
 VariantName = Literal["default", "minrev"]
-StatisticsName = Literal["measured", "minrev"]
-RecipeName = Literal["minrev-vit", "minrev-swin", "minrev-mvit", "tuned-vit", "tuned-swin", "tuned-mvit"]
 
 # Defaults that a data set changes. Config's own are those of digits. Those of cifar10 are minREV's in every respect, so
 # that its own command lines train its networks; the others have its sizes.
@@ -56,8 +56,6 @@ def defaults(dataset: DatasetName, model: ModelName) -> dict[str, Any]:
 # These run before other flags are read. A recipe sets all of them, so data set and model then set none.
 def _defaults_of_recipe(context: typer.Context, recipe: RecipeName | None) -> RecipeName | None:
     if recipe is not None:
-        from research.recipes import RECIPES  # which are made of what this module defines
-
         context.meta["recipe"] = recipe
         context.default_map = {k: v for k, v in dataclasses.asdict(RECIPES[recipe]).items() if v is not None}
     return recipe
@@ -308,6 +306,9 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+RECIPES: dict[RecipeName, Config] = {name: Config(recipe=name, **settings) for name, settings in SETTINGS.items()}
 
 
 def flags(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,15 +4,17 @@ Drawn batch by batch, each copy of the numbers to the device would make the host
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from research.augment import Mix, drawing_from, rand_augment, random_crop, random_flip
-from research.config import StatisticsName
-from research.data import Dataset, Split
+from research.data.augment import Mix, drawing_from, rand_augment, random_crop, random_flip
+from research.data.split import Dataset, Split
+
+StatisticsName = Literal["measured", "minrev"]
 
 # In minREV's main.py. Its deviations are means over single images; those over all pixels are near 0.247.
 MINREV_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))

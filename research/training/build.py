@@ -9,11 +9,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
-from research.checkpoint import Run
-from research.config import Config
-from research.data import Dataset
-from research.networks import COUPLINGS, MODELS
-from research.schedulers import scheduler
+from research.data.split import Dataset
+from research.settings.config import Config
+from research.settings.schedulers import scheduler
+from research.training.checkpoint import Run
+from research.training.networks import COUPLINGS, MODELS
 from revlib import ReversibleSequence
 
 

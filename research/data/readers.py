@@ -1,11 +1,10 @@
-"""Data sets as two uint8 tensors in memory, so that the loader is never the bottleneck."""
+"""The data sets that a run can train on, each read by a function."""
 
-import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import typer
@@ -18,57 +17,15 @@ from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from research.config import Config, DatasetName
-from research.files import replacing
+from research.data.split import Dataset, Split
+from research.shared.files import replacing
+
+DatasetName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 
 FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """images: uint8 (N, C, H, W); labels: int64 (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, limit: int | None) -> "Split":
-        """The same `limit` images on every call, drawn from all classes; all of them for None."""
-        if limit is None or limit >= len(self):
-            return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:limit]
-        return Split(self.images[chosen], self.labels[chosen])
-
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A data set, and how its training images may be moved about: crop_padding pixels, mirrored or not."""
-
-    train: Split
-    test: Split
-    classes: list[str]
-    crop_padding: int
-    flip: bool
-
-    def prepare(self, limit_train: int | None, limit_test: int | None, device: torch.device) -> "Dataset":
-        """The data set cut to the limits, on `device`."""
-        train, test = self.train.take(limit_train).to(device), self.test.take(limit_test).to(device)
-        return dataclasses.replace(self, train=train, test=test)
-
-
 Reader = Callable[[Path | None, Path], Dataset]
-
-
-def read(config: Config) -> Dataset:
-    """The data set that a run trains on."""
-    if config.dataset == "folder":
-        return folder(config.data_dir, config.cache_dir, config.image_size)
-    return DATASETS[config.dataset](config.data_dir, config.cache_dir)
 
 
 def digits(data_dir: Path | None, cache_dir: Path) -> Dataset:
