@@ -3,6 +3,7 @@
 Training::
 
     train.py          trains on digits, CIFAR-10, Fashion-MNIST or images of your own
+    predict.py        names the classes that a trained network gives to images
     compare.py        lays runs over one another
     parity.py         trains under every scheduler, on several seeds
     finetune.py       converts a trained network, and fine-tunes it

@@ -11,6 +11,7 @@ All numbers are drawn on the CPU, the same for every device.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,30 @@ def rand_augment(images: Tensor, magnitude: int, draws: torch.Generator) -> Tens
         for i in range(min(POLICIES, len(images))):
             augmented[i::POLICIES] = transform(images[i::POLICIES])
     return augmented
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How training images are moved about: shifted by up to ``padding`` pixels, mirrored, and changed by RandAugment of
+    the given magnitude, unless that is 0."""
+
+    padding: int
+    flip: bool
+    magnitude: int = 0
+
+    def all(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """A whole epoch at once. uint8 (N, C, H, W) -> (N, C, H, W)."""
+        images = random_crop(images, self.padding, draws)
+        if self.flip:
+            images = random_flip(images, draws)
+        return rand_augment(images, self.magnitude, draws) if self.magnitude else images
+
+    def one(self, image: Tensor) -> Tensor:
+        """A single image, by torch's global numbers. uint8 (C, H, W) -> (C, H, W)."""
+        image = v2.RandomCrop(list(image.shape[1:]), padding=self.padding)(image)
+        if self.flip:
+            image = v2.RandomHorizontalFlip()(image)
+        return v2.RandAugment(magnitude=self.magnitude)(image) if self.magnitude else image
 
 
 def mixer(mixup: float, cutmix: float, classes: int) -> Mix | None:

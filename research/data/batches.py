@@ -1,9 +1,11 @@
 """Batches of a data set in memory: shuffled, augmented a whole epoch at once, normalised, mixed.
 
-Drawn batch by batch, each copy of the numbers to the device would make the host wait.
+What is drawn for images in memory is drawn for a whole epoch at once: batch by batch, each copy of the numbers to the
+device would make the host wait.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,8 +13,8 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from research.data.augment import Mix, drawing_from, rand_augment, random_crop, random_flip
-from research.data.split import Dataset, Split
+from research.data.augment import Mix, Moves, drawing_from
+from research.data.split import Dataset, Images
 
 StatisticsName = Literal["measured", "minrev"]
 
@@ -35,53 +37,59 @@ class Batches:
         statistics: StatisticsName = "measured",
     ) -> None:
         self.data, self.size, self.normalize = data, size, normalizer(data.train, statistics)
-        self.magnitude, self.mix = magnitude, mix
+        self.moves, self.mix = Moves(data.crop_padding, data.flip, magnitude), mix
         self.quiet = quiet or None  # None: only on a terminal
 
     def train(self, draws: torch.Generator, label: str) -> Iterator[Batch]:
         """Every training image once, in random order, moved about as the data set allows."""
-        split = self.data.train
-        order = torch.randperm(len(split), generator=draws).to(split.labels.device)
-        images = random_crop(split.images[order], self.data.crop_padding, draws)
-        if self.data.flip:
-            images = random_flip(images, draws)
-        if self.magnitude:
-            images = rand_augment(images, self.magnitude, draws)
-        for some, theirs in self._cut(images, split.labels[order], self.size, label):
+        train = self.data.train
+        for images, labels in self._shown(train.shuffled(self.size, draws, self.moves), len(train), self.size, label):
             if self.mix is None:
-                yield some, theirs
+                yield images, labels
             else:
                 with drawing_from(draws):
-                    mixed = self.mix(some, theirs)
+                    mixed = self.mix(images, labels)
                 yield mixed
 
     def test(self, label: str) -> Iterator[Batch]:
         """Every test image once, as it is."""
-        yield from self._cut(self.data.test.images, self.data.test.labels, 2 * self.size, label)  # backward needs more
+        test, size = self.data.test, 2 * self.size  # backward needs more
+        yield from self._shown(test.ordered(size), len(test), size, label)
 
-    def _cut(self, images: Tensor, labels: Tensor, size: int, label: str) -> Iterator[Batch]:
-        pairs = list(zip(images.split(size), labels.split(size), strict=True))
-        for some, theirs in tqdm(pairs, desc=label, leave=False, disable=self.quiet):
-            yield self.normalize(some), theirs
+    def _shown(self, pairs: Iterator[tuple[Tensor, Tensor]], count: int, size: int, label: str) -> Iterator[Batch]:
+        total = -(-count // size)
+        for images, labels in tqdm(pairs, desc=label, total=total, leave=False, disable=self.quiet):
+            yield self.normalize(images), labels
 
 
-def normalizer(train: Split, statistics: StatisticsName = "measured") -> Callable[[Tensor], Tensor]:
-    """uint8 -> float32, minus a mean and over a standard deviation per channel: those of the training images, or
-    minREV's."""
+@dataclass(frozen=True)
+class Normalizer:
+    """uint8 -> float32, minus a mean and over a standard deviation per channel, both of values from 0 to 1."""
+
     # Tensors on the device, where torchvision's Normalize would copy a list there with each batch.
+    mean: Tensor  # (C, 1, 1), as std
+    std: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.float() * (1 / 255) - self.mean) / self.std
+
+    @classmethod
+    def of(cls, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None) -> "Normalizer":
+        """From plain numbers, a channel each."""
+        both = torch.tensor([list(mean), list(std)], dtype=torch.float32, device=device)
+        return cls(*both.view(2, -1, 1, 1))
+
+
+def normalizer(train: Images, statistics: StatisticsName = "measured") -> Normalizer:
+    """By the mean and standard deviation of the training images, or by minREV's."""
     if statistics == "minrev":
-        mean, std = train.images.new_tensor(MINREV_STATISTICS, dtype=torch.float32).view(2, -1, 1, 1)
-        if train.images.shape[1] != len(mean):
+        if train.shape[0] != len(MINREV_STATISTICS[0]):
             raise typer.BadParameter(
-                f"minrev is for images of 3 channels, these have {train.images.shape[1]}; drop it.",
+                f"minrev is for images of 3 channels, these have {train.shape[0]}; drop it.",
                 param_hint="--statistics",
             )
-    else:
-        channels = [channel.float() / 255 for channel in train.images.transpose(0, 1)]
-        mean = torch.stack([channel.mean() for channel in channels]).view(-1, 1, 1)
-        std = torch.stack([channel.std() for channel in channels]).view(-1, 1, 1).clamp_min(1 / 255)  # blank channels
-
-    def normalize(images: Tensor) -> Tensor:
-        return (images.float() * (1 / 255) - mean) / std
-
-    return normalize
+        return Normalizer.of(*MINREV_STATISTICS, train.device)
+    mean, std = train.measured()
+    device = train.device
+    # Of a channel that is blank, the deviation is 0.
+    return Normalizer(mean.view(-1, 1, 1).to(device), std.view(-1, 1, 1).clamp_min(1 / 255).to(device))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from research.data.batches import StatisticsName
+from research.data.decoding import CorruptName
 from research.data.readers import DatasetName
 from research.recipes import SETTINGS, RecipeName
 from research.settings.flags import flag, keywords, real, whole
@@ -107,7 +108,7 @@ class Config:
             "cifar-10-batches-py. fashion-mnist: the folder of the four idx files, gzipped or not. "
             "Without it both are downloaded; digits comes with scikit-learn. folder: your own images, DIR/CLASS/*, of "
             "which a fifth is held out for testing, or DIR/{train,test}/CLASS/*; any size, number and names of "
-            "classes; all are held in memory.",
+            "classes.",
             show_default=False,
         ),
     ] = None
@@ -119,6 +120,29 @@ class Config:
             **whole(1),
         ),
     ] = None
+    stream_above: Annotated[
+        float,
+        _data(
+            "Images of --dataset folder are held in memory if they take at most so many GB there, 3 bytes a pixel once "
+            "they are scaled. Of more, each is read from disk whenever its turn comes.",
+            **real(0, math.inf),
+        ),
+    ] = 2.0
+    workers: Annotated[
+        int,
+        _data(
+            "Processes that decode and augment images read from disk; 0: the training process itself. Of no influence "
+            "on the numbers.",
+            **whole(0),
+        ),
+    ] = 2
+    corrupt: Annotated[
+        CorruptName,
+        _data(
+            "What to do with a file of --dataset folder that cannot be read: name it and stop, or name it and leave it "
+            "out."
+        ),
+    ] = "refuse"
     cache_dir: Annotated[Path, _data("Keeps downloads and decoded images.")] = Path("~/.cache/revlib")
     limit_train: Annotated[int | None, _data("Train on this many images only.", **whole(1))] = None
     limit_test: Annotated[int | None, _data("Test on this many images only.", **whole(1))] = None
@@ -259,6 +283,12 @@ class Config:
                 f"images of {self.dataset} stay as they are; drop it, or choose --dataset folder.",
                 param_hint="--image-size",
             )
+        for flag_, given, usual in (("--stream-above", self.stream_above, 2.0), ("--corrupt", self.corrupt, "refuse")):
+            if given != usual and self.dataset != "folder":
+                raise typer.BadParameter(
+                    f"is for images of your own, got {given} for {self.dataset}; drop it, or choose --dataset folder.",
+                    param_hint=flag_,
+                )
         fusing = () if self.variant == "minrev" else ("mvit",) if self.fusion == "concat" else ("mvit", "swin")
         if self.fusion != "mean" and self.model not in fusing:
             raise typer.BadParameter(

@@ -12,28 +12,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from research.data.augment import mixer
 from research.data.batches import Batch, Batches
-from research.data.readers import DATASETS, folder
 from research.data.split import Dataset
-from research.settings.config import AmpDtypeName, Config
+from research.data.streamed import Streamed
+from research.settings.config import Config
 from research.shared.captured import Captured, Step
 from research.shared.machine import environment, make_reproducible
 from research.training import checkpoint
-from research.training.build import build
+from research.training.build import AMP_DTYPES, build
 from research.training.checkpoint import Run
 from research.training.distributed import ALONE, Processes
+from research.training.inputs import Inputs, read
 from research.training.log import Log, Row, duration, told
 from research.training.plots import draw_curves
 from research.training.tracking import trackers
 from revlib import raise_pending
-
-AMP_DTYPES: dict[AmpDtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def read(config: Config) -> Dataset:
-    """The data set that a run trains on."""
-    if config.dataset == "folder":
-        return folder(config.data_dir, config.cache_dir, config.image_size)
-    return DATASETS[config.dataset](config.data_dir, config.cache_dir)
 
 
 def train(config: Config, processes: Processes, device: torch.device) -> None:
@@ -47,17 +39,18 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
     data = data.prepare(config.limit_train, config.limit_test, device)
     mix = mixer(config.mixup, config.cutmix, len(data.classes))
     batches = Batches(data, config.batch_size, processes.rank > 0, config.rand_augment, mix, config.statistics)
+    inputs = Inputs.of(data, batches.normalize)
     run = build(config, data, device)
     if processes.rank == 0:
         checkpoint.make_room(config, run)
     here = environment(device) | {"processes": processes.count}
     say: Callable[[str], None] = typer.echo if processes.rank == 0 else lambda message: None
     if config.resume:
-        log = checkpoint.resume(last, run, config, here, say)
+        log = checkpoint.resume(last, run, config, inputs, here, say)
         if log.resumed[-1:] != [len(log.rows)] and len(log.rows) < config.epochs:
             log.header["resumed"] = [*log.resumed, len(log.rows)]
     else:
-        log = Log({"config": config.as_json(), "environment": here}, [])
+        log = Log({"config": config.as_json(), "environment": here, "data": inputs.as_json()}, [])
     if processes.rank == 0:
         if not config.resume:
             last.unlink(missing_ok=True)
@@ -167,9 +160,10 @@ def mean(scores: list[Tensor], processes: Processes) -> tuple[float, float]:
 def describe(model: nn.Module, data: Dataset, config: Config, here: dict[str, object]) -> str:
     """One line on what is about to run."""
     parameters = sum(p.numel() for p in model.parameters())
-    shape = "x".join(str(n) for n in data.train.images.shape[1:])
+    shape = "x".join(str(n) for n in data.train.shape)
+    where = ", read from disk" if isinstance(data.train, Streamed) else ""
     return (
-        f"{config.dataset}: {len(data.train):,} training and {len(data.test):,} test images of {shape}, "
+        f"{config.dataset}: {len(data.train):,} training and {len(data.test):,} test images of {shape}{where}, "
         f"{len(data.classes)} classes; {config.model}, {config.scheduler}, {parameters:,} parameters; "
         f"{here['device']}"
     )
