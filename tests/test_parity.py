@@ -101,7 +101,7 @@ def test_the_page_tells_what_is_there(tmp_path):
     accuracy = f"{log.rows[-1]['test_accuracy']:.2%}"
     line = f"| [run](run/log.jsonl) | 96 | 2 of 2 | vit, additive, reversible | {log.rows[-1]['train_accuracy']:.2%} "
     assert line + f"| {accuracy} | **short** |" in page
-    assert "1 of 2" in page and "**short**, stopped" in page
+    assert "1 of 2" in page and "**short**, **not finished**" in page
     assert "| a | table |" in page and "`python -m research.a_study`" in page and "below/log.jsonl" not in page
     assert f"cpu, {log.header['environment']['torch']}" not in page and log.header["environment"]["torch"] in page
     assert "![run/curve](run/curve.png)" in page and "- tests-of-streams: " in page

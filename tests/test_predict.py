@@ -1,6 +1,11 @@
 """Predictions: a checkpoint and images in, names of classes and probabilities out."""
 
+import contextlib
+import importlib
+import io
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +195,52 @@ def test_settings_that_do_not_fit_the_weights_are_named(tmp_path):
     torch.save(state, tmp_path / "run" / "last.pt")
     with pytest.raises(typer.BadParameter, match="not those of the network that its settings name"):
         trained.load(tmp_path / "run")
+
+
+# The page
+
+
+PAGE = (Path(predict.__file__).parent / "README.md").read_text()
+SIZES = "--epochs 1 --embed-dim 16 --num-heads 2 --depth 2 --batch-size 8 --device cpu".split()
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_commands_on_images_of_ones_own_run_as_they_are_printed(tmp_path, monkeypatch):
+    """Word for word, on a small folder; only the networks are smaller, by flags after those that are printed."""
+    monkeypatch.chdir(tmp_path)
+    root = pictures(tmp_path / "trees", 6)
+    Image.open(root / "oak" / "0.png").save("photo.jpg")
+    pictures(tmp_path / "more-photos", 2)
+    (tmp_path / "more-photos" / "broken.png").write_bytes(b"")
+    blocks = [block for title in ("Train on your own images", "Predict")
+              for block in re.findall(r"```sh\n(.*?)```", section(title), re.DOTALL)]  # fmt: skip
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert [line.split()[2] for line in commands].count("research.predict") == 2 and len(commands) >= 6
+    for line in commands:
+        words = shlex.split(line.replace("DIR", str(root)))
+        assert words[:2] == ["python", "-m"], line
+        words, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
+        name, args = words[2], words[3:]
+        if name == "research.train":
+            args += SIZES
+        if name == "research.predict" and "skip" not in args:
+            (tmp_path / "more-photos" / "broken.png").unlink()
+        result = CliRunner().invoke(importlib.import_module(name).app, args)
+        assert result.exit_code == 0, (line, result.output)
+        if name == "research.predict" and "skip" not in args:
+            assert "photo.jpg" in squeeze(result.output) and result.output.count(".png") == 6
+            (tmp_path / "more-photos" / "broken.png").write_bytes(b"")
+        if target:
+            (tmp_path / target).write_text(result.stdout)
+    assert len([json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]) == 6
+    for name in ("folder-vit-reversible", "folder-vit-naive", "streamed"):
+        assert {f.name for f in (tmp_path / "runs" / name).iterdir()} == {"log.jsonl", "curve.png", "last.pt"}
+    told = json.loads((tmp_path / "runs" / "streamed" / "log.jsonl").read_text().splitlines()[0])["data"]
+    assert told["streamed"] and told["image_size"] == 64
+    (block,) = re.findall(r"```py\n(.*?)```", section("Predict"), re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, "<a block of research/README.md>", "exec"), {})
+    assert re.match(r"photo.jpg (ash|elm|oak) tensor\(0\.\d+\)", printed.getvalue())

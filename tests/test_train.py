@@ -708,6 +708,17 @@ def test_compare_finds_the_largest_difference(tmp_path):
     assert Image.open(tmp_path / "compare.png").size == (1200, 480)
 
 
+def test_of_runs_that_are_the_same_none_hides_another(tmp_path):
+    """Each has its own colour in both panels, although all of their curves are one."""
+    folders = [write_log(tmp_path / name, [0.9, 0.5, 0.25]) for name in ("a", "b", "c")]
+    assert run(compare.app, *folders, "--out", tmp_path / "compare.png")[0] == 0
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "compare.png").convert("RGB"))).int()
+    curves = pixels[160:]  # below the legends, which have all colours anyhow
+    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)):  # matplotlib's first three
+        for panel in curves.split(600, dim=1):
+            assert ((panel - torch.tensor(colour)).abs().sum(-1) < 30).sum() > 100
+
+
 def test_compare_rejects_what_it_cannot_compare(tmp_path):
     a = write_log(tmp_path / "a", [0.9])
     cases = [([a], "two or more"), ([a, a], "two or more"), ([a, tmp_path / "none"], "none")]

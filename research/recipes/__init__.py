@@ -2,13 +2,11 @@
 override.
 
 minrev_vit, minrev_swin and minrev_mvit: the three runs of minREV (github.com/karttikeya/minREV,
-README and script of May 2023), whose readme promises 80 %, 80 % and 90 %. Everything that changes
-a number is as in its code: the networks and their initial weights (revlib.models.minrev), Adam
-at 1e-3, batches of 128, its statistics of the images, its cosine of 100 epochs, which is two epochs
-late, crops of images padded by 4 black pixels, flips, and nothing else. Its attention runs over the
-patches of each image, as here, since 23 February 2023; in its first two commits, of 8 February, it
-ran over the images of a batch. What differs on purpose is in the table of README.md beside this
-file, and nothing else does.
+README and script of May 2023), whose readme promises 80 %, 80 % and 90 %. Everything that changes a
+number is as in its code: the networks and their initial weights (revlib.models.minrev), Adam at
+1e-3, batches of 128, its statistics of the images, its cosine of 100 epochs, which is two epochs
+late, crops of images padded by 4 black pixels, flips, and nothing else. What differs on purpose is
+in the table of README.md beside this file, which is complete.
 
 tuned_vit, tuned_swin and tuned_mvit, by way of tuned, which has what they share: the same networks
 under today's rules, to aim past what transformers of three times the parameters reach from scratch:
