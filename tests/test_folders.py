@@ -83,7 +83,7 @@ def test_images_on_disk_are_those_in_memory(tmp_path, workers):
 
 def test_neither_the_workers_nor_torchs_own_numbers_change_what_is_drawn(tmp_path):
     root, found = pictures(tmp_path / "trees"), []
-    for workers, outside in ((0, 0), (0, 1), (1, 0), (3, 0)):
+    for workers, outside in ((0, 0), (0, 1), (1, 0), (2, 0)):
         torch.manual_seed(outside)
         before = torch.get_rng_state()
         split = both(root, tmp_path / "cache", workers=workers)[1].train
@@ -355,3 +355,16 @@ def test_a_progress_bar_counts_the_batches(tmp_path, monkeypatch):
 
 def test_reading_is_a_value():
     assert dataclasses.replace(Reading(), workers=5).workers == 5 and Reading().above == float("inf")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Each decodes every batch, and takes its part of it."""
+    args = folder_args(tmp_path, "--epochs", 2, "--drop-path", 0, "--rand-augment", 9, "--corrupt", "skip")
+    spoil(tmp_path / "trees")
+    alone = train_tiny(tmp_path / "alone", *args)
+    code, output = test_train.torchrun(tmp_path / "both", *args)
+    assert code == 0, output
+    for a, b in zip(alone.rows, test_train.read_log(tmp_path / "both" / "log.jsonl").rows, strict=True):
+        for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)

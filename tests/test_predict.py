@@ -219,6 +219,8 @@ def test_the_commands_on_images_of_ones_own_run_as_they_are_printed(tmp_path, mo
               for block in re.findall(r"```sh\n(.*?)```", section(title), re.DOTALL)]  # fmt: skip
     commands = [line for block in blocks for line in block.splitlines()]
     assert [line.split()[2] for line in commands].count("research.predict") == 2 and len(commands) >= 6
+    front = (Path(predict.__file__).parent.parent / "README.md").read_text().split("To train on your own images")[1]
+    assert set(re.search(r"```sh\n(.*?)```", front, re.DOTALL)[1].splitlines()) <= set(commands)
     for line in commands:
         words = shlex.split(line.replace("DIR", str(root)))
         assert words[:2] == ["python", "-m"], line

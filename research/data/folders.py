@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import datasets
 from tqdm import tqdm
 
-from research.data.decoding import BROKEN, Corrupt, Refuse, fitting, opened
+from research.data.decoding import BROKEN, fitting, opened
 from research.data.split import Dataset, Images, Split
 from research.data.streamed import Reading, Streamed
 from research.shared.files import replacing
@@ -95,8 +95,9 @@ def in_memory(
     cached = cache_dir.expanduser() / f"{name}-{_fingerprint(root, tree.samples)}.pt"
     if cached.exists():
         kept = torch.load(cached, weights_only=True)
-        if not isinstance(corrupt, Refuse) or not kept.get("broken"):
-            return _kept(tree, kept, corrupt)
+        for path, reason in kept.get("broken", {}).items():  # caches of earlier versions have none
+            corrupt(path, reason)
+        return _kept(tree, kept)
     images: Tensor | None = None
     broken: dict[str, str] = {}
     fit = fitting(side)
@@ -119,13 +120,11 @@ def in_memory(
     with replacing(cached) as temporary:
         torch.save(kept, temporary)
     typer.echo(f"decoded {len(kept['labels']):,} images of {root}, kept in {cached}", err=True)
-    return _kept(tree, kept, corrupt)
+    return _kept(tree, kept)
 
 
-def _kept(tree: datasets.ImageFolder, kept: dict[str, Any], corrupt: Corrupt) -> Found:
-    broken = kept.get("broken", {})  # caches of earlier versions have none
-    for path, reason in broken.items():
-        corrupt(path, reason)
+def _kept(tree: datasets.ImageFolder, kept: dict[str, Any]) -> Found:
+    broken = kept.get("broken", {})
     return Split(kept["images"], kept["labels"]), [sample for sample in tree.samples if sample[0] not in broken]
 
 
