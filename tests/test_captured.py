@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from research_cases import small
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from research.data import readers
 from research.data.augment import mixer
-from research.data.batches import Batches
+from research.data.batches import Batches, Normalizer
 from research.settings.config import Config
 from research.shared.captured import CUDA, WARM_UPS, Captured, Step
 from research.training import checkpoint, loop
 from research.training.build import build
 from research.training.checkpoint import Run
+from research.training.inputs import Inputs
 from research.training.log import Log
 
 OFF = torch.autocast("cpu", enabled=False)
@@ -122,7 +124,8 @@ def test_resuming_goes_on_where_a_captured_run_was(tmp_path: Path, tuned):
         if number == 1:
             checkpoint.save(tmp_path / "last.pt", straight, Log({"config": Config().as_json(), "environment": {}}, []))
     resumed, step = make(Rerun(), seed=1, tuned=tuned)
-    checkpoint.resume(tmp_path / "last.pt", resumed, Config(), {})
+    inputs = Inputs.of(small((1, 2, 2)), Normalizer.of([0.5], [0.25]))
+    checkpoint.resume(tmp_path / "last.pt", resumed, Config(), inputs, {})
     for _ in range(2):
         loop.train_epoch(resumed, epoch(), step)
     assert same(straight, resumed)
@@ -154,7 +157,7 @@ def test_on_a_gpu(tmp_path: Path, scheduler, amp):
         step = step if way == "eager" else Captured(step, [run.model], run.optimizer)
         if way == "resumed":
             torch.manual_seed(1)
-            checkpoint.resume(last, run, config, {})
+            checkpoint.resume(last, run, config, Inputs.of(images, Batches(images, 32).normalize), {})
         for number in range(2 if way == "resumed" else 0, 4):
             means = loop.train_epoch(run, Batches(images, 32).train(run.draws, ""), step)
             if way == "captured" and number == 1:
