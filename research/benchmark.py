@@ -28,13 +28,14 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from research.captured import WARM_UPS
-from research.contenders import BLOCKS, CONTENDERS, DEFAULT
-from research.files import replacing
-from research.instruments import Replay, Run, Step, cost, eager, step_seconds
-from research.machine import environment, pick_device
-from research.pareto import draw_limits, draw_memory, draw_pareto, limits_table
-from research.points import Point, Record, table
+from research.benchmarking.contenders import BLOCKS, CONTENDERS, DEFAULT
+from research.benchmarking.instruments import Replay, Run, Step, cost, eager, step_seconds
+from research.benchmarking.pareto import draw_limits, draw_memory, draw_pareto, limits_table
+from research.benchmarking.points import Point, Record, table
+from research.settings.flags import whole_numbers
+from research.shared.captured import WARM_UPS
+from research.shared.files import replacing
+from research.shared.machine import environment, pick_device
 
 Tick = Callable[[], object]
 Clock = Callable[[], float]
@@ -165,18 +166,6 @@ def choose(text: str, device: torch.device) -> list[str]:
         else:
             chosen.append(name)
     return chosen
-
-
-def whole_numbers(text: str, flag: str) -> list[int]:
-    try:
-        numbers = sorted({int(number) for number in text.split(",")})
-    except ValueError:
-        numbers = [0]
-    if numbers[0] < 1:
-        raise typer.BadParameter(
-            f"expected whole numbers of at least 1, such as 4,12,48, got {text!r}", param_hint=flag
-        )
-    return numbers
 
 
 def report(record: Record, out: Path, parameters: bool) -> None:

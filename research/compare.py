@@ -3,8 +3,7 @@
 python -m research.compare runs/digits-vit-naive runs/digits-vit-reversible --out compare.png
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from research.log import METRICS, Metric, Row, read_log
-from research.plots import draw_curves
-
-Runs = Mapping[str, Sequence[Row]]
+from research.studies.differences import largest_differences, show
+from research.training.log import METRICS, Row, read_log
+from research.training.plots import draw_curves
 
 app = typer.Typer(add_completion=False)
 
@@ -60,27 +58,6 @@ def read_runs(logs: Sequence[Path]) -> dict[str, list[Row]]:
         raise typer.BadParameter(
             f"{error}; name log.jsonl files that research.train wrote.", param_hint="LOGS"
         ) from error
-
-
-def largest_differences(runs: Runs) -> dict[Metric, tuple[float, int, tuple[str, str]]]:
-    r"""Per metric $\max_{t,a,b} |m_a(t) - m_b(t)|$ over shared epochs and pairs of runs; its t, (a, b)."""
-    by_epoch = {name: {row["epoch"]: row for row in rows} for name, rows in runs.items()}
-    return {
-        metric: max(
-            (
-                (abs(by_epoch[a][t][metric] - by_epoch[b][t][metric]), t, (a, b))
-                for a, b in combinations(runs, 2)
-                for t in by_epoch[a].keys() & by_epoch[b].keys()
-            ),
-            key=lambda found: (found[0], -found[1]),
-        )
-        for metric in METRICS
-    }
-
-
-def show(metric: Metric, value: float) -> str:
-    """As a reader expects it: accuracies in per cent."""
-    return f"{value:.2%}" if metric.endswith("accuracy") else f"{value:.4f}"
 
 
 if __name__ == "__main__":

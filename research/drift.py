@@ -22,10 +22,10 @@ from matplotlib.figure import Figure  # without pyplot: always Agg, no global st
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from research.benchmark import whole_numbers
-from research.contenders import vit
-from research.files import replacing
-from research.machine import environment
+from research.benchmarking.contenders import vit
+from research.settings.flags import whole_numbers
+from research.shared.files import replacing
+from research.shared.machine import environment
 from revlib import ReversibleSequence
 from revlib.couplings import Additive, Coupling, ExactAdditive
 from revlib.schedulers import Anchored, Checkpoint, Naive, Reversible, Scheduler

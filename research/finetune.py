@@ -20,12 +20,12 @@ import typer
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from research.batches import Batches
-from research.config import DatasetName
-from research.data import DATASETS, Dataset, Split
-from research.files import replacing
-from research.machine import environment, make_reproducible
-from research.train import evaluate
+from research.data.batches import Batches
+from research.data.readers import DATASETS, DatasetName
+from research.data.split import Dataset, Split
+from research.shared.files import replacing
+from research.shared.machine import environment, make_reproducible
+from research.training.loop import evaluate
 from revlib import convert
 from revlib.testing import footprint
 

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from research.machine import environment
+from research.shared.machine import environment
 from revlib import (
     Anchored,
     Budget,

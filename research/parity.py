@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import typer
 from matplotlib.figure import Figure
 
-from research import train
-from research.compare import largest_differences, show
-from research.config import Config, flags
-from research.distributed import join
-from research.files import replacing
-from research.flags import whole
-from research.log import METRICS, Metric, Row, read_log
+from research.settings.config import Config, flags
+from research.settings.flags import whole
+from research.shared.files import replacing
+from research.studies.differences import largest_differences, show
+from research.training import loop
+from research.training.distributed import join
+from research.training.log import METRICS, Metric, Row, read_log
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"scheduler": "naive", "coupling": "additive", "fusion": "mean"},
@@ -71,7 +71,7 @@ def variant_of(config: Config, variant: str, seed: int, out: Path) -> Config:
 def run(config: Config) -> list[Row]:
     """Its epochs, of which none is done twice: resuming a finished run compares its flags, and does nothing."""
     with join(config) as (processes, device):
-        train.train(config, processes, device)
+        loop.train(config, processes, device)
     return read_log(config.folder / "log.jsonl").rows
 
 

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from research import figures, gpu
-from research.checkpoint import FREE
-from research.compare import show
-from research.config import Config, defaults
-from research.files import replacing
-from research.log import Log, read_log
-from research.points import Record
-from research.recipes import RECIPES
+from research.benchmarking.points import Record
+from research.settings.config import RECIPES, Config, defaults
+from research.shared.files import replacing
+from research.studies import figures
+from research.studies.differences import show
+from research.studies.jobs import jobs
+from research.training.checkpoint import FREE
+from research.training.log import Log, read_log
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,7 +34,8 @@ text of the first section, edit [summary.md](summary.md). How the GPU was used i
 RUNS = """## Trainings
 
 Accuracies are those of the last epoch. A run is **short** where it saw a part of the images, or fewer epochs than its
-recipe or data set asks for: it shows that a recipe works, and nothing of where it would end. One seed each. CIFAR-10
+recipe or data set asks for: it shows that a recipe works, and nothing of where it would end. It is **not finished**
+where its log has fewer epochs than the run was asked for: it may go on, or have been stopped. One seed each. CIFAR-10
 is a copy of it as JPEG, with which others lost 2 to 3 %; commands want its folder as `--data-dir`.
 
 | run | images | epochs | network | train accuracy | test accuracy | |
@@ -100,7 +101,7 @@ def row(root: Path, folder: Path, log: Log) -> str:
         ", ".join(network[:1] if network[0].startswith("plain") else network) + "".join(f", {p}" for p in precision),
         show("train_accuracy", last["train_accuracy"]),
         show("test_accuracy", last["test_accuracy"]),
-        ", ".join(["**short**"] * few + ["stopped"] * (not ended)),
+        ", ".join(["**short**"] * few + ["**not finished**"] * (not ended)),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -167,7 +168,7 @@ def images(root: Path, files: list[Path]) -> Iterator[str]:
 
 def to_do(root: Path) -> str:
     """The jobs for a GPU that have left nothing in the folder of its results."""
-    every = gpu.jobs("cuda", Path("DATA"), Path("runs/gpu"), tiny=False)
+    every = jobs("cuda", Path("DATA"), Path("runs/gpu"), tiny=False)
     head = (
         "\n## Not run yet\n\nJobs of `python -m research.gpu --data cifar10.tar.xz`, most telling first, of which "
         "there are no results here:\n\n"

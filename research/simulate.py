@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
-from research.files import replacing
-from research.footprints import CONTENDERS, MODELS, Point, Setting, count
-from research.machine import environment, pick_device
+from research.shared.files import replacing
+from research.shared.machine import environment, pick_device
+from research.studies.footprints import CONTENDERS, MODELS, Point, Setting, count
 
 app = typer.Typer(add_completion=False)
 

@@ -19,14 +19,13 @@ import torch
 import typer
 from timm.layers import Attention
 
-from research.build import build
-from research.checkpoint import Run
-from research.config import Config, RecipeName
-from research.data import Dataset, Split
-from research.files import replacing
-from research.machine import environment
-from research.recipes import RECIPES
-from research.train import train_step
+from research.data.split import Dataset, Split
+from research.settings.config import RECIPES, Config, RecipeName
+from research.shared.files import replacing
+from research.shared.machine import environment
+from research.training.build import build
+from research.training.checkpoint import Run
+from research.training.loop import train_step
 from revlib.models.attention import SelfAttention
 
 CPU = torch.device("cpu")

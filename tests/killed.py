@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from research import checkpoint, train
+from research import train
+from research.training import checkpoint
+from research.training.log import Log
 
 # What the operating system is asked for while files are written, by the names of Python's audit events.
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree", "os.truncate"}
@@ -53,14 +55,14 @@ def child(moment: int, folder: Path, args: list[str]) -> None:
         original_write(path, state, log)
         passing()
 
-    original_append = train.Log.append
+    original_append = Log.append
 
     def append(log: Any, row: Any, path: Path) -> None:
         nonlocal armed
         armed = row["epoch"] == 2
         original_append(log, row, path)
 
-    torch.save, checkpoint.save, train.Log.append = in_halves, second, append  # type: ignore[method-assign]
+    torch.save, checkpoint.save, Log.append = in_halves, second, append  # type: ignore[method-assign]
     sys.addaudithook(audited)
     run("--out", str(folder), *args)
 

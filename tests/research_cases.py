@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from research.data import Dataset, Split
-from research.log import Log, Row, read_log
+from research.data.split import Dataset, Split
+from research.training.log import Log, Row, read_log
 
 # Flags that turn on all that has a state, or draws numbers.
 EVERYTHING = (

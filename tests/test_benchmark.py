@@ -16,12 +16,13 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from research import benchmark, contenders, figures, gpu, instruments, libraries, pareto
-from research.config import Config, flags
-from research.contenders import CONTENDERS, SCHEDULERS, Contender, vit
-from research.instruments import cost, loss_of
-from research.points import Point, Record, table
-from research.recipes import RECIPES
+from research import benchmark, gpu
+from research.benchmarking import contenders, instruments, libraries, pareto
+from research.benchmarking.contenders import CONTENDERS, SCHEDULERS, Contender, vit
+from research.benchmarking.instruments import cost, loss_of
+from research.benchmarking.points import Point, Record, table
+from research.settings.config import RECIPES, Config, flags
+from research.studies import figures, jobs
 from revlib import ReversibleSequence
 from revlib.models import RevMViT, RevSwin
 from revlib.schedulers import Checkpoint, Naive, Reversible
@@ -467,11 +468,11 @@ def test_captured_contenders(tmp_path, amp):
 
 
 def test_a_job_that_takes_too_long_is_not_started_again(tmp_path):
-    slow = gpu.Job("slow", [sys.executable, "-c", "import time; time.sleep(60)"], minutes=0.01)
+    slow = jobs.Job("slow", [sys.executable, "-c", "import time; time.sleep(60)"], minutes=0.01)
     assert "stopped" in gpu.run(slow, tmp_path / "slow", 100.0) and gpu.ended(tmp_path / "slow") == "stopped"
     assert "run this again" in gpu.run(slow, tmp_path / "cut", 0.1) and gpu.ended(tmp_path / "cut") is None
     for code, end in ((0, "done"), (1, None)):
-        quick = gpu.Job("quick", [sys.executable, "-c", f"raise SystemExit({code})"])
+        quick = jobs.Job("quick", [sys.executable, "-c", f"raise SystemExit({code})"])
         gpu.run(quick, tmp_path / str(code), 100.0)
         assert gpu.ended(tmp_path / str(code)) == end
 
@@ -488,7 +489,7 @@ def test_jobs_are_listed_and_chosen(tmp_path):
     assert code == 2 and "gotmagic" in output and "tests-of-streams" in output
     code, output = call("--list", "--only", "minrev-vit-naive")
     assert code == 2 and "alltrainingswant--data" in output
-    with_data = [job.name for job in gpu.jobs("cuda", Path("cifar10"), tmp_path, False)]
+    with_data = [job.name for job in jobs.jobs("cuda", Path("cifar10"), tmp_path, False)]
     assert len(set(with_data)) == len(with_data) == 37 and with_data[0] == "tests-of-streams"
 
 
@@ -496,7 +497,7 @@ def test_the_trainings_for_a_gpu_are_understood(tmp_path):
     seen: list[Config] = []
     app = typer.Typer()
     app.command()(flags(seen.append))
-    *trainings, study = gpu.trainings("cuda", tmp_path, tmp_path, False)
+    *trainings, study = jobs.trainings("cuda", tmp_path, tmp_path, False)
     for job in trainings:
         arguments = job.command[job.command.index("research.train") + 1 :]
         assert CliRunner().invoke(app, arguments).exit_code == 0
@@ -511,9 +512,9 @@ def test_the_trainings_for_a_gpu_are_understood(tmp_path):
 def test_the_commands_for_a_gpu_are_understood(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(benchmark, "measure", lambda *args: None)
     monkeypatch.setattr(benchmark.torch, "randn", lambda *shape, generator: torch.empty(1))
-    jobs = [job for job in gpu.jobs("cpu", None, tmp_path, tiny) if "research.benchmark" in job.command]
-    assert len(jobs) == 18
-    for job in jobs:
+    commands = [job for job in jobs.jobs("cpu", None, tmp_path, tiny) if "research.benchmark" in job.command]
+    assert len(commands) == 18
+    for job in commands:
         flags = job.command[job.command.index("research.benchmark") + 1 :]
         assert CliRunner().invoke(benchmark.app, flags).exit_code == 0
         assert points_of(tmp_path / job.name)

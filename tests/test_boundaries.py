@@ -60,8 +60,71 @@ def test_the_core_knows_no_guard():
         assert imported(path) <= {"_torch", "tensors", "step", "couplings", "core"}, path.name
 
 
+RESEARCH = ROOT.parent / "research"
+# Each may import from those before it. Commands, the files beside the folders, import from folders only.
+FOLDERS = ["shared", "data", "recipes", "settings", "training", "benchmarking", "studies"]
+
+
+def imports_of_research(path: Path) -> set[str]:
+    """The modules of research that a file imports anywhere in it, such as {"training.log", "gpu"}."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if module_file(name) else str(node.module) for name in inner}
+    return {name.removeprefix("research.") for name in names if name.split(".")[0] == "research"}
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module of research, or None if there is no such module."""
+    path = ROOT.parent / name.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def test_every_folder_of_research_has_its_place_and_is_small():
+    folders = {path.parent.name for path in RESEARCH.rglob("*.py")} - {"research"}
+    assert folders == set(FOLDERS)
+    for folder in FOLDERS:
+        assert len(list((RESEARCH / folder).glob("*.py"))) <= 12, folder
+
+
+def test_imports_of_research_point_one_way():
+    for path in RESEARCH.rglob("*.py"):
+        place = FOLDERS.index(path.parent.name) if path.parent != RESEARCH else len(FOLDERS)
+        for name in imports_of_research(path):
+            folder = name.split(".")[0]
+            assert folder in FOLDERS[: place + 1], f"{path.relative_to(RESEARCH)} imports {name}"
+
+
+def test_no_imports_of_research_go_in_a_circle():
+    found = {path: imports_of_research(path) for path in RESEARCH.rglob("*.py")}
+    edges = {path: {module_file(f"research.{name}") for name in names} - {path} for path, names in found.items()}
+    done: set[Path | None] = set()
+
+    def visit(path: Path, above: tuple[Path, ...]) -> None:
+        assert path not in above, " imports ".join(str(p.relative_to(RESEARCH)) for p in (*above, path))
+        for other in edges[path] - done:
+            visit(other, (*above, path))
+        done.add(path)
+
+    for path in edges:
+        visit(path, ())
+
+
+def test_each_file_beside_the_folders_of_research_is_a_command():
+    for path in RESEARCH.glob("*.py"):
+        # The lesson is a notebook, and runs from top to bottom.
+        is_command = '\nif __name__ == "__main__":\n' in path.read_text()
+        assert is_command or path.name in ("__init__.py", "tutorial.py"), path.name
+    for path in RESEARCH.glob("*/*.py"):
+        assert "__main__" not in path.read_text(), path
+
+
 def test_research_uses_the_public_api_only():
-    for path in (ROOT.parent / "research").rglob("*.py"):
+    for path in RESEARCH.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("revlib."):
                 assert node.module.split(".")[1] in {"couplings", "schedulers", "models", "testing"}, path.name

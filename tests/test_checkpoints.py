@@ -497,7 +497,10 @@ def test_a_classifier_of_ones_own(case, classes):
 def test_reports_say_both_sides():
     theirs, ours, load, _ = build(MINREV)
     report = load(ours, theirs.state_dict())
-    assert str(report) == "minREV checkpoint for a RevViT: 43 parameters match\n  nothing is left over"
+    assert str(report) == (
+        "minREV checkpoint for a RevViT, without its number of heads to compare: 43 parameters match\n"
+        "  nothing is left over"
+    )
     assert ("blocks.2.F.1.qkv.bias", "layers.2.F.attn.in_proj_bias") in report.matched and len({report}) == 1
     text = refused(load, build(MINREV, fc_norm=False)[1], theirs.state_dict(), "RevViT(..., fc_norm=True)",
                    "fc_norm is False, and minREV averages patches before the last norm: build")  # fmt: skip
@@ -581,6 +584,19 @@ def test_a_network_that_minrev_cannot_be_is_told_what_to_set(model, words):
 def test_settings_that_differ_are_named(case, changes, words):
     theirs, ours, load, _ = build(case, **changes)
     refused(load, ours, theirs.state_dict(), *words)
+
+
+def test_another_number_of_heads_is_seen_where_it_can_be():
+    """The weights of a ViT do not tell it, nor does minREV keep it with them; it may be given."""
+    theirs, ours, load, _ = build(MINREV, num_heads=4)
+    with pytest.raises(ValueError, match="num_heads is 4 in the model and 2 in the checkpoint: build the model"):
+        load(ours, theirs.state_dict(), num_heads=2)
+    assert "without its number of heads" in str(load(ours, theirs.state_dict()))
+    images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
+    assert error(ours(images), theirs(images)) > 1e-3
+    theirs, ours, load, _ = build(MINREV)
+    assert "heads" not in str(load(ours, theirs.state_dict(), num_heads=2))
+    assert error(ours(images), theirs(images)) < 1e-11
 
 
 @pytest.mark.parametrize("network", [minrev_vit, partial(minrev_swin, drop_path_rate=0.2), minrev_mvit])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from research.instruments import cost
+from research.benchmarking.instruments import cost
 from revlib import ExactAdditive, ReversibleSequence, reversible
 from revlib.models import RevMViT, RevSwin, RevViT
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible, Scheduler

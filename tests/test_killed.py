@@ -13,8 +13,10 @@ import torch
 from research_cases import read
 from test_train import TINY, assert_identical, run, saved, squeeze, timeless, train_tiny
 
-from research import checkpoint, files, plots, train
-from research.log import duration
+from research import train
+from research.shared import files
+from research.training import checkpoint, loop, plots
+from research.training.log import Log, duration
 
 _leave_no_trace = test_train._leave_no_trace  # of the training script
 
@@ -42,7 +44,7 @@ def test_killed_at_any_moment_of_saving_it_goes_on_bit_for_bit(tmp_path, every):
     assert after_epoch == {1, 2}  # killed before the second was saved, and after
 
 
-@pytest.mark.parametrize("place", [(torch, "save"), (checkpoint, "save"), (train.Log, "write")], ids=str)
+@pytest.mark.parametrize("place", [(torch, "save"), (checkpoint, "save"), (Log, "write")], ids=str)
 def test_a_full_disk_ends_the_run_with_what_it_has(tmp_path, monkeypatch, place):
     straight = train_tiny(tmp_path / "straight", "--epochs", 3)
     original, full = getattr(*place), []
@@ -57,10 +59,10 @@ def test_a_full_disk_ends_the_run_with_what_it_has(tmp_path, monkeypatch, place)
         full.extend([0] * (len(epochs) == 2))
         return evaluated(*args)
 
-    epochs, evaluated = [], train.evaluate
+    epochs, evaluated = [], loop.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(*place, write)
-        patch.setattr(train, "evaluate", evaluate)
+        patch.setattr(loop, "evaluate", evaluate)
         code, output = run(train.app, *TINY, "--out", tmp_path / "full", "--epochs", 3)
     assert code == 1 and squeeze("epoch 2 could not be written") in output and "--resume" in output, output
     assert len(saved(tmp_path / "full")["log"]["rows"]) == 1
@@ -73,7 +75,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path, monk
     def trained(*args: Any) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr(train, "train_epoch", trained)
+    monkeypatch.setattr(loop, "train_epoch", trained)
     code, output = run(train.app, *TINY, "--out", "/proc/revlib", "--epochs", 1)
     assert code == 2 and "--out" in output and squeeze("/proc/revlib is none") in output
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
@@ -100,7 +102,7 @@ def test_the_line_of_an_epoch_tells_speed_and_time_left(tmp_path):
 def test_the_curve_marks_where_a_run_was_resumed(tmp_path, monkeypatch):
     marks: list[Any] = []
     original = plots.draw_curves
-    monkeypatch.setattr(train, "draw_curves", lambda runs, path, resumed: marks.append(list(resumed)))
+    monkeypatch.setattr(loop, "draw_curves", lambda runs, path, resumed: marks.append(list(resumed)))
     train_tiny(tmp_path, "--epochs", 3, "--stop-after", 1)
     train_tiny(tmp_path, "--epochs", 3, "--resume")
     train_tiny(tmp_path, "--epochs", 3, "--resume")  # of a finished run, which goes on nowhere

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from common import ByHand, Lambda, grads, leaves, loss, mlp
-from scenes import RECOMPUTING, Foreign, Refused, Stage, scene
+from scenes import Foreign, Refused, Stage, scene
 from situations.base import raised_by_revlib, train
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
@@ -473,7 +473,6 @@ class Wrapped(Tensor):
 
 @scene(
     "15",
-    broken=RECOMPUTING + " Functional",
     refusal=r"stream \d.*Wrapped.*(__tensor_flatten__|Naive)",
 )
 def test_streams_of_a_wrapper_that_does_not_flatten(stage: Stage):
@@ -598,7 +597,7 @@ def test_errors_say_what_was_given_and_what_to_do(what, scheduler):
     told(lambda: run(scheduler), *words)
 
 
-@scene("15", broken=RECOMPUTING.replace("Checkpoint ", "", 1) + " Functional")
+@scene("15")
 def test_functions_that_return_sparse_tensors(stage: Stage):
     """A dense stream plus a sparse result is dense: what intercepts the result must not ask for a view."""
 

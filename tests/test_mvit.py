@@ -19,8 +19,10 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from typer.testing import CliRunner
 
-from research import config, networks, train
-from research.log import read_log
+from research import train
+from research.settings import config
+from research.training import networks
+from research.training.log import read_log
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
 from revlib.models import ConcatLinear, ConcatMlp, Mean, RevMViT, minrev_mvit
 from revlib.testing import footprint

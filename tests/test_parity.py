@@ -11,9 +11,10 @@ from PIL import Image
 from research_cases import rows
 from test_train import TINY, run, squeeze
 
-from research import config, parity, report, train
-from research.config import Config
-from research.recipes import RECIPES
+from research import parity, report
+from research.settings import config
+from research.settings.config import RECIPES, Config
+from research.training import loop
 
 _leave_no_trace = test_train._leave_no_trace  # of the training script
 
@@ -24,13 +25,13 @@ _leave_no_trace = test_train._leave_no_trace  # of the training script
 def test_a_study_runs_and_goes_on(tmp_path, monkeypatch):
     args = [*TINY, "--out", tmp_path, "--epochs", 2]
     assert run(parity.app, *args, "--seeds", 1)[0] == 0
-    made, original = [], train.train_epoch
+    made, original = [], loop.train_epoch
 
     def counted(*given):
         made.append(given)
         return original(*given)
 
-    monkeypatch.setattr(train, "train_epoch", counted)
+    monkeypatch.setattr(loop, "train_epoch", counted)
     code, output = run(parity.app, *args, "--seeds", 2)
     assert code == 0 and "pareprop,seed1" in output
     assert len(made) == 2 * len(parity.VARIANTS)  # epochs of the second seed alone
@@ -100,7 +101,7 @@ def test_the_page_tells_what_is_there(tmp_path):
     accuracy = f"{log.rows[-1]['test_accuracy']:.2%}"
     line = f"| [run](run/log.jsonl) | 96 | 2 of 2 | vit, additive, reversible | {log.rows[-1]['train_accuracy']:.2%} "
     assert line + f"| {accuracy} | **short** |" in page
-    assert "1 of 2" in page and "**short**, stopped" in page
+    assert "1 of 2" in page and "**short**, **not finished**" in page
     assert "| a | table |" in page and "`python -m research.a_study`" in page and "below/log.jsonl" not in page
     assert f"cpu, {log.header['environment']['torch']}" not in page and log.header["environment"]["torch"] in page
     assert "![run/curve](run/curve.png)" in page and "- tests-of-streams: " in page

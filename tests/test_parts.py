@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from research.footprints import MODELS, Setting, count
+from research.studies.footprints import MODELS, Setting, count
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
 from revlib.models import RevMViT, RevSwin
 from revlib.models.blocks import Blocks, parts_of

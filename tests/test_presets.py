@@ -17,9 +17,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from research.footprints import MODELS, Setting, count
 from research.simulate import GOALS, PAPER
 from research.simulate import PUBLISHED as PUBLISHED_MODELS
+from research.studies.footprints import MODELS, Setting, count
 from revlib import Checkpoint, ExactAdditive, Naive, Reversible, ReversibleSequence
 from revlib.models import PublishedRevMViT, RevMViT, RevSwin, RevViT, presets
 from revlib.testing import footprint

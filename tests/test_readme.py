@@ -1,6 +1,7 @@
 """The pages are true: their code runs, their links lead somewhere, and their numbers are those of the results."""
 
 import ast
+import dataclasses
 import json
 import re
 import socket
@@ -10,15 +11,16 @@ import pytest
 import torch
 from situations import SITUATIONS
 
-from research.log import read_log
-from research.points import Record
+from research.benchmarking.points import Record
+from research.settings.config import Config
+from research.training.log import read_log
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "research" / "results"
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "revlib/*.md", "research/*.md", "research/results/*.md", "research/results/gpu/*.md",
-                    "tests/**/*.md")
+    for pattern in ("*.md", "revlib/*.md", "research/*.md", "research/recipes/*.md", "research/results/*.md",
+                    "research/results/gpu/*.md", "tests/**/*.md")
     for path in ROOT.glob(pattern)
 )  # fmt: skip
 
@@ -83,7 +85,8 @@ def test_every_link_leads_somewhere(name):
             assert anchor in anchors(target.read_text()), f"{name} links {link}"
 
 
-FOLDERS = ["research", "revlib/core", "revlib/couplings", "revlib/functional", "revlib/guards", "revlib/testing"]
+FOLDERS = ["revlib/core", "revlib/couplings", "revlib/functional", "revlib/guards", "revlib/testing", "research"]
+FOLDERS += [f"research/{path.parent.name}" for path in sorted((ROOT / "research").glob("*/__init__.py"))]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -92,6 +95,18 @@ def test_the_docstring_of_a_folder_tells_of_each_file(folder):
     files = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
     assert files and not [name for name in sorted(files) if not re.search(rf"\b{name}\b", told)]
     assert set(re.findall(r"(\w+)\.py\b", told)) <= files
+
+
+def test_the_table_of_what_differs_from_minrev_names_flags_that_there_are():
+    rows = table("research/recipes/README.md", "| what | minREV's | here | why |")
+    ours = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
+    ours |= {f"--no-{name[2:]}" for name in ours}
+    assert len(rows) > 15 and all(len(row) == 5 and all(row) for row in rows)
+    for what, _, here, _, how in rows:
+        named = set(re.findall(r"--[a-z][\w-]*", here + how)) - {"--embed_dim", "--n_head", "--bs"}
+        assert named <= ours, (what, named - ours)
+    for flag, field in (("--unrolled-windows", "unrolled_windows"), ("--wandb", "wandb")):
+        assert sum(flag in row[4] for row in rows) == 1 and hasattr(Config(), field)
 
 
 # ---------------------------------------------------------------------------------------------- numbers

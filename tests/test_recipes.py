@@ -20,14 +20,16 @@ from test_train import assert_identical, run, saved, squeeze, timeless, train_ti
 from torch import nn
 from torchvision.transforms import v2
 
-from research import augment, build, config, train
-from research.augment import drawing_from, mixer, rand_augment
-from research.batches import normalizer
-from research.config import Config
-from research.data import Split
-from research.distributed import Processes
-from research.recipes import RECIPES
-from research.seed_flags import RENAMED, SWITCHES, Command
+from research import train
+from research.data import augment
+from research.data.augment import drawing_from, mixer, rand_augment
+from research.data.batches import normalizer
+from research.data.split import Split
+from research.settings import config
+from research.settings.config import RECIPES, Config
+from research.settings.seed_flags import RENAMED, SWITCHES, Command
+from research.training import build, loop
+from research.training.distributed import Processes
 
 _leave_no_trace = test_train._leave_no_trace  # of the training script
 
@@ -269,13 +271,13 @@ def test_drawing_from_a_generator_survives_an_error():
 
 
 def test_mixing_gives_convex_sums_and_their_labels():
-    assert mixer(Config(), 10) is None
+    assert mixer(0.0, 0.0, 10) is None
     images = torch.eye(8).view(8, 1, 2, 4)
     labels = torch.arange(8)
     seen = set()
     for seed in range(20):
         with drawing_from(torch.Generator().manual_seed(seed)):
-            mixed, parts = mixer(Config(mixup=0.8, cutmix=1.0), 10)(images, labels)
+            mixed, parts = mixer(0.8, 1.0, 10)(images, labels)
         torch.testing.assert_close(parts.sum(1), torch.ones(8))
         assert parts.shape == (8, 10) and (parts > 0).sum(1).max() <= 2
         whole = bool(((mixed == 0) | (mixed == 1)).all())  # cutmix mixes no pixel
@@ -297,7 +299,7 @@ def test_parts_of_mixed_batches_make_up_the_loss():
 def test_a_mixture_counts_as_its_larger_part():
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     parts = torch.tensor([[0.4, 0.6], [0.4, 0.6]])
-    assert train.score(logits, torch.tensor(2.0), parts).tolist() == [2.0, 1.0, 2.0]
+    assert loop.score(logits, torch.tensor(2.0), parts).tolist() == [2.0, 1.0, 2.0]
 
 
 # Optimizer and schedule
@@ -334,7 +336,7 @@ def test_biases_norms_and_tables_do_not_decay(model):
 
 def steps(made: Any, *, longest: float = 0.0, count: int = 3) -> None:
     off = torch.autocast("cpu", enabled=False)
-    step = train.train_step(made, off, longest=longest)
+    step = loop.train_step(made, off, longest=longest)
     for seed in range(count):
         draws = torch.Generator().manual_seed(seed)
         step(torch.randn(8, 1, 8, 8, generator=draws), torch.randint(10, (8,), generator=draws))

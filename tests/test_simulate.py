@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from research.footprints import CONTENDERS, MODELS, Point, Setting, build, count
 from research.simulate import Line, app, solve
+from research.studies.footprints import CONTENDERS, MODELS, Point, Setting, build, count
 
 TINY = Setting(img_size=64)  # 16 tokens of width 40: streams of which samples of any offset are equally large
 

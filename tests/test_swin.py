@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from research import networks
+from research.training import networks
 from revlib import Anchored, Budget, Checkpoint, ExactAdditive, KeepLast, Naive, PaReprop, Reversible
 from revlib.models import RevSwin
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Mean

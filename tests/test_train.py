@@ -23,13 +23,20 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 from typer.testing import CliRunner
 
-from research import checkpoint, compare, config, data, machine, networks, recipes, train
-from research.augment import random_crop, random_flip
-from research.batches import Batches, normalizer
-from research.distributed import Processes
-from research.files import replacing
-from research.log import Log, Row, read_log
-from research.schedulers import EXAMPLES, scheduler
+from research import compare, train
+from research.data import readers
+from research.data.augment import random_crop, random_flip
+from research.data.batches import Batches, normalizer
+from research.data.split import Dataset, Split
+from research.settings import config
+from research.settings.schedulers import EXAMPLES, scheduler
+from research.shared import machine
+from research.shared.files import replacing
+from research.studies.differences import largest_differences
+from research.training import checkpoint, loop, networks
+from research.training.build import build
+from research.training.distributed import Processes
+from research.training.log import Log, Row, read_log
 from revlib.schedulers import Anchored, Budget, Checkpoint, Functional, KeepLast, Naive, PaReprop, Reversible
 
 TINY = [
@@ -160,7 +167,7 @@ def test_schedulers_give_the_losses_of_naive(tmp_path, scheduler):
 )
 def test_the_model_gets_the_scheduler_named(name, wanted):
     chosen = config.Config(scheduler=name)
-    model = train.build(chosen, data.digits(None, chosen.cache_dir), torch.device("cpu")).model
+    model = build(chosen, readers.digits(None, chosen.cache_dir), torch.device("cpu")).model
     assert model.blocks.scheduler == scheduler(name) == wanted and name in EXAMPLES
     assert ":" not in chosen.folder.name
 
@@ -190,10 +197,10 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
 def test_the_means_do_not_depend_on_the_batch_size(n: int, size: int):
     draws = torch.Generator().manual_seed(n)
     images = torch.randint(256, (n, 1, 2, 2), generator=draws, dtype=torch.uint8)
-    split = data.Split(images, torch.randint(3, (n,), generator=draws))
-    batches = Batches(data.Dataset(split, split, list("abc"), 0, False), size)
+    split = Split(images, torch.randint(3, (n,), generator=draws))
+    batches = Batches(Dataset(split, split, list("abc"), 0, False), size)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(4, 3))
-    loss, accuracy = train.evaluate(model, batches.test("test"), torch.autocast("cpu", enabled=False))
+    loss, accuracy = loop.evaluate(model, batches.test("test"), torch.autocast("cpu", enabled=False))
     logits = model[2](batches.normalize(images).flatten(1))  # evaluation drops nothing
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-4)
     assert accuracy == pytest.approx((logits.argmax(1) == split.labels).float().mean().item())
@@ -216,7 +223,7 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, precision):
 
 @pytest.mark.some(1)
 @pytest.mark.parametrize(
-    "place", [(train, "evaluate"), (checkpoint, "save"), (train, "draw_curves")], ids=lambda place: place[1]
+    "place", [(loop, "evaluate"), (checkpoint, "save"), (loop, "draw_curves")], ids=lambda place: place[1]
 )
 def test_an_interrupted_epoch_is_done_again_bit_for_bit(tmp_path, monkeypatch, place):
     straight = train_tiny(tmp_path / "straight", "--epochs", 3)
@@ -245,7 +252,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     train_tiny(tmp_path / "begun", "--epochs", 2, "--stop-after", 1)
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(loop, "evaluate", interrupted)
     for name, words in (("begun", "last.pt has the last whole epoch: repeat"), ("new", "nothing kept")):
         args = ["--resume"] if name == "begun" else []
         code, output = run(train.app, *TINY, "--out", tmp_path / name, "--epochs", 2, *args)
@@ -277,7 +284,7 @@ def test_an_overwritten_run_cannot_be_resumed(tmp_path, monkeypatch):
         raise InterruptedError
 
     train_tiny(tmp_path, "--epochs", 1)
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(InterruptedError):
         train_tiny(tmp_path, "--epochs", 1, "--overwrite")
     code, output = run(train.app, *TINY, "--out", tmp_path, "--epochs", 1, "--resume")
@@ -293,7 +300,7 @@ def test_resuming_with_other_flags_names_the_flag(tmp_path):
 def test_resuming_elsewhere_says_that_bits_may_change(tmp_path, monkeypatch):
     train_tiny(tmp_path, "--epochs", 2, "--stop-after", 1)
     here = machine.environment(torch.device("cpu"))
-    monkeypatch.setattr(train, "environment", lambda device: here | {"torch": "1.0"})
+    monkeypatch.setattr(loop, "environment", lambda device: here | {"torch": "1.0"})
     code, output = run(train.app, *TINY, "--out", tmp_path, "--epochs", 2, "--resume")
     assert code == 0 and squeeze(f"torch was {torch.__version__}, is 1.0") in output
 
@@ -420,16 +427,16 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     def offline(*args: Any, **kwargs: Any) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(data.datasets, "CIFAR10", type("CIFAR10", (), {"__init__": offline}))
+    monkeypatch.setattr(readers.datasets, "CIFAR10", type("CIFAR10", (), {"__init__": offline}))
     code, output = run(train.app, "--dataset", "cifar10", "--out", tmp_path)
     assert code == 2 and "--data-dir" in output and "nonetwork" in output
 
 
 def test_every_name_has_its_value():
     assert tuple(networks.MODELS) == get_args(config.ModelName)
-    assert tuple(recipes.RECIPES) == get_args(config.RecipeName)
-    assert tuple(train.AMP_DTYPES) == get_args(config.AmpDtypeName)
-    assert tuple(data.DATASETS) == tuple(config.DATASET_DEFAULTS) == get_args(config.DatasetName)
+    assert tuple(config.RECIPES) == get_args(config.RecipeName)
+    assert tuple(loop.AMP_DTYPES) == get_args(config.AmpDtypeName)
+    assert tuple(readers.DATASETS) == tuple(config.DATASET_DEFAULTS) == get_args(config.DatasetName)
 
 
 def test_a_data_set_brings_its_defaults_and_flags_win():
@@ -474,8 +481,8 @@ def test_crops_reach_every_offset_and_flips_are_fair():
 
 def test_an_epoch_visits_every_image_once_in_a_new_order():
     images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
-    split = data.Split(images, torch.arange(10))
-    batches, draws = Batches(data.Dataset(split, split, ["a"], 0, True), 4), torch.Generator().manual_seed(0)
+    split = Split(images, torch.arange(10))
+    batches, draws = Batches(Dataset(split, split, ["a"], 0, True), 4), torch.Generator().manual_seed(0)
     first, second = ([labels.tolist() for _, labels in batches.train(draws, "train")] for _ in range(2))
     assert [len(labels) for labels in first] == [4, 4, 2] and first != second
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(10))
@@ -485,7 +492,7 @@ def test_an_epoch_visits_every_image_once_in_a_new_order():
 
 def test_the_training_images_are_normalised():
     images = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8) // torch.tensor([1, 2, 5]).view(3, 1, 1)
-    pixels = normalizer(data.Split(images.to(torch.uint8), torch.zeros(50)))(images.to(torch.uint8))
+    pixels = normalizer(Split(images.to(torch.uint8), torch.zeros(50)))(images.to(torch.uint8))
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(pixels.std((0, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)
@@ -495,15 +502,15 @@ def test_the_training_images_are_normalised():
 
 
 def test_digits_are_split_once_and_for_all(tmp_path):
-    digits = data.digits(None, tmp_path)
+    digits = readers.digits(None, tmp_path)
     assert digits.train.images.shape == (1437, 1, 8, 8) and digits.test.images.shape == (360, 1, 8, 8)
     assert digits.train.images.dtype == torch.uint8 and digits.train.images.max() == 240
     assert digits.test.labels.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
-    assert torch.equal(digits.test.images, data.digits(None, tmp_path).test.images)
+    assert torch.equal(digits.test.images, readers.digits(None, tmp_path).test.images)
 
 
 def test_limits_draw_from_all_classes():
-    split = data.Split(torch.zeros(100, 1, 1, 1), torch.arange(10).repeat_interleave(10))
+    split = Split(torch.zeros(100, 1, 1, 1), torch.arange(10).repeat_interleave(10))
     few = split.take(30)
     assert len(few) == 30 and len(few.labels.unique()) == 10
     assert torch.equal(few.labels, split.take(30).labels)
@@ -527,7 +534,7 @@ def make_tree(root: Path) -> Path:
 
 def test_an_image_tree_is_decoded_once(tmp_path, monkeypatch):
     root, cache = make_tree(tmp_path / "tree"), tmp_path / "cache"
-    tree = data.cifar10(root, cache)
+    tree = readers.cifar10(root, cache)
     assert (
         tree.classes == ["cat", "dog"] and tree.train.labels.tolist() == tree.test.labels.tolist() == [0] * 3 + [1] * 3
     )
@@ -537,10 +544,10 @@ def test_an_image_tree_is_decoded_once(tmp_path, monkeypatch):
         assert (images - expected[:, :, None, None]).abs().max() <= 4  # JPEG rounds colours
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", None)
-        again = data.cifar10(root, cache)  # from the cache: no image can be opened
+        again = readers.cifar10(root, cache)  # from the cache: no image can be opened
     assert torch.equal(again.train.images, tree.train.images)
     Image.new("RGB", (8, 8), (255, 255, 255)).save(root / "train" / "cat" / "1.jpg")
-    assert data.cifar10(root, cache).train.images[1].min() > 250  # a changed image is read anew
+    assert readers.cifar10(root, cache).train.images[1].min() > 250  # a changed image is read anew
 
 
 def test_an_image_tree_trains(tmp_path):
@@ -552,7 +559,7 @@ def test_an_image_tree_trains(tmp_path):
 def test_a_broken_image_tree_is_named(tmp_path):
     def rejected(word: str) -> None:
         with pytest.raises(typer.BadParameter, match=re.escape(word)):
-            data.cifar10(root, tmp_path / "cache")
+            readers.cifar10(root, tmp_path / "cache")
 
     root = make_tree(tmp_path / "tree")
     odd = root / "train" / "dog" / "9.jpg"
@@ -583,17 +590,17 @@ def make_folder(root: Path, each: int = 7) -> Path:
 
 def test_a_folder_of_ones_own_images(tmp_path):
     root, cache = make_folder(tmp_path / "trees"), tmp_path / "cache"
-    trees = data.folder(root, cache, 16)
+    trees = readers.folder(root, cache, 16)
     assert trees.classes == ["ash", "elm", "oak"]
     assert trees.train.images.shape == (18, 3, 16, 16) and trees.test.images.shape == (3, 3, 16, 16)
     for split in (trees.train, trees.test):  # every image is of the level of its class
         assert (split.images == (80 * split.labels.to(torch.uint8))[:, None, None, None]).all()
-    assert torch.equal(data.folder(root, cache, 16).test.images, trees.test.images)
-    assert data.folder(root, cache).train.images.shape == (18, 3, 32, 32)
+    assert torch.equal(readers.folder(root, cache, 16).test.images, trees.test.images)
+    assert readers.folder(root, cache).train.images.shape == (18, 3, 32, 32)
 
     for name in ("train", "val"):
         make_folder(tmp_path / "split" / name, 4 if name == "train" else 2)
-    split = data.folder(tmp_path / "split", cache)
+    split = readers.folder(tmp_path / "split", cache)
     assert split.classes == trees.classes and (len(split.train), len(split.test)) == (12, 6)
 
 
@@ -609,7 +616,7 @@ def test_a_folder_trains_and_resumes(tmp_path):
 def test_a_broken_folder_is_named(tmp_path):
     def rejected(root: Path, *words: str) -> None:
         with pytest.raises(typer.BadParameter) as caught:
-            data.folder(root, tmp_path / "cache")
+            readers.folder(root, tmp_path / "cache")
         assert all(word in caught.value.message for word in words), caught.value.message
 
     root = make_folder(tmp_path / "trees")
@@ -646,7 +653,7 @@ def test_idx_files_are_read_where_they_lie(tmp_path, inner, suffix):
         write_idx(tmp_path / inner / f"{prefix}-images-idx3-ubyte{suffix}", array)
         write_idx(tmp_path / inner / f"{prefix}-labels-idx1-ubyte{suffix}", np.arange(len(array)))
     before = sorted(tmp_path.rglob("*"))
-    read = data.fashion_mnist(tmp_path, tmp_path)
+    read = readers.fashion_mnist(tmp_path, tmp_path)
     assert read.train.images.squeeze(1).tolist() == images["train"].tolist()
     assert read.test.images.squeeze(1).tolist() == images["t10k"].tolist()
     assert read.test.labels.tolist() == [0, 1, 2] and read.test.labels.dtype == torch.int64
@@ -657,7 +664,7 @@ def test_broken_idx_files_are_named(tmp_path):
     labels = tmp_path / "train-labels-idx1-ubyte"
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((5, 28, 28)))
     with pytest.raises(typer.BadParameter, match="expected train-labels-idx1-ubyte or"):
-        data.fashion_mnist(tmp_path, tmp_path)
+        readers.fashion_mnist(tmp_path, tmp_path)
     for content, word in [
         (b"", "not idx"),
         (b"\0\0\x08\x03" + b"\0" * 12, "not idx"),
@@ -665,10 +672,10 @@ def test_broken_idx_files_are_named(tmp_path):
     ]:
         labels.write_bytes(content)
         with pytest.raises(typer.BadParameter, match=word):
-            data.fashion_mnist(tmp_path, tmp_path)
+            readers.fashion_mnist(tmp_path, tmp_path)
     write_idx(labels, np.zeros(4))
     with pytest.raises(typer.BadParameter, match="5 train images but 4 labels"):
-        data.fashion_mnist(tmp_path, tmp_path)
+        readers.fashion_mnist(tmp_path, tmp_path)
 
 
 # Comparing runs
@@ -694,12 +701,23 @@ def write_log(folder: Path, losses: list[float]) -> Path:
 def test_compare_finds_the_largest_difference(tmp_path):
     a, b = write_log(tmp_path / "a", [0.9, 0.5, 0.25]), write_log(tmp_path / "b", [0.9, 0.75, 0.125])
     c = write_log(tmp_path / "c", [0.9, 0.25])
-    found = compare.largest_differences(compare.read_runs([a, b / "log.jsonl", c]))
+    found = largest_differences(compare.read_runs([a, b / "log.jsonl", c]))
     assert found["train_loss"] == (0.5, 2, ("b", "c")) and found["test_loss"] == (1.0, 2, ("b", "c"))
     assert found["train_accuracy"] == (0.5, 2, ("b", "c")) and found["test_accuracy"][0] == 0
     code, output = run(compare.app, a, b, "--out", tmp_path / "compare.png")
     assert code == 0 and squeeze("test loss 0.5 2 a and b") in output and squeeze("87.50% 50.00%") in output
     assert Image.open(tmp_path / "compare.png").size == (1200, 480)
+
+
+def test_of_runs_that_are_the_same_none_hides_another(tmp_path):
+    """Each has its own colour in both panels, although all of their curves are one."""
+    folders = [write_log(tmp_path / name, [0.9, 0.5, 0.25]) for name in ("a", "b", "c")]
+    assert run(compare.app, *folders, "--out", tmp_path / "compare.png")[0] == 0
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "compare.png").convert("RGB"))).int()
+    curves = pixels[160:]  # below the legends, which have all colours anyhow
+    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)):  # matplotlib's first three
+        for panel in curves.split(600, dim=1):
+            assert ((panel - torch.tensor(colour)).abs().sum(-1) < 30).sum() > 100
 
 
 def test_compare_rejects_what_it_cannot_compare(tmp_path):

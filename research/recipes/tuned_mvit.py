@@ -6,9 +6,7 @@ It learns the training images by heart under crops and flips alone (98.95 % of t
 Aim: past CCT-7/3x1's 94.8 %. 1,261,386 parameters.
 """
 
-import dataclasses
-
 from research.recipes import minrev_mvit
 from research.recipes.tuned import TUNED
 
-RECIPE = dataclasses.replace(minrev_mvit.RECIPE, **TUNED, recipe="tuned-mvit", mixup=0.8, cutmix=1.0)
+RECIPE = minrev_mvit.RECIPE | TUNED | {"mixup": 0.8, "cutmix": 1.0}

@@ -3,9 +3,7 @@
 Aim: past CVT-7/4's 92.6 %. 2,220,706 parameters.
 """
 
-import dataclasses
-
 from research.recipes import minrev_swin
 from research.recipes.tuned import TUNED
 
-RECIPE = dataclasses.replace(minrev_swin.RECIPE, **TUNED, recipe="tuned-swin", mixup=0.2, cutmix=0.0)
+RECIPE = minrev_swin.RECIPE | TUNED | {"mixup": 0.2, "cutmix": 0.0}

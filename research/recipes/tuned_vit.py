@@ -3,9 +3,7 @@
 Aim: past ViT-Lite-7/4's 91.4 %, in as many epochs. 1,207,178 parameters.
 """
 
-import dataclasses
-
 from research.recipes import minrev_vit
 from research.recipes.tuned import TUNED
 
-RECIPE = dataclasses.replace(minrev_vit.RECIPE, **TUNED, recipe="tuned-vit", mixup=0.2, cutmix=0.0)
+RECIPE = minrev_vit.RECIPE | TUNED | {"mixup": 0.2, "cutmix": 0.0}

@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from revlib.checkpoints._formats import FUSED, MINREV, SEPARATE, Format, names, settings
@@ -45,6 +46,7 @@ def load_minrev(
     *,
     keep_classifier: bool = False,
     same_function: bool = True,
+    num_heads: int | None = None,
 ) -> Report:
     """Load the state_dict of a minREV RevViT, RevSwin or RevMViT into ``model``, all of it or nothing.
 
@@ -52,6 +54,11 @@ def load_minrev(
     ``module.``. With ``keep_classifier`` the model keeps its own head, for any number of classes. With
     ``same_function=False``, a model whose weights fit gets them even where it computes another function of them, as
     a RevSwin does that rolls its windows back.
+
+    The attention heads of a RevViT cannot be seen in its weights, and minREV keeps no configuration with them: weights
+    that were trained with another number of heads load without an error, and give other outputs. Pass the ``--n_head``
+    of the training as ``num_heads``, and a model with another number is refused. Where it is not given for a RevViT,
+    the report says so.
 
     Shapes: each tensor has that of the parameter, or is one of the parts it is split into. Cost: the weights once more
     while they are loaded.
@@ -66,11 +73,21 @@ def load_minrev(
         >>> from revlib.models import minrev_vit
         >>> sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
         >>> trained, model = minrev_vit(**sizes), minrev_vit(**sizes)
-        >>> print(load_minrev(model, {"model_state": to_minrev(trained)}))
+        >>> print(load_minrev(model, {"model_state": to_minrev(trained)}, num_heads=2))
         minREV checkpoint for a RevViT: 31 parameters match
           nothing is left over
     """
-    return _load(_minrev(model), model, checkpoint, keep_classifier, same_function)
+    fmt = _minrev(model)
+    unseen = isinstance(model, RevViT)  # of the others, the shapes tell
+    heads = {m.num_heads for m in model.modules() if isinstance(m, Attention)}
+    if unseen and num_heads is not None and heads - {num_heads}:
+        raise ValueError(
+            f"num_heads is {heads.pop()} in the model and {num_heads} in the checkpoint: build the "
+            f"model with num_heads={num_heads}; nothing was loaded"
+        )
+    report = _load(fmt, model, checkpoint, keep_classifier, same_function)
+    missing = ", without its number of heads to compare" if unseen and num_heads is None else ""
+    return replace(report, title=report.title + missing)
 
 
 def load_pyslowfast(

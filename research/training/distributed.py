@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from research.config import Config
-from research.machine import pick_device
+from research.settings.config import Config
+from research.shared.machine import pick_device
 
 
 @dataclass(frozen=True)

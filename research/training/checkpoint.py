@@ -10,12 +10,14 @@ import typer
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from research.config import Config
-from research.files import check_room, remove_leftovers, replacing
-from research.log import Log
+from research.settings.config import Config
+from research.shared.files import check_room, remove_leftovers, replacing
+from research.training.inputs import Inputs
+from research.training.log import Log
 
 # Flags that may differ when a run is resumed: where things lie and when to stop, not what is computed.
 FREE = {"recipe", "data_dir", "cache_dir", "device", "out", "resume", "overwrite", "stop_after", "tensorboard", "wandb"}
+FREE |= {"stream_above", "workers", "corrupt"}  # and those that say how files are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,15 @@ def unwritten(config: Config, epoch: int, error: Exception) -> SystemExit:
 
 
 def resume(
-    path: Path, run: Run, config: Config, environment: dict[str, Any], say: Callable[[str], None] = typer.echo
+    path: Path,
+    run: Run,
+    config: Config,
+    inputs: Inputs,
+    environment: dict[str, Any],
+    say: Callable[[str], None] = typer.echo,
 ) -> Log:
-    """Put `run` back to where `path` left it, after checking that `config` is still the same. -> its log."""
+    """Put `run` back to where `path` left it, after checking that `config` is still the same. -> its log, which tells
+    of ``inputs`` even if an earlier version wrote it."""
     if not path.is_file():
         raise typer.BadParameter(
             f"expected a checkpoint {path}, found none; name the run's folder with --out, "
@@ -105,9 +113,35 @@ def resume(
                 "repeat the run's flags, or start another with --out.",
                 param_hint="--" + name.replace("_", "-"),
             )
+    check_inputs(Inputs(**log.header["data"]) if "data" in log.header else None, inputs, path, say)
+    log.header.setdefault("data", inputs.as_json())
     for name, value in environment.items():
         was = log.header["environment"].get(name, value)  # an older log may not tell
         if was != value:
             say(f"note: {name} was {was}, is {value}: not bit for bit from here")
     run.load_state_dict(state["run"])
     return log
+
+
+def check_inputs(then: Inputs | None, now: Inputs, path: Path, say: Callable[[str], None]) -> None:
+    """That a run goes on with the images it was begun with. A checkpoint of an earlier version, whose images were in
+    memory, does not tell which they were."""
+    if now.streamed != (then is not None and then.streamed):
+        was, is_ = ("held in memory", "read from disk") if now.streamed else ("read from disk", "held in memory")
+        raise typer.BadParameter(
+            f"the run in {path.parent} has its images {was}, and with this call they would be {is_}, which draws other "
+            f"numbers; give it a {'larger' if now.streamed else 'smaller'} number of GB, or start another with --out.",
+            param_hint="--stream-above",
+        )
+    if then is None:
+        return
+    if then.classes != now.classes:
+        raise typer.BadParameter(
+            f"the run in {path.parent} has the classes {', '.join(then.classes)}, and there are now "
+            f"{', '.join(now.classes)}; name the folder it was begun with.",
+            param_hint="--data-dir",
+        )
+    for name, was in dataclasses.asdict(then).items():
+        if was != getattr(now, name):
+            shown = "other images" if name == "held_out" else f"{getattr(now, name)}, was {was}"
+            say(f"note: {name} of the images is {shown}: not bit for bit from here")

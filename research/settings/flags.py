@@ -43,6 +43,19 @@ def real(low: float, below: float) -> dict[str, Any]:
     return {"parser": parse, "metavar": "FLOAT"}
 
 
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """The numbers of a text such as 4,12,48, in order and none twice."""
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise typer.BadParameter(
+            f"expected whole numbers of at least 1, such as 4,12,48, got {text!r}", param_hint=flag
+        )
+    return numbers
+
+
 def keywords(function: Callable[..., Any], kind: type) -> Callable[..., Any]:
     """Of `function(config, ...)`, make one that takes a keyword per field of config, a `kind`, beside its others: the
     signature that typer turns into flags."""

@@ -1,4 +1,4 @@
-"""The networks and couplings that flags of training name, and a line that tells of them.
+"""The networks and couplings that flags of training name.
 
 Those with `plain` are timm's own of the same sizes: one stream, every activation stored.
 """
@@ -11,8 +11,7 @@ from timm.models import SwinTransformer, VisionTransformer
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
-from research.config import Config, CouplingName, FusionName, ModelName, VariantName
-from research.data import Dataset
+from research.settings.config import CouplingName, FusionName, ModelName, VariantName
 from revlib import Additive, Coupling, ExactAdditive
 from revlib.models import RevMViT, RevSwin, RevViT, minrev_mvit, minrev_swin, minrev_vit
 from revlib.models.fusion import ConcatLinear, ConcatMlp, Fusion, Mean
@@ -137,14 +136,3 @@ MODELS: dict[ModelName, Callable[..., nn.Module]] = {
     "plain-mvit": plain_mvit,
 }
 COUPLINGS: dict[CouplingName, Coupling] = {"additive": Additive(), "exact": ExactAdditive()}
-
-
-def describe(model: nn.Module, data: Dataset, config: Config, here: dict[str, object]) -> str:
-    """One line on what is about to run."""
-    parameters = sum(p.numel() for p in model.parameters())
-    shape = "x".join(str(n) for n in data.train.images.shape[1:])
-    return (
-        f"{config.dataset}: {len(data.train):,} training and {len(data.test):,} test images of {shape}, "
-        f"{len(data.classes)} classes; {config.model}, {config.scheduler}, {parameters:,} parameters; "
-        f"{here['device']}"
-    )

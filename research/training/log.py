@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
-from research.files import replacing
+from research.shared.files import replacing
 
 
 class Row(TypedDict):

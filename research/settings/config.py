@@ -9,18 +9,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from research.flags import flag, keywords, real, whole
-from research.schedulers import EXAMPLES, checked
+from research.data.batches import StatisticsName
+from research.data.decoding import CorruptName
+from research.data.readers import DatasetName
+from research.recipes import SETTINGS, RecipeName
+from research.settings.flags import flag, keywords, real, whole
+from research.settings.schedulers import EXAMPLES, checked
 
-DatasetName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 ModelName = Literal["vit", "swin", "mvit", "plain-vit", "plain-swin", "plain-mvit"]
 CouplingName = Literal["additive", "exact"]
 FusionName = Literal["mean", "concat-linear", "concat-mlp", "concat"]
 OptimizerName = Literal["adam", "adamw"]
 AmpDtypeName = Literal["bfloat16", "float16"]
 VariantName = Literal["default", "minrev"]
-StatisticsName = Literal["measured", "minrev"]
-RecipeName = Literal["minrev-vit", "minrev-swin", "minrev-mvit", "tuned-vit", "tuned-swin", "tuned-mvit"]
 
 # Defaults that a data set changes. Config's own are those of digits. Those of cifar10 are minREV's in every respect, so
 # that its own command lines train its networks; the others have its sizes.
@@ -56,8 +57,6 @@ def defaults(dataset: DatasetName, model: ModelName) -> dict[str, Any]:
 # These run before other flags are read. A recipe sets all of them, so data set and model then set none.
 def _defaults_of_recipe(context: typer.Context, recipe: RecipeName | None) -> RecipeName | None:
     if recipe is not None:
-        from research.recipes import RECIPES  # which are made of what this module defines
-
         context.meta["recipe"] = recipe
         context.default_map = {k: v for k, v in dataclasses.asdict(RECIPES[recipe]).items() if v is not None}
     return recipe
@@ -109,7 +108,7 @@ class Config:
             "cifar-10-batches-py. fashion-mnist: the folder of the four idx files, gzipped or not. "
             "Without it both are downloaded; digits comes with scikit-learn. folder: your own images, DIR/CLASS/*, of "
             "which a fifth is held out for testing, or DIR/{train,test}/CLASS/*; any size, number and names of "
-            "classes; all are held in memory.",
+            "classes.",
             show_default=False,
         ),
     ] = None
@@ -121,6 +120,29 @@ class Config:
             **whole(1),
         ),
     ] = None
+    stream_above: Annotated[
+        float,
+        _data(
+            "Images of --dataset folder are held in memory if they take at most so many GB there, 3 bytes a pixel once "
+            "they are scaled. Of more, each is read from disk whenever its turn comes.",
+            **real(0, math.inf),
+        ),
+    ] = 2.0
+    workers: Annotated[
+        int,
+        _data(
+            "Processes that decode and augment images read from disk; 0: the training process itself. Of no influence "
+            "on the numbers.",
+            **whole(0),
+        ),
+    ] = 2
+    corrupt: Annotated[
+        CorruptName,
+        _data(
+            "What to do with a file of --dataset folder that cannot be read: name it and stop, or name it and leave it "
+            "out."
+        ),
+    ] = "refuse"
     cache_dir: Annotated[Path, _data("Keeps downloads and decoded images.")] = Path("~/.cache/revlib")
     limit_train: Annotated[int | None, _data("Train on this many images only.", **whole(1))] = None
     limit_test: Annotated[int | None, _data("Test on this many images only.", **whole(1))] = None
@@ -261,6 +283,12 @@ class Config:
                 f"images of {self.dataset} stay as they are; drop it, or choose --dataset folder.",
                 param_hint="--image-size",
             )
+        for flag_, given, usual in (("--stream-above", self.stream_above, 2.0), ("--corrupt", self.corrupt, "refuse")):
+            if given != usual and self.dataset != "folder":
+                raise typer.BadParameter(
+                    f"is for images of your own, got {given} for {self.dataset}; drop it, or choose --dataset folder.",
+                    param_hint=flag_,
+                )
         fusing = () if self.variant == "minrev" else ("mvit",) if self.fusion == "concat" else ("mvit", "swin")
         if self.fusion != "mean" and self.model not in fusing:
             raise typer.BadParameter(
@@ -308,6 +336,9 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+RECIPES: dict[RecipeName, Config] = {name: Config(recipe=name, **settings) for name, settings in SETTINGS.items()}
 
 
 def flags(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from research.config import Config
-from research.log import Log, Row
+from research.settings.config import Config
+from research.training.log import Log, Row
 
 Tell = Callable[[Row], None]
 

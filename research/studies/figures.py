@@ -9,9 +9,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from research.files import replacing
-from research.pareto import fixed_batch
-from research.points import Point
+from research.benchmarking.pareto import fixed_batch
+from research.benchmarking.points import Point
+from research.shared.files import replacing
 
 LINES = {  # contender: (its name on the front page, colour, mark)
     "naive": ("plain autograd", "#000000", "o"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # without pyplot: always Agg, no global state, no window
 
-from research.files import replacing
-from research.log import Row
+from research.shared.files import replacing
+from research.training.log import Row
 
 
 def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path, resumed: Sequence[int] = ()) -> None:

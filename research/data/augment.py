@@ -11,13 +11,12 @@ All numbers are drawn on the CPU, the same for every device.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
-
-from research.config import Config
 
 POLICIES = 512
 
@@ -59,8 +58,32 @@ def rand_augment(images: Tensor, magnitude: int, draws: torch.Generator) -> Tens
     return augmented
 
 
-def mixer(config: Config, classes: int) -> Mix | None:
-    """What the flags make of a batch: mixup or cutmix, one of them at random where there are both."""
-    both = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+@dataclass(frozen=True)
+class Moves:
+    """How training images are moved about: shifted by up to ``padding`` pixels, mirrored, and changed by RandAugment of
+    the given magnitude, unless that is 0."""
+
+    padding: int
+    flip: bool
+    magnitude: int = 0
+
+    def all(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """A whole epoch at once. uint8 (N, C, H, W) -> (N, C, H, W)."""
+        images = random_crop(images, self.padding, draws)
+        if self.flip:
+            images = random_flip(images, draws)
+        return rand_augment(images, self.magnitude, draws) if self.magnitude else images
+
+    def one(self, image: Tensor) -> Tensor:
+        """A single image, by torch's global numbers. uint8 (C, H, W) -> (C, H, W)."""
+        image = v2.RandomCrop(list(image.shape[1:]), padding=self.padding)(image)
+        if self.flip:
+            image = v2.RandomHorizontalFlip()(image)
+        return v2.RandAugment(magnitude=self.magnitude)(image) if self.magnitude else image
+
+
+def mixer(mixup: float, cutmix: float, classes: int) -> Mix | None:
+    """What is made of a batch by these alphas: mixup or cutmix, one of them at random where neither is 0."""
+    both = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
     chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
     return v2.RandomChoice(chosen) if chosen else None

@@ -9,28 +9,30 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
-from research.checkpoint import Run
-from research.config import Config
-from research.data import Dataset
-from research.networks import COUPLINGS, MODELS
-from research.schedulers import scheduler
+from research.data.split import Dataset
+from research.settings.config import AmpDtypeName, Config
+from research.settings.schedulers import scheduler
+from research.training.checkpoint import Run
+from research.training.networks import COUPLINGS, MODELS
 from revlib import ReversibleSequence
 
+AMP_DTYPES: dict[AmpDtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-def build(config: Config, data: Dataset, device: torch.device) -> Run:
-    """A fresh model and optimizer; made on the CPU, so that a seed gives the same weights on every device."""
-    _, channels, height, width = data.train.images.shape
+
+def network(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A fresh network for images of this shape, (C, H, W)."""
+    channels, height, width = shape
     if height != width or height % config.patch_size:
         raise typer.BadParameter(
             f"expected a divisor of the images' side, got {config.patch_size} for {height}x{width} images "
             "(which must be square); choose another.",
             param_hint="--patch-size",
         )
-    model = MODELS[config.model](
+    return MODELS[config.model](
         img_size=height,
         patch_size=config.patch_size,
         in_chans=channels,
-        num_classes=len(data.classes),
+        num_classes=classes,
         embed_dim=config.embed_dim,
         depth=config.depth,
         num_heads=config.num_heads,
@@ -41,7 +43,12 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
         coupling=COUPLINGS[config.coupling],
         scheduler=scheduler(config.scheduler),
         **({"unrolled_windows": True} if config.unrolled_windows else {}),
-    ).to(device)
+    )
+
+
+def build(config: Config, data: Dataset, device: torch.device) -> Run:
+    """A fresh model and optimizer; made on the CPU, so that a seed gives the same weights on every device."""
+    model = network(config, data.train.shape, len(data.classes)).to(device)
     ema = ModelEmaV3(model, config.ema) if config.ema else None
     if config.compile:
         compile_functions(model)

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from research.files import replacing
-from research.points import Point
+from research.benchmarking.points import Point
+from research.shared.files import replacing
 
 GB = 1e9
 ADAM = 16  # bytes a float32 parameter: weight, gradient, two moments

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from research.files import replacing
+from research.shared.files import replacing
 
 
 @dataclass

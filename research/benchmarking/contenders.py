@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from research.instruments import Run
-from research.libraries import Block, invtorch, memcnn, revtorch
+from research.benchmarking.instruments import Run
+from research.benchmarking.libraries import Block, invtorch, memcnn, revtorch
 from revlib import Coupling, ExactAdditive, Functional, ReversibleSequence, Step, positionwise
 from revlib.models import RevMViT, RevSwin
 from revlib.schedulers import Anchored, Budget, Checkpoint, KeepLast, Naive, PaReprop, Reversible, Scheduler

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from research.instruments import Run
+from research.benchmarking.instruments import Run
 
 Block = tuple[nn.Module, nn.Module]  # F and G
 
