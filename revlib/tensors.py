@@ -52,6 +52,8 @@ def is_parameter(t: Tensor) -> bool:
 
 def dense(t: Tensor) -> Tensor:
     """The same values without sparsity. A sparse tensor can be added to a dense one, but not always subtracted."""
+    if torch.compiler.is_compiling():  # which traces no sparse tensors, and no question about them
+        return t
     return t if t.layout in (torch.strided, torch.jagged) else t.to_dense()
 
 

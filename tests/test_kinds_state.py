@@ -565,7 +565,7 @@ def test_an_object_in_the_context(stage: Stage):
     return [*train(stage.stack(Using), steps=3, cache=cache), cache.calls]
 
 
-@scene("3", refused="Functional", refusal=NAMED)
+@scene("3", refusal=NAMED)
 def test_losses_gathered_in_a_list_for_later(stage: Stage):
     """Load-balancing losses of experts, summed up by the training loop. Those of forward are the ones that count."""
 
@@ -1060,7 +1060,7 @@ def test_an_initialisation_that_depends_on_data(stage: Stage):
     return train(stage.stack(ActNorm), 6, 4)
 
 
-@scene("10", refused="Functional")
+@scene("10")
 def test_an_initialisation_noted_in_a_plain_flag(stage: Stage):
     class Initialised(nn.Module):
         def __init__(self):
@@ -1105,7 +1105,7 @@ def test_weights_clamped_through_data(stage: Stage):
     return train(stage.stack(Clamped))
 
 
-@scene("10", refused="Functional")
+@scene("10")
 def test_weights_decayed_through_data(stage: Stage):
     """No version moves, and each call sees other values."""
 
@@ -1139,7 +1139,7 @@ def test_weights_of_unit_length(stage: Stage):
     return train(stage.stack(Unit))
 
 
-@scene("10", refused="Functional")
+@scene("10")
 def test_a_momentum_encoder_updated_in_forward(stage: Stage):
     class Momentum(nn.Module):
         def __init__(self):
@@ -1156,7 +1156,7 @@ def test_a_momentum_encoder_updated_in_forward(stage: Stage):
     return train(stage.stack(Momentum))
 
 
-@scene("10", refused="Functional")
+@scene("10")
 def test_a_parameter_that_forward_decays(stage: Stage):
     """Each call sees another value than the one before: a temperature, annealed."""
 

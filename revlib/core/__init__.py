@@ -43,7 +43,16 @@ NOTE [ rules that all of this depends on ]
 8. Lock. Two threads may differentiate one graph. Whoever recovers holds the tape's lock.
 """
 
-from revlib.core.guard import FirstRun, Guard, Guards, StepGuard, StepView, first_run, repetition
+from revlib.core.guard import (
+    FirstRun,
+    Guard,
+    Guards,
+    StepGuard,
+    StepGuards,
+    StepView,
+    first_run,
+    repetition,
+)
 from revlib.core.plan import Plan, Treatment
 from revlib.core.record import StepRecord
 from revlib.core.saved_tensors import SHARED, KeptStates, Key, Placeholder
@@ -59,6 +68,7 @@ __all__ = [
     "Placeholder",
     "Plan",
     "StepGuard",
+    "StepGuards",
     "StepRecord",
     "StepView",
     "Tape",

@@ -20,7 +20,16 @@ from torch import Tensor
 from revlib.core.saved_tensors import Placeholder
 from revlib.step import BoundStep, State
 
-__all__ = ["FirstRun", "Guard", "Guards", "StepGuard", "StepView", "first_run", "repetition"]
+__all__ = [
+    "FirstRun",
+    "Guard",
+    "Guards",
+    "StepGuard",
+    "StepGuards",
+    "StepView",
+    "first_run",
+    "repetition",
+]
 
 
 class StepView(NamedTuple):
@@ -104,8 +113,8 @@ class Guards(Guard):
     def __init__(self, guards: Sequence[Guard]) -> None:
         self.guards = guards
 
-    def step(self, view: StepView, state: State) -> StepGuard:
-        return _StepGuards(
+    def step(self, view: StepView, state: State) -> StepGuards:
+        return StepGuards(
             [g for guard in self.guards if (g := guard.step(view, state)) is not None]
         )
 
@@ -132,7 +141,7 @@ def _overriding(kinds: tuple[type[StepGuard], ...], *methods: str) -> tuple[int,
     )
 
 
-class _StepGuards(StepGuard):
+class StepGuards(StepGuard):
     """Asks only those that do something: of five guards, one or two at most points."""
 
     def __init__(self, guards: list[StepGuard]) -> None:

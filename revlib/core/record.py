@@ -27,7 +27,7 @@ from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, evaluate, merge
 from revlib.tensors import dense, is_parameter, like_strided
 
-__all__ = ["StepRecord", "last_operation"]
+__all__ = ["StepRecord", "last_operation", "refuse_after_rounding"]
 
 
 _Metadata = tuple[torch.Size, torch.dtype]
@@ -204,13 +204,15 @@ class StepRecord:
                 result = run()
         except _StopRecomputation:
             pass
-        except Exception:
+        except Exception as error:
             if (
                 len(saved.tensors) != saved.enough
             ):  # else it has caught what stopped it, and gone on
                 came = [(t.shape, t.dtype) for t in saved.tensors]
                 if self.dropped and came != expected[: len(came)]:
                     self._refuse_mismatch(came, expected)
+                if self.rounded:
+                    refuse_after_rounding(self.step, error)
                 raise
         finally:
             saved.over = True  # the function may have captured some of this graph, which nobody can differentiate
@@ -251,6 +253,15 @@ _ROUNDED = (
     "(routing to experts, argmax, top-k, sorting, thresholds): use coupling=ExactAdditive(), which gives back every "
     "bit, or scheduler=Checkpoint(), which keeps the streams. If it does not decide by value: "
 )
+
+
+def refuse_after_rounding(step: BoundStep, error: Exception) -> None:
+    """Raises with the likely cause where a function fails on streams that have rounding errors."""
+    if type(error) in (RuntimeError, ValueError, IndexError):
+        raise RuntimeError(
+            f"{step.name} raised {type(error).__name__} when it ran again in backward, and not in forward: {error}. "
+            f"{_ROUNDED}something it reads has changed since forward."
+        ) from error
 
 
 class _Saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from revlib._torch import TreeSpec, tree_flatten, tree_unflatten
-from revlib.core import Guards, StepGuard, StepView, first_run, repetition
+from revlib.core import Guards, StepGuards, StepView, first_run, repetition
+from revlib.core.record import refuse_after_rounding
 from revlib.functional.purity import GraphPurity, Purity, PurityMode
 from revlib.guards import ModuleStates, Randomness, Settings
+from revlib.guards.module_state import ModuleState
 from revlib.guards.modules import ModuleTree, identical
 from revlib.guards.randomness import CpuGeneratorLock, devices_of
 from revlib.guards.settings import AutocastSettings, autocast_settings
@@ -143,7 +146,7 @@ class Environment:
         tensors = [*state, *(p for tree in trees for p in tree.parameters if p is not None)]
         devices = devices_of(tensors)
         self.guards = Guards([Randomness(devices), Settings(devices), ModuleStates()])
-        self.step_guards: dict[int, StepGuard] = {}
+        self.step_guards: dict[int, StepGuards] = {}
         self.purity: Purity | None = None
 
     def watching(self, streams: State, tensors: Sequence[Tensor]) -> Purity:
@@ -153,6 +156,14 @@ class Environment:
         else:
             self.purity = GraphPurity(tensors, self._buffers)
         return self.purity
+
+    def before_own_edits(self, k: int, tensors: list[Tensor]) -> list[Tensor]:
+        """The same tensors, but of parameters that the function of a step edits itself: copies, as they were before."""
+        for guard in self.step_guards[k].guards:
+            if isinstance(guard, ModuleState) and guard.own_edits.copies:
+                copies = guard.own_edits.for_repetition(guard.parameters)
+                return [copies.get(id(t), t) for t in tensors]
+        return tensors
 
     def _buffers(self) -> list[Tensor]:
         slots = [named for tree in self.trees for named in tree.buffer_slots]
@@ -196,6 +207,11 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
         """Of all tensors that are not streams, those that a step reads."""
         return [tensors[i] for i in self.functions[k].reads]
 
+    def mine_again(self, k: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same for a repetition."""
+        mine = self.mine(k, tensors)
+        return mine if self.environment is None else self.environment.before_own_edits(k, mine)
+
     def forward(self, flat: Sequence[Tensor]) -> State:
         """All steps for the first time, on the streams and all other tensors; neither may carry a graph away."""
         environment = self.environment
@@ -221,7 +237,13 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             settings = tuple(s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0]))
             return _under(settings, function, inputs, mine)
         with self.environment.repetition(k):
-            return function.run(inputs, mine)
+            try:
+                return function.run(inputs, mine)
+            except Exception as error:
+                above = [f.step.coupling for f in self.functions[k + 1 :]]
+                if any(c.limit_of(inputs[0].dtype) == math.inf for c in above):
+                    refuse_after_rounding(function.step, error)
+                raise
 
     def __call__(self, flat: Sequence[Tensor]) -> State:
         """All steps again, or in compiled code."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from revlib._torch import is_transformed, transforms, tree_leaves, tree_map, version_of
+from revlib.guards.modules import module_tree
 from revlib.step import BoundStep, State
 
 __all__ = [
@@ -192,7 +193,8 @@ class GraphPurity(Purity):
             )
             if descends and len(gc.get_referrers(t)) > 1:
                 raise RuntimeError(
-                    f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)} {_KEEPS}"
+                    f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)}"
+                    f"{_where(step, t)} {_KEEPS}"
                 )
 
 
@@ -215,6 +217,19 @@ def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Te
         if not above and (t := getattr(node, "variable", None)) is not None:
             found.append(t)
     return found
+
+
+def _where(step: BoundStep, t: Tensor) -> str:
+    """The name under which a function holds a tensor, if it can be found."""
+    tree = module_tree(step)
+    for slots in tree.slots:
+        for name, value in slots.items():
+            if value is t:
+                return f" as {name!r}"
+    for holder in tree.holders:
+        if any(value is t for value in holder.read()):
+            return f" in {holder.name!r}"
+    return ""
 
 
 def _is_a_trackers(hook: Callable[..., Any]) -> bool:

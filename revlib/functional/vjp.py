@@ -140,7 +140,7 @@ def backward_by_inversion(
             sizes.append((step.name, local_part(state[-1]).abs().amax(), limit))
         places = [i for i, place in enumerate(reads) if needs[place]]
         state, gradients, found, kinds = _invert_and_pull_back(
-            program, k, state, gradients, program.mine(k, tensors), places
+            program, k, state, gradients, program.mine_again(k, tensors), places
         )
         for i, gradient in zip(places, found, strict=True):
             totals[reads[i]] = _plus(totals[reads[i]], gradient)

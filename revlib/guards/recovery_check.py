@@ -124,8 +124,8 @@ def refuse_opaque(state: State) -> None:
         if type(stream) is not Tensor and is_opaque_wrapper(stream):
             raise TypeError(
                 f"stream {i} is a {type(stream).__name__}, a wrapper of tensors without __tensor_flatten__, so what "
-                "comes back in backward cannot be compared with what went in; give the class that method (see "
-                "torch.utils._python_dispatch), pass the tensor inside, or use scheduler=Naive()"
+                "comes back in backward cannot be compared with what went in; give the class that "
+                "method, pass the tensor inside, or use scheduler=Naive()"
             )
 
 
@@ -426,7 +426,8 @@ def _judge(
             raise RuntimeError(
                 f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
                 f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not "
-                "repeat, or its stream does not invert accurately: with scheduler=Checkpoint(), which inverts nothing, "
-                "only the first is refused. 'When backward refuses' in the guide, revlib/README.md, has the causes of "
-                "both and what to do." + hint()
+                "repeat, or its stream does not invert accurately, and rounding is enough where a function decides by "
+                "value (routing, argmax, thresholds): there use coupling=ExactAdditive(). With scheduler=Checkpoint(), "
+                "which inverts nothing, only a function that does not repeat is refused. 'When backward refuses' in "
+                "the guide, revlib/README.md, has the causes of both and what to do." + hint()
             )
