@@ -70,11 +70,14 @@ def run(
     if not torch.is_grad_enabled() or exporting() or tracing():
         return advance(steps, state, contexts)
     options = options or PassOptions()
-    parameters = [p for step in steps for p in parameters_of(step) if p is not None]
-    if all(k in plan.activations for k in range(len(steps))) or not _can_record(parameters):
-        state = advance(steps, state, contexts)
-    else:
+    parameters: list[Tensor] = []
+    recording = any(k not in plan.activations for k in range(len(steps)))
+    if recording:
+        parameters = [p for step in steps for p in parameters_of(step) if p is not None]
+    if recording and _can_record(parameters):
         state = _record(steps, state, contexts, parameters, plan, options)
+    else:
+        state = advance(steps, state, contexts)
     if options.on_backward is not None:
         for s in state:
             if s.requires_grad and not s.is_leaf:
@@ -127,7 +130,11 @@ def _record(
             tape.kept.keep(k, state)
         if k in plan.streams:
             tape.kept.keep(k, state[:1])
+        if step.begins is not None and step.begins.is_hooked:
+            step.begins.entered(state)
         state = tape.run(step, state, context, copy, treatment)
+        if step.ends is not None and step.ends.is_hooked:
+            step.ends.left(state)
     if len(steps) in plan.states:
         tape.kept.keep(len(steps), state)
     guard.forward_done(state)

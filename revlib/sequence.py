@@ -31,6 +31,8 @@ def _bind(items: Iterable[Any], coupling: Coupling) -> list[BoundStep]:
                 _refuse_sharded(item, i)
             steps.append(BoundStep(F, coupling, f"F of block {i} ({_name(F)})"))
             steps.append(BoundStep(G, coupling, f"G of block {i} ({_name(G)})"))
+            if isinstance(item, Pair):
+                steps[-2].begins = steps[-1].ends = item
     return steps
 
 

@@ -39,6 +39,8 @@ class BoundStep:
     def __init__(self, fn: Callable[..., Any], coupling: Coupling, name: str) -> None:
         self.fn, self.coupling, self.name = fn, coupling, name
         self.memory: dict[Any, Any] = {}
+        self.begins: Pair | None = None  # the pair whose first function this is
+        self.ends: Pair | None = None  # the pair whose second function this is
         self._keywords: tuple[Any, Keywords] | None = None
 
     @property
@@ -51,7 +53,8 @@ class BoundStep:
         if coupling is self.coupling:
             return self
         if coupling not in self.memory:
-            self.memory[coupling] = BoundStep(self.fn, coupling, self.name)
+            other = self.memory[coupling] = BoundStep(self.fn, coupling, self.name)
+            other.begins, other.ends = self.begins, self.ends
         return self.memory[coupling]
 
     def keywords(self, streams: int) -> Keywords:
@@ -115,6 +118,46 @@ class Pair(nn.Module):
     def __init__(self, F: nn.Module, G: nn.Module) -> None:
         super().__init__()
         self.F, self.G = F, G
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether the pair itself has hooks, which a sequence must call, since nobody calls the pair."""
+        return bool(
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        )
+
+    def entered(self, state: State) -> None:
+        """Call the forward pre-hooks, which may look at the streams that enter the block."""
+        if self._backward_hooks or self._backward_pre_hooks:
+            raise RuntimeError(
+                f"a block of a sequence ({self._functions()}) has a backward hook, which nothing would call, since the "
+                "sequence runs F and G; register it on pair.F or pair.G, or a hook on the streams by y.register_hook"
+            )
+        for key, hook in list(self._forward_pre_hooks.items()):
+            extra: tuple[Any, ...] = ({},) if key in self._forward_pre_hooks_with_kwargs else ()
+            self._only_looks(hook(self, state, *extra))
+        if self._forward_hooks:
+            self.__dict__["_given"] = state
+
+    def left(self, state: State) -> None:
+        """Call the forward hooks, which may look at the streams that enter the block and at those that leave it."""
+        given = self.__dict__.pop("_given", ())
+        for key, hook in list(self._forward_hooks.items()):
+            extra: tuple[Any, ...] = ({},) if key in self._forward_hooks_with_kwargs else ()
+            self._only_looks(hook(self, given, *extra, state))
+
+    def _only_looks(self, returned: Any) -> None:
+        if returned is not None:
+            raise RuntimeError(
+                f"a forward hook of a block ({self._functions()}) returned something, but a hook of a block may only "
+                "look at its streams: what it would change could not be inverted. Register it on pair.F or pair.G."
+            )
+
+    def _functions(self) -> str:
+        return f"of {type(self.F).__name__} and {type(self.G).__name__}"
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter((self.F, self.G))
@@ -248,7 +291,11 @@ def advance(steps: Sequence[BoundStep], state: State, contexts: Sequence[dict[st
     """All steps in order, as an ordinary differentiable function."""
     for step, context in zip(steps, contexts, strict=True):
         s, *inputs = state
+        if step.begins is not None and step.begins.is_hooked:
+            step.begins.entered(state)
         state = (*inputs, merge(step, s, evaluate(step, tuple(inputs), context)))
+        if step.ends is not None and step.ends.is_hooked:
+            step.ends.left(state)
     return state
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from common import ByHand, grads, leaves, loss, mlp, vit_block
-from scenes import INEXACT, RECOMPUTING, Foreign, Stage, Unlike, scene
+from common import ByHand, error, grads, leaves, loss, mlp, vit_block
+from scenes import Foreign, Stage, Unlike, scene
 from situations.base import SCHEDULERS, raised_by_revlib
 from torch import Tensor, nn
 
 import revlib.models  # noqa: F401  # registers its models with timm
-from revlib import Additive, Anchored, Checkpoint, KeepLast, Reversible, ReversibleSequence
+from revlib import Additive, Anchored, Checkpoint, Functional, KeepLast, Naive, Reversible, ReversibleSequence
 from revlib.schedulers import Scheduler
 from revlib.testing import LiveBytes
 
@@ -54,7 +54,6 @@ def test_features_by_timms_getter(name):
     assert len(found) == len(model.feature_info.channels())
 
 
-@failing("6", "never called")
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 def test_a_hook_on_a_pair(kind):
     """A pair is never called itself: its hooks must run when the block does, or be refused, and not be forgotten."""
@@ -70,7 +69,43 @@ def test_a_hook_on_a_pair(kind):
         raise Unlike(f"called {len(calls)} times")
 
 
-@failing("6", "never called")
+@pytest.mark.parametrize("scheduler", [Naive(), Reversible(), Checkpoint(), Checkpoint(every=2)], ids=str)
+def test_hooks_on_a_pair_see_its_streams_and_may_use_them(scheduler):
+    def run(keep: bool) -> list[Any]:
+        torch.manual_seed(0)
+        stack, seen = ReversibleSequence([(mlp(), mlp()) for _ in range(3)], scheduler=scheduler).double(), {}
+        handles = [
+            stack[1].register_forward_pre_hook(lambda m, args: seen.update(args=args)),
+            stack[1].register_forward_hook(lambda m, args, kwargs, out: seen.update(out=out), with_kwargs=True),
+        ]
+        xs = leaves()
+        (loss(stack(*xs)) + (sum(y.cos().sum() for y in seen["out"]) if keep else 0)).backward()
+        for handle in handles:
+            handle.remove()
+        if not keep:
+            first, second = stack[:1](*xs), stack[:2](*xs)
+            assert error([*seen["args"], *seen["out"]], [*first, *second]) == 0
+            stack.zero_grad()
+            xs = [x.detach().requires_grad_() for x in xs]
+            middle = stack[:2](*xs)
+            (loss(stack[2:](*middle)) + sum(y.cos().sum() for y in middle)).backward()
+        return grads(*xs, stack)
+
+    assert error(run(True), run(False)) < 1e-10
+
+
+@pytest.mark.parametrize("scheduler", [Naive(), Reversible(), Functional()], ids=str)
+def test_what_a_hook_on_a_pair_cannot_do_is_refused(scheduler):
+    stack = ReversibleSequence([(mlp(), mlp())], scheduler=scheduler)
+    handle = stack[0].register_forward_hook(lambda m, args, out: tuple(2 * y for y in out))
+    with pytest.raises(RuntimeError, match=r"pair\.F|on its F or G"):
+        stack(*leaves(dtype=torch.float32))
+    handle.remove()
+    stack[0].register_full_backward_pre_hook(lambda m, g: None)
+    with pytest.raises(RuntimeError, match=r"pair\.F|on its F or G"):
+        stack(*leaves(dtype=torch.float32))
+
+
 def test_a_hook_on_a_block_of_a_model():
     """The usual way to look into a model: model.blocks[i].register_forward_hook(...)."""
     model, seen = timm.create_model("rev_vit_cifar10").eval(), {}
@@ -97,18 +132,18 @@ def hooked(stage: Stage, keep: Any) -> list[Any]:
     return [*grads(*xs, stack), len(kept), *kept]
 
 
-@scene("3", wrong=INEXACT + " Functional", refusal="hook")
+@scene("3", refusal="hook")
 def test_activations_kept_by_hooks(stage: Stage):
     """One a function: a repetition is no second forward."""
     return hooked(stage, lambda kept, m, args, out: kept.append(out.detach().clone()))
 
 
-@scene("3", wrong=INEXACT + " Functional", refusal="hook")
+@scene("3", refusal="hook")
 def test_norms_of_activations_by_hooks(stage: Stage):
     return hooked(stage, lambda kept, m, args, out: kept.append(float(out.detach().norm())))
 
 
-@scene("3", wrong=RECOMPUTING + " Functional", refusal="hook")
+@scene("3", refusal="hook")
 def test_inputs_kept_by_pre_hooks(stage: Stage):
     stack, kept = stage.stack(), []
     for pair in stack:
@@ -119,7 +154,7 @@ def test_inputs_kept_by_pre_hooks(stage: Stage):
     return [*grads(*xs, stack), len(kept)]
 
 
-@scene("3", wrong=RECOMPUTING + " Functional", refusal="hook")
+@scene("3", refusal="hook")
 def test_calls_counted_by_a_hook_of_all_modules(stage: Stage):
     stack, xs, calls = stage.stack(), leaves(), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: calls.append(type(m).__name__))

@@ -64,6 +64,12 @@ def run_eagerly(
 ) -> State:
     raise_pending(wait=False)
     refuse_opaque(state)
+    hooked = next((s for s in steps if s.begins is not None and s.begins.is_hooked), None)
+    if hooked is not None:
+        raise RuntimeError(
+            f"the block of {hooked.name} has hooks of its own, which would see streams without a graph under "
+            "scheduler=Functional(); register them on its F or G, or use scheduler=Reversible()."
+        )
     trees = [module_tree(step) for step in steps]
     active = transforms()
     if "Jvp" in active or forward_mode_active() or any(tree.is_lazy for tree in trees):

@@ -127,6 +127,8 @@ class _Found:
         for name, held in module.__dict__.items():
             if type(held) not in _PLAIN and name not in _STANDARD:
                 self.visit(held, name, remote=isinstance(held, nn.Module))
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            self.visit(hook, "a forward hook", remote=True)
         for p in module._parameters.values():
             if type(p) is nn.Parameter:
                 self._hold_dict(vars(p))
@@ -269,6 +271,9 @@ class ModuleTree:
     def __init__(self, step: BoundStep) -> None:
         found = _Found()
         found.visit(step.owner)
+        for name in _GLOBAL_HOOKS[:2]:
+            for hook in vars(nn.modules.module)[name].values():
+                found.visit(hook, "a forward hook of all modules", remote=True)
         self.modules = list(found.modules.values())
         self.remote = [m for k, m in found.remote.items() if k not in found.modules and m._buffers]
         if any(isinstance(m, torch.jit.ScriptModule) for m in self.modules):
@@ -291,6 +296,7 @@ class ModuleTree:
             *((slots, _HOOKS) for slots in self.slots),
         ]
         self._hooks = [slots[name] for slots, names in self.hook_slots for name in names[:2]]
+        self.is_hooked = any(self._hooks)  # hooks may hold a state as well
 
         # Whatever is put back for a repetition: attributes, and the children of each module.
         self.restored = [*self.slots, *(slots["_modules"] for slots in self.slots)]
@@ -324,7 +330,7 @@ class ModuleTree:
         self.is_lazy = any(map(is_lazy, parameters))
         odd = self.is_lazy or any(not p.is_leaf or is_transformed(p) for p in parameters)
         # A tree that is used again must not keep alive what is only weakly referred to.
-        odd = odd or self.has_tensors or found.weak
+        odd = odd or self.has_tensors or found.weak or self.is_hooked
         self.reusable = isinstance(step.owner, nn.Module) and stable and not odd
 
     def parameters_now(self) -> tuple[Tensor | None, ...]:
@@ -339,6 +345,8 @@ class ModuleTree:
 
     def holds(self) -> bool:
         """Whether attributes and children are what they were."""
+        if any(self._hooks) != self.is_hooked:
+            return False
         if any(self._empty) or [len(slots) for slots in self.slots] != self._sizes:
             return False
         try:
