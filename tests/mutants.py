@@ -107,9 +107,9 @@ MUTANTS = [
     Mutant(
         "revlib/core/tape.py",
         "(progress.index < k or kept <= progress.index)",
-        "(progress.index < k or kept < progress.index)",
-        "a kept state is preferred to a recovered one",
-        ("tests/test_schedulers.py", *CORE),
+        "progress.index < k",
+        "backward starts again from each kept state",
+        SCHEDULERS,
     ),
     Mutant(
         "revlib/core/tape.py",

@@ -10,7 +10,7 @@ from common import error
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine
+from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
 from revlib.core import Guards
 
 
@@ -109,3 +109,23 @@ def test_a_function_that_does_not_repeat_is_refused_and_wrong_without_the_check(
         gradients(Reversible(), chooses)
     leave_out(monkeypatch, "RecoveryCheck")
     assert error(gradients(Reversible(), chooses), want) > 1e-2
+
+
+def test_one_wrong_element_is_found_in_one_of_several_forwards():
+    """Of 1024 elements 128 are compared, and others in each forward."""
+    noise, refused = torch.Generator().manual_seed(0), []
+
+    def function(x):
+        wrong = torch.zeros(1024).index_fill(0, torch.tensor(3), torch.rand((), generator=noise).item())
+        return x.sin() + wrong
+
+    for _ in range(16):
+        xs = [torch.randn(1024, requires_grad=True) for _ in range(2)]
+        total = sum(y.sum() for y in reversible([(function, torch.cos)], *xs))
+        try:
+            total.backward()
+        except RuntimeError as error:
+            refused.append("recovered what enters" in str(error))
+        else:
+            refused.append(False)
+    assert 0 < sum(refused) < 16

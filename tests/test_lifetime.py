@@ -156,6 +156,28 @@ class Watched(nn.Module):
         return self.counter(h).tanh()
 
 
+class Telling(nn.Module):
+    """Keeps a loss as an attribute, which nobody need differentiate: its graph leads back to the module."""
+
+    def __init__(self, alive):
+        super().__init__()
+        self.linear, self.head, self.alive = nn.Linear(4, 4), nn.Linear(4, 1), alive
+
+    def forward(self, x):
+        self.alive.watch("a stream", x)
+        self.told = self.head(x).square().sum()
+        return self.alive.watch("an activation of Linear", self.linear(x)).tanh()
+
+
+@every_scheduler
+def test_a_module_that_keeps_a_part_of_the_graph_dies_after_backward(alive, scheduler):
+    stack, xs = ReversibleSequence([(Telling(alive), Telling(alive))] * 2, scheduler=scheduler).double(), leaves()
+    loss(stack(*xs)).backward()
+    assert stack[0].F.told.requires_grad
+    del stack, xs
+    everything_died(alive)
+
+
 @pytest.mark.parametrize("retain_graph", [False, True])
 @pytest.mark.parametrize("raise_at", [1, 2], ids=["in forward", "in backward"])
 @every_recomputing_scheduler
@@ -346,8 +368,8 @@ def test_kept_states_are_released_on_the_way_down():
 
 
 PASSES = {
-    "backward": lambda total, xs: total.backward(),
     "retain_graph": lambda total, xs: [total.backward(retain_graph=True) for _ in range(2)],
+    "backward": lambda total, xs: total.backward(),
     "then a last pass": lambda total, xs: [total.backward(retain_graph=r) for r in (True, False)],
     "grad of the streams": lambda total, xs: torch.autograd.grad(total, xs),
     "inputs=": lambda total, xs: total.backward(inputs=xs),

@@ -1,5 +1,6 @@
 """Faults that a review found once, each by its smallest case."""
 
+import functools
 import gc
 import itertools
 import weakref
@@ -433,6 +434,19 @@ def test_a_captured_table_of_indices_replaced():
         return [x.grad for x in xs]
 
     assert same(*by_naive(Checkpoint(), play))
+
+
+def test_a_captured_table_replaced_where_nobody_can_put_it_back():
+    """It comes out of a cache of functools. The last activations are those of other tables."""
+    tables = {i: torch.ones(4, dtype=torch.float64) for i in range(5)}
+    look_up = functools.lru_cache(lambda i: tables[i])
+    linear, xs = nn.Linear(4, 4).double(), leaves()
+    functions = [(lambda x: sum(linear(x) * look_up(i) for i in range(5)), torch.sin)]
+    total = loss(reversible(functions, *xs, scheduler=Checkpoint()))
+    tables[0] = 2 * tables[0]
+    look_up.cache_clear()
+    with pytest.raises(RuntimeError, match="recovered what enters"):
+        total.backward()
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e-5])

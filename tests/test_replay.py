@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from common import ByHand, SelfAttention, error, every_scheduler, grads, law, leaves, loss, mlp, net, train
+from common import (
+    ByHand,
+    SelfAttention,
+    error,
+    every_recomputing_scheduler,
+    every_scheduler,
+    grads,
+    law,
+    leaves,
+    loss,
+    mlp,
+    net,
+    train,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import DropPath
@@ -144,6 +157,20 @@ def test_a_second_forward_in_the_same_autocast_region_still_trains_the_weights(s
         return found
 
     no_further_from_the_truth(scheduler, scene, factor)
+
+
+@every_recomputing_scheduler
+def test_weights_that_were_cast_before_a_step_of_the_optimizer_are_not_used_after_it(scheduler):
+    """In the region in which they were cast: autocast would find them in its cache."""
+    stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(stack(*xs)).backward()
+        optimizer.step()
+        got = stack(*xs)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = stack(*xs)
+    assert all(map(torch.equal, got, want))
 
 
 @with_factor
