@@ -124,7 +124,7 @@ class Stage:
         stack.coupling, stack.scheduler = COUPLINGS[coupling], SCHEDULERS[scheduler]
         streams = [x.to(dtype, copy=True).requires_grad_() for x in self.streams]
         seen: list[Tensor] = []  # by the first function: in forward and, unless it is stored, again in backward
-        hook = stack[0].F.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+        hook = stack[0].F.register_forward_pre_hook(lambda _, args, note=seen.append: note(args[0].detach().clone()))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             outputs = stack(*streams)
         loss_of(outputs).backward()

@@ -758,7 +758,7 @@ print(f"{len(found[0])} gradients of 100 blocks under bfloat16 autocast, recover
 def seen_by(module, run):
     """The arguments that a module gets, and what it returns, while something runs."""
     seen = []
-    hook = module.register_forward_hook(lambda _, args, result: seen.append((args, result)))
+    hook = module.register_forward_hook(lambda _, args, result, note=seen.append: note((args, result)))
     run()
     hook.remove()
     (call,) = seen
@@ -790,7 +790,7 @@ assert before.shape[1] == 4 * after.shape[1] and 2 * before.shape[2] == after.sh
 def evaluations(module):
     """How often a training step evaluates a module: twice if it is checkpointed."""
     calls = []
-    hook = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = module.register_forward_pre_hook(lambda *_, note=calls.append: note(1))
     model = swin if module in set(swin.modules()) else mvit
     model(images).sum().backward()
     hook.remove()

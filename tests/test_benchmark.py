@@ -295,7 +295,7 @@ def test_blocks_are_those_of_the_models():
         for mine, theirs in zip(stack.parameters(), own.parameters(), strict=True):
             mine.data = theirs.data
         seen: list[Any] = []
-        own.register_forward_hook(lambda module, args, streams, seen=seen: seen.append((args[0], streams)))
+        own.register_forward_hook(lambda module, args, streams, seen=seen, note=seen.append: note((args[0], streams)))
         model(images)
         ((entered, left),) = seen
         got = stack(*[entered.reshape(x.shape)] * 2)

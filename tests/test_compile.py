@@ -329,7 +329,7 @@ def test_a_whole_graph_of_a_sequence_that_recomputes_is_refused(scheduler):
 def test_a_compiled_sequence_recomputes(scheduler):
     """On torch 2.11 it once stored what ``Naive`` stores, and nothing said so."""
     calls, stack = [], make(scheduler)
-    stack[0].F.register_forward_pre_hook(lambda *_: calls.append(1))
+    stack[0].F.register_forward_pre_hook(lambda *_, note=calls.append: note(1))
     run = torch.compile(stack, backend="aot_eager")
     for xs in batches(3, 3):
         loss(run(*xs)).backward()

@@ -162,10 +162,10 @@ def test_both_streams_are_fused_after_every_stage(fusion):
     model, seen = build(fusion=fusion, parts=1).eval(), []
     for stage in model.stages:
         assert type(stage.fusion) is fusion
-        stage.pairs.register_forward_hook(lambda module, args, streams: seen.append(streams))
-        stage.fusion.register_forward_hook(lambda module, args, fused: seen.append((args, fused)))
+        stage.pairs.register_forward_hook(lambda module, args, streams, note=seen.append: note(streams))
+        stage.fusion.register_forward_hook(lambda module, args, fused, note=seen.append: note((args, fused)))
         if stage.transition is not None:
-            stage.transition.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+            stage.transition.register_forward_pre_hook(lambda module, args, note=seen.append: note(args[0]))
     features = model.forward_features(torch.randn(2, 1, 16, 8))
     streams, fusions, entered = seen[0::3], seen[1::3], seen[2::3]
     assert [s.shape[1:] for s in entered] == [(32, 8), (8, 16)] and len(streams) == len(fusions) == 3
@@ -314,7 +314,7 @@ def test_the_model_brings_its_defaults_and_flags_win():
 def test_under_autocast_streams_stay_in_full_precision():
     model, seen = RevMViT(), []
     for stage in model.stages:
-        stage.pairs.register_forward_pre_hook(lambda _, streams: seen.extend(s.dtype for s in streams))
+        stage.pairs.register_forward_pre_hook(lambda _, streams, note=seen.extend: note(s.dtype for s in streams))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 32, 32))
     assert seen == [torch.float32] * 6

@@ -74,7 +74,7 @@ def test_in_parts_gradients_are_those_of_naive_in_every_bit_on_a_grid(scheduler,
 def test_each_part_is_run_by_itself_and_only_while_gradients_are_recorded(name):
     model, seen = build(name, parts=2, scheduler=Naive()), []
     first = model.sequences[0]
-    first[0].F.register_forward_hook(lambda module, args, y: seen.append(len(args[0])))
+    first[0].F.register_forward_hook(lambda module, args, y, note=seen.append: note(len(args[0])))
     model(images(name, 5, torch.float32))
     assert sorted(seen) == [2, 3]
     seen.clear()

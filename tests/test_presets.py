@@ -372,9 +372,9 @@ def test_levels_that_nothing_takes_are_not_run(name):
     model, ran = build(name, **({"parts": 1} if name == "rev_swin_tiny" else {})), []
     for i, sequence in enumerate(sequences(model)):
         for j, pair in enumerate(sequence):
-            pair.G.register_forward_hook(lambda *args, at=(i, j): ran.append(at))
+            pair.G.register_forward_hook(lambda *args, at=(i, j), note=ran.append: note(at))
     for i, between in enumerate(getattr(model, "downsamples", [])):
-        between.register_forward_pre_hook(lambda *args, at=i: ran.append(at))
+        between.register_forward_pre_hook(lambda *args, at=i, note=ran.append: note(at))
     model.forward_intermediates(images(), [1], stop_early=True)
     assert ran == ([(0, 0), (0, 1)] if name == "rev_vit_small" else [(0, 0), 0, (1, 0), (1, 1)])
     ran.clear()
@@ -392,7 +392,7 @@ def test_parts_of_a_sequence_run_as_the_whole_does():
             return super().run(branches, state, context)
 
     model = build("rev_vit_small", scheduler=Spy(), coupling=ExactAdditive())
-    model.blocks.register_forward_hook(lambda *args: hooked.append(len(runs)))
+    model.blocks.register_forward_hook(lambda *args, note=hooked.append: note(len(runs)))
     model.forward_intermediates(images(), [0, 2])
     assert runs == [(n, {ExactAdditive()}) for n in (2, 4, 2)] and not hooked
     model(images())

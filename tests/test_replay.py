@@ -111,7 +111,7 @@ def test_autocast_around_the_forward_alone_is_replayed(scheduler, factor, device
             stack, xs = stack.double(), [x.detach().double().requires_grad_() for x in xs]
         stack, xs = stack.to(device), [x.detach().to(device).requires_grad_() for x in xs]
         if not exact:
-            stack[0].G[1].register_forward_hook(lambda m, args, y: seen.append(y.dtype))
+            stack[0].G[1].register_forward_hook(lambda m, args, y, note=seen.append: note(y.dtype))
         with torch.autocast(device, torch.bfloat16, enabled=not exact):
             outputs = stack(*xs)
         assert all(y.dtype == x.dtype for y, x in zip(outputs, xs, strict=True))
@@ -128,7 +128,7 @@ def test_autocast_around_backward_alone_is_not_replayed(scheduler):
 
     def scene(scheduler):
         stack, xs = net(scheduler, dtype=torch.float32), leaves(16, 4, dtype=torch.float32)
-        stack[0].G[1].register_forward_hook(lambda m, args, y: seen.append(y.dtype))
+        stack[0].G[1].register_forward_hook(lambda m, args, y, note=seen.append: note(y.dtype))
         total = loss(stack(*xs))
         with torch.autocast("cpu", torch.bfloat16):
             total.backward()

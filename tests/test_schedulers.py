@@ -103,7 +103,7 @@ def counted(stack):
     """Put counters of whole evaluations into the functions of a stack."""
     ends = []
     for k, branch in enumerate(stack.bound_steps):
-        branch.fn.register_forward_hook(lambda *_, k=k: ends.append(k))
+        branch.fn.register_forward_hook(lambda *_, k=k, note=ends.append: note(k))
     return ends
 
 
@@ -229,7 +229,7 @@ def kept_steps(stack, *streams):
     """Runs forward, backward; -> which steps were not evaluated again."""
     again, handles = set(), []
     for k, branch in enumerate(stack.bound_steps):
-        handles.append(branch.fn.register_forward_pre_hook(lambda *_, k=k: again.add(k)))
+        handles.append(branch.fn.register_forward_pre_hook(lambda *_, k=k, note=again.add: note(k)))
     outputs = stack(*streams)
     again.clear()
     loss(outputs).backward()
@@ -312,7 +312,7 @@ def test_stages_share_a_budget_and_the_last_come_first(calls):
     again = set()
     for name, module in (("first", model.first), ("second", model.second)):
         for k, branch in enumerate(module.bound_steps):
-            branch.fn.register_forward_pre_hook(lambda *_, name=name, k=k: again.add((name, k)))
+            branch.fn.register_forward_pre_hook(lambda *_, name=name, k=k, note=again.add: note((name, k)))
     outputs = model(x)
     again.clear()
     loss(outputs).backward()

@@ -557,7 +557,7 @@ def test_a_kept_stream_edited_since_forward_raises_what_its_scheduler_raises():
     def scene(scheduler, needed):
         stack, xs = net(scheduler), leaves()
         seen = []
-        stack.bound_steps[2].fn.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        stack.bound_steps[2].fn.register_forward_hook(lambda module, args, out, note=seen.append: note(args[0]))
         total = loss(stack(*xs))
         with torch.no_grad():
             seen[0].detach().add_(1)

@@ -188,7 +188,7 @@ def test_under_autocast_streams_stay_in_full_precision():
     model, images, seen = RevSwin(**TINY), torch.randn(3, 1, 10, 14), []
     for F, G in chain(*model.stages):
         for branch in (F, G):
-            branch.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+            branch.register_forward_pre_hook(lambda _, args, note=seen.append: note(args[0].dtype))
     low, full = (gradients(model, Reversible(), images, amp) for amp in (True, False))
     assert set(seen) == {torch.float32} and low[0].dtype == torch.bfloat16
     assert error(low, full) < 0.2 and not torch.equal(low[1], full[1])
