@@ -543,15 +543,24 @@ class Recorder(TorchDispatchMode):
         return result
 
     def follow(self, stack):
-        """Learn from hooks what is being done: a function begins to recover its step, or its gradient arrives."""
+        """Learn from hooks what is being done: a function begins to recover its step, or its gradient arrives.
+
+        Revlib puts back what the hooks of a function that runs again have changed. It does not look into built-in
+        methods, so they note what they see by one.
+        """
+        note, driver = self.doing.__setitem__, self.checker.driver
         for k, branch in enumerate(stack.bound_steps, start=1):
 
             def recovers(module, args, k=k):
-                self.doing[self.here().name] = f"R{k}"
+                note(driver.stream.name, f"R{k}")
 
             def differentiates(module, args, output, k=k):
+                def arrives(gradient):
+                    note("main", f"D{k}")
+                    note("side of main", f"R{k - 1}")
+
                 if output.requires_grad:
-                    output.register_hook(lambda _: self.doing.update({"main": f"D{k}", "side of main": f"R{k - 1}"}))
+                    output.register_hook(arrives)
 
             yield branch.fn.register_forward_pre_hook(recovers)
             yield branch.fn.register_forward_hook(differentiates)
