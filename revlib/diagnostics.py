@@ -21,7 +21,7 @@ from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import Comparison, default_tolerance, relative_errors
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence, checked_streams, entered
-from revlib.step import BoundStep, State, evaluate, merge, retreat, route
+from revlib.step import BoundStep, State, advance, apart, layouts, numbered, route, together
 
 __all__ = ["Drift", "DriftMonitor"]
 
@@ -128,10 +128,15 @@ def _measure(
 ) -> tuple[list[tuple[int, str, float]], float]:
     """-> step, name and error of each stream that backward would invert; and what it would tolerate."""
     m, plan = len(given), scheduler.plan(len(steps))
-    kept = {*plan.streams, *(i for j in plan.states for i in range(j, j + m))}
+    laid_out = layouts(steps, m)
+    numbers = numbered(laid_out, m)
+    takes = [apart(before, a.taken)[0] for before, a in zip(numbers, laid_out, strict=False)]
+    kept = {i for j in plan.states for i in numbers[j]} | {
+        i for k in plan.streams for i in takes[k]
+    }
     top = max(plan.states, default=0)
     lowest = min((k for k in range(top) if k not in plan.activations), default=top)
-    inverted = [k for k in reversed(range(lowest, top)) if k not in kept]
+    inverted = [k for k in reversed(range(lowest, top)) if not kept.issuperset(takes[k])]
     if not inverted:
         return [], math.inf
     steps, state = entered(steps, given)
@@ -142,33 +147,38 @@ def _measure(
     devices = devices_of(tensors)
     guards = Guards([Randomness(devices), Settings(devices), ModuleStates()])
     devices = [d for d in devices if d.type != "cpu"]
-    streams, samples = dict[int, Tensor](), dict[int, Tensor]()
+    streams, samples = dict[int, State](), dict[int, list[Tensor]]()
     runs, dtypes, errors = list[StepGuard](), set[torch.dtype](), list[Tensor]()
     fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
     with fork, _untouched(f for tree in trees for f in tree.modules):
-        for k, step in enumerate(steps[:top]):
-            s, *inputs = state
-            streams |= {k: s} if k in kept else {}
-            samples |= {k: _sample(s)} if k in inverted else {}
-            runs.append(guards.step(StepView(k, step, {}, True, False), state))
+        for k, (step, layout) in enumerate(zip(steps[:top], laid_out, strict=False)):
+            taken, others = apart(state, layout.taken)
+            if k in inverted:
+                samples[k] = [_sample(s) for s in taken]
+            else:
+                streams[k] = taken
+            runs.append(guards.step(StepView(k, step, {}, True, False, (), ()), state))
             with first_run(runs[k]):
-                f = evaluate(step, tuple(inputs), tree_map(lambda leaf: leaf, contexts[k]))
-            state = (*inputs, merge(step, s, f))
-            dtypes.update(t.dtype for t in (s, state[-1], *tree_leaves(f)))
+                f = step.evaluate(others, tree_map(lambda leaf: leaf, contexts[k]))
+                made = step.merge(taken, f)
+            state = together(made, layout.made, others)
+            dtypes.update(t.dtype for t in (*taken, *made))
+            dtypes.update(t.dtype for t in tree_leaves(f) if isinstance(t, Tensor))
         for k in reversed(range(inverted[-1], top)):
+            before = streams.get(k, ())
             if k in inverted:
                 with repetition(runs[k]):
-                    s = retreat(steps[k], state, tree_map(lambda leaf: leaf, contexts[k]))[0].to(
-                        samples[k].dtype
-                    )
-                comparison = Comparison(steps[k].name, samples[k], _sample(s))
-                errors.append(relative_errors([comparison], 1.0).to(given[0].device))
-            state = (s if k in inverted else streams[k], *state[:-1])
+                    back = [steps[k].inverse()], state, [tree_map(lambda leaf: leaf, contexts[k])]
+                    before = apart(advance(*back), laid_out[k].taken)[0]
+                pairs = zip(samples[k], before, strict=True)
+                found = [Comparison(steps[k].name, a, _sample(b.to(a.dtype))) for a, b in pairs]
+                errors.append(relative_errors(found, 1.0).amax().to(given[0].device))
+            state = together(before, laid_out[k].taken, apart(state, laid_out[k].made)[1])
     tolerated = scheduler.tolerance
     if tolerated is None or tolerated == math.inf:
         tolerated = default_tolerance(dtypes, given[0].device.type != "cpu")
-    found = torch.cat(errors).tolist()
-    return [(k, steps[k].name, error) for k, error in zip(inverted, found, strict=True)], tolerated
+    values = torch.stack(errors).tolist()
+    return [(k, steps[k].name, error) for k, error in zip(inverted, values, strict=True)], tolerated
 
 
 def _sample(t: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from revlib.guards.modules import parameters_of
 from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import refuse_opaque
 from revlib.look_ahead import LookAheadTape
-from revlib.step import BoundStep, State, advance, route
+from revlib.step import BoundStep, State, advance, layouts, route
 
 __all__ = ["PassOptions", "Plan", "run"]
 
@@ -118,36 +118,30 @@ def _record(
     if any(contexts):
         tensors += [t for t in tree_leaves(contexts) if isinstance(t, Tensor)]
     guard, recovery = _guards(len(steps), tensors, options)
-    tape = _tape(state, guard, options)
+    tape = _tape(steps, state, plan, guard, options)
     tape.recovery = recovery  # type: ignore[attr-defined]
     # Containers of our own, since functions may append to the user's.
     copies = [tree_map(lambda leaf: leaf, context) if context else context for context in contexts]
-    treatments = plan.treatments(len(steps), len(state))
-    for k, (step, context, copy, treatment) in enumerate(
-        zip(steps, contexts, copies, treatments, strict=True)
-    ):
-        if k in plan.states:
-            tape.kept.keep(k, state)
-        if k in plan.streams:
-            tape.kept.keep(k, state[:1])
+    for step, context, copy in zip(steps, contexts, copies, strict=True):
         if step.begins is not None and step.begins.is_hooked:
             step.begins.entered(state)
-        state = tape.run(step, state, context, copy, treatment)
+        state = tape.run(step, state, context, copy)
         if step.ends is not None and step.ends.is_hooked:
             step.ends.left(state)
-    if len(steps) in plan.states:
-        tape.kept.keep(len(steps), state)
+    tape.keep_state(state)
     guard.forward_done(state)
     return state
 
 
-def _tape(state: State, guard: Guard, options: PassOptions) -> Tape:
-    policy, device = options.look_ahead, state[0].device
+def _tape(
+    steps: Sequence[BoundStep], state: State, plan: Plan, guard: Guard, options: PassOptions
+) -> Tape:
+    policy, device, m = options.look_ahead, state[0].device, len(state)
     if policy is None or not all(
         cuda_streams.driver.serves(s) and s.device == device for s in state
     ):
-        return Tape(len(state), guard)
-    return LookAheadTape(len(state), guard, policy, device)
+        return Tape(plan, layouts(steps, m), m, guard)
+    return LookAheadTape(plan, layouts(steps, m), m, guard, policy, device)
 
 
 def _guards(

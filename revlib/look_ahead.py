@@ -6,6 +6,7 @@ Source: Zhu and Mangalam, *PaReprop: Fast Parallelized Reversible Backpropagatio
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from revlib import cuda_streams
 from revlib._torch import bypass_compiler, graph_is_kept, graph_task
-from revlib.core import SHARED, Guard, Key, Placeholder, Tape
+from revlib.core import SHARED, Guard, Key, Placeholder, Plan, Tape
+from revlib.step import Layout
 
 __all__ = ["LookAheadTape"]
 
@@ -23,9 +25,15 @@ class LookAheadTape(Tape):
     """Recovers step k - 1 on the side stream as soon as the first tensor of step k has been asked for."""
 
     def __init__(
-        self, m: int, guard: Guard, policy: cuda_streams.LookAheadPolicy, device: torch.device
+        self,
+        plan: Plan,
+        layouts: Sequence[Layout],
+        m: int,
+        guard: Guard,
+        policy: cuda_streams.LookAheadPolicy,
+        device: torch.device,
     ) -> None:
-        super().__init__(m, guard)
+        super().__init__(plan, layouts, m, guard)
         self.policy, self.device = policy, device
         self.launches: dict[
             int, cuda_streams.Launch

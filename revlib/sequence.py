@@ -9,22 +9,25 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from revlib.bijections import Bijection
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.schedulers import Reversible, Scheduler
 from revlib.schedulers.base import checked as _checked_scheduler
-from revlib.step import BoundStep, Pair, State, Step, retreat, route
+from revlib.step import BoundStep, Pair, State, Step, apart, layouts, numbered
 from revlib.step import checked as _checked_coupling
 
 __all__ = ["ReversibleSequence", "invert", "reversible"]
 
-Functions = Iterable[Any]  # of (F, G) pairs and Steps
+Functions = Iterable[Any]  # of (F, G) pairs, Steps and Bijections
 
 
 def _bind(items: Iterable[Any], coupling: Coupling) -> list[BoundStep]:
     steps = []
     for i, item in enumerate(items):
         if isinstance(item, Step):
-            steps.append(BoundStep(item, item.coupling, f"step {i} ({_name(item.fn)})"))
+            steps.append(item.bind(f"step {i} ({_name(item.fn)})"))
+        elif isinstance(item, Bijection):
+            steps.append(item.bind(f"bijection {i} ({_name(item)})"))
         else:
             F, G = _pair(item)
             if isinstance(item, Pair) and type(item) is not Pair:
@@ -53,7 +56,7 @@ def _name(fn: Callable[..., Any]) -> str:
     )
 
 
-def checked_streams(streams: tuple[Any, ...]) -> State:
+def checked_streams(streams: tuple[Any, ...], least: int = 2) -> State:
     for i, stream in enumerate(streams):
         if not isinstance(stream, Tensor):
             raise TypeError(
@@ -70,7 +73,7 @@ def checked_streams(streams: tuple[Any, ...]) -> State:
                 "float32, and to 8 bits only inside of the functions"
             )
         _check_kind(i, stream)
-    if len(streams) < 2:
+    if len(streams) < least:
         raise TypeError(
             f"a reversible sequence runs on at least two streams, got {len(streams)}; "
             "duplicate the input, seq(x, x), or split it, seq(*x.chunk(2, dim=-1))"
@@ -109,17 +112,23 @@ def entered(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], St
     for the coupling that will merge it away first."""
     dtype = streams[0].dtype
     if all(s.dtype is dtype for s in streams):
-        steps = [step.with_coupling(step.coupling.for_streams(dtype)) for step in steps]
-    state = (
-        *(step.coupling.enter(s) for step, s in zip(steps, streams, strict=False)),
-        *streams[len(steps) :],
-    )
-    return steps, state
+        steps = [step.for_streams(dtype) for step in steps]
+    state, m = list(streams), len(streams)
+    found = layouts(steps, m)
+    for k, (layout, numbers) in enumerate(zip(found, numbered(found, m), strict=False)):
+        # What a bijection takes is made fit for the couplings behind it.
+        law = next((step for step in steps[k:] if not step.merge_reads), steps[k])
+        for i in apart(numbers, layout.taken)[0]:
+            if i < m:
+                state[i] = law.enter(state[i])
+        if min(numbers) >= m:
+            break
+    return steps, tuple(state)
 
 
 def _left(steps: list[BoundStep], streams: State, state: State) -> State:
     """The streams as they leave: in the dtype in which they entered, if a coupling widened them unasked."""
-    if not any(step.coupling.leaves_as_entered for step in steps):
+    if not any(step.leaves_as_entered for step in steps):
         return state
     return tuple(s.to(streams[0].dtype) for s in state)
 
@@ -130,7 +139,8 @@ def _pair(item: Any) -> tuple[Any, Any]:
     except (TypeError, ValueError):
         given = f"{len(item)} functions" if isinstance(item, (tuple, list)) else type(item).__name__
         raise TypeError(
-            f"expected a pair (F, G) or a Step, got {given}; give functions two by two, or wrap each as Step(fn)"
+            f"expected a pair (F, G) or a Step, got {given}; give functions two by two, or wrap each as Step(fn); "
+            "a map with an inverse of its own is a Bijection"
         ) from None
     for name, fn in (("F", F), ("G", G)):
         if not callable(fn):
@@ -138,8 +148,8 @@ def _pair(item: Any) -> tuple[Any, Any]:
     return F, G
 
 
-def _item(item: Any) -> Step | Pair:
-    if isinstance(item, (Step, Pair)):
+def _item(item: Any) -> Step | Pair | Bijection:
+    if isinstance(item, (Step, Pair, Bijection)):
         return item
     F, G = _pair(item)
     for name, fn in (("F", F), ("G", G)):
@@ -266,36 +276,36 @@ class ReversibleSequence(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of functions, which a copy finds out for itself."""
-        return {k: v for k, v in self.__dict__.items() if k != "_bound"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_bound", "_backwards")}
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
         """Run the steps in order: ``y1, y2 = seq(x1, x2, **context)``.
 
         Args:
-            streams: two tensors or more, as many as the functions expect.
+            streams: two tensors or more, as many as the functions expect; one where a bijection such as ``Split`` comes
+                first.
             context: keyword arguments for the functions. Each function receives those that its signature names.
 
         Returns:
-            As many streams, of the same shapes and dtypes, differentiable in everything that the functions use.
+            As many streams, of the same shapes and dtypes unless bijections change them, differentiable in everything
+            that the functions use.
 
         Raises:
             TypeError: for a stream that is no dense floating-point tensor, fewer than two streams, or context that no
                 function names.
             ValueError: for a result that does not fit its stream.
         """
-        checked_streams(streams)
-        steps, state = entered(self.bound_steps, streams)
-        return _left(steps, streams, self.scheduler.run(steps, state, context))
+        return _run(self.bound_steps, self.scheduler, streams, context)
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
-        """The inputs that give these outputs, by undoing the steps in reverse order; differentiable, nothing dropped.
+        """The inputs that give these outputs, by undoing the steps in reverse order.
 
         Functions that draw random numbers do not draw the same ones again here: invert in ``eval()`` mode. Pass the
         context that forward had. The result is the input up to rounding, or to the last bit with ``ExactAdditive``.
 
         Shapes: the outputs of the stack to its inputs.
-        Cost: the time of one forward; with gradients enabled every activation is kept, so use ``torch.no_grad()``
-        where no gradient is needed.
+        Cost: the time of one forward. Gradients flow through it, in the memory that the scheduler takes in forward:
+        its backward runs the steps forwards.
 
         Raises:
             TypeError: as :meth:`forward`.
@@ -308,7 +318,11 @@ class ReversibleSequence(nn.Module):
             >>> torch.allclose(r1, x, atol=1e-5), torch.allclose(r2, x, atol=1e-5)
             (True, True)
         """
-        return _invert(self.bound_steps, streams, context)
+        steps, state = _at_the_end(self.bound_steps, streams)
+        known = self.__dict__.get("_backwards")
+        if known is None or len(known[0]) != len(steps) or not all(map(is_, known[0], steps)):
+            known = self.__dict__["_backwards"] = steps, _backwards(steps)
+        return _left(steps, streams, self.scheduler.run(known[1], state, context))
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -333,16 +347,27 @@ class ReversibleSequence(nn.Module):
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
-def _invert(steps: list[BoundStep], streams: State, context: Mapping[str, Any]) -> State:
-    checked_streams(streams)
-    steps, _ = entered(steps, streams)
-    state = streams
-    if any(step.coupling.leaves_as_entered for step in steps):
-        state = tuple(s.float() for s in streams)
-    contexts = route(steps, len(state), context)
-    for step, routed in zip(reversed(steps), reversed(contexts), strict=True):
-        state = retreat(step, state, routed)
-    return _left(steps, streams, state)
+def _run(
+    steps: list[BoundStep], scheduler: Scheduler, streams: State, context: Mapping[str, Any]
+) -> State:
+    checked_streams(streams, 1 if steps and steps[0].merge_reads else 2)
+    steps, state = entered(steps, streams)
+    return _left(steps, streams, scheduler.run(steps, state, context))
+
+
+def _at_the_end(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
+    """The steps with the couplings that they have for such streams, and the streams as the last of them left them."""
+    checked_streams(streams, 1 if steps and steps[-1].merge_reads else 2)
+    dtype = streams[0].dtype
+    if all(s.dtype is dtype for s in streams):
+        steps = [step.for_streams(dtype) for step in steps]
+    if any(step.leaves_as_entered for step in steps):
+        return steps, tuple(s.float() for s in streams)
+    return steps, streams
+
+
+def _backwards(steps: list[BoundStep]) -> list[BoundStep]:
+    return [step.inverse() for step in reversed(steps)]
 
 
 def reversible(
@@ -355,7 +380,8 @@ def reversible(
     """:class:`ReversibleSequence` without modules: ``y1, y2 = reversible([(f, g), ...], x1, x2)``.
 
     Args:
-        functions: pairs of callables, and Steps, in any order. Gradients flow to everything that they capture.
+        functions: pairs of callables, Steps and Bijections, in any order. Gradients flow to everything that
+            they capture.
         streams: two tensors or more.
         coupling: the law of the pairs, additive unless given.
         scheduler: what forward keeps, ``Reversible()`` unless given.
@@ -375,22 +401,21 @@ def reversible(
         (torch.Size([2, 4]), torch.Size([4, 4]))
     """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
-    checked_streams(streams)
-    steps, state = entered(steps, streams)
     law = _checked_scheduler(scheduler or Reversible(), "scheduler")
-    return _left(steps, streams, law.run(steps, state, context or {}))
+    return _run(steps, law, streams, context or {})
 
 
 def invert(
     functions: Functions,
     *streams: Tensor,
     coupling: Coupling | None = None,
+    scheduler: Scheduler | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> State:
     """The inverse of :func:`reversible`: ``x1, x2 = invert([(f, g), ...], y1, y2)``.
 
     Pass the same functions, coupling and context. The result is the input up to rounding, or to the last bit with
-    ``ExactAdditive``. It is differentiable, and keeps every activation unless gradients are disabled.
+    ``ExactAdditive``. Gradients flow through it in the memory that the scheduler takes.
 
     Shapes, and errors in forward, are those of :class:`ReversibleSequence`. Cost: the time of one forward.
 
@@ -402,4 +427,6 @@ def invert(
         True
     """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
-    return _invert(steps, streams, context or {})
+    law = _checked_scheduler(scheduler or Reversible(), "scheduler")
+    steps, state = _at_the_end(steps, streams)
+    return _left(steps, streams, law.run(_backwards(steps), state, context or {}))

@@ -2,60 +2,200 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from revlib._torch import tree_leaves, versions_of
-from revlib.couplings import Additive, Coupling
+from revlib.couplings import Coupling, DefaultAdditive
 from revlib.keywords import Keywords, keywords_of
 
 __all__ = [
     "BoundStep",
+    "Layout",
     "Pair",
     "State",
     "Step",
     "advance",
+    "apart",
     "checked",
-    "evaluate",
-    "merge",
-    "retreat",
+    "layouts",
+    "numbered",
     "route",
+    "together",
 ]
 
 State = tuple[Tensor, ...]
+T = TypeVar("T")
+
+
+class Layout(NamedTuple):
+    """Which streams of a state a step takes away, and at which places of the next state it puts those that it makes.
+
+    The others stay, in their order. Of them the function reads the last ``read``.
+    """
+
+    taken: tuple[int, ...]
+    made: tuple[int, ...]
+    read: int
+
+
+def apart(state: tuple[T, ...], places: tuple[int, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """What stands at these places, and the others."""
+    first, count = places[0], len(places)
+    if places[-1] == first + count - 1:  # as nearly always
+        return state[first : first + count], state[:first] + state[first + count :]
+    others = tuple(s for i, s in enumerate(state) if i not in places)
+    return tuple(state[i] for i in places), others
+
+
+def together(some: tuple[T, ...], places: tuple[int, ...], others: tuple[T, ...]) -> tuple[T, ...]:
+    """The inverse of :func:`apart`."""
+    first, count = places[0], len(places)
+    if places[-1] == first + count - 1:
+        return others[:first] + some + others[first:]
+    state = list(others)
+    for i, s in zip(places, some, strict=True):
+        state.insert(i, s)
+    return tuple(state)
 
 
 class BoundStep:
-    """A step as the engine sees it: a function, the law that merges its result, and a name for messages.
+    """A step as the engine sees it: it takes streams of a state away, and makes others of them.
+
+    In between it evaluates a function on some of the streams that stay, and ``merge`` and ``unmerge`` map what it takes
+    to what it makes and back, given what the function returned. This is the step of a function and a coupling. Other
+    kinds override how their streams are laid out, and these three.
 
     A sequence makes its bound steps once and uses them in every forward, so that what is found out about a function
     need not be found out again: ``memory`` belongs to the guards, which check that what they remember still holds.
     """
 
-    def __init__(self, fn: Callable[..., Any], coupling: Coupling, name: str) -> None:
-        self.fn, self.coupling, self.name = fn, coupling, name
+    merge_reads = False  # whether merge reads tensors besides what it is given, as the parameters of a bijection
+
+    def __init__(
+        self, fn: Callable[..., Any], coupling: Coupling, name: str, streams: int | None = None
+    ) -> None:
+        self.fn, self.coupling, self.name, self.streams = fn, coupling, name, streams
         self.memory: dict[Any, Any] = {}
         self.begins: Pair | None = None  # the pair whose first function this is
         self.ends: Pair | None = None  # the pair whose second function this is
         self._keywords: tuple[Any, Keywords] | None = None
+        self._layout: tuple[int, Layout] = (0, Layout((), (), 0))
 
     @property
     def owner(self) -> Callable[..., Any]:
         """The function whose state is read. A :class:`Step` only wraps it."""
         return self.fn.fn if isinstance(self.fn, Step) else self.fn
 
-    def with_coupling(self, coupling: Coupling) -> BoundStep:
-        """The same step with another law; always the same one for the same law."""
+    def with_function(self, fn: Callable[..., Any]) -> BoundStep:
+        """The same step of another function."""
+        step = copy.copy(self)
+        step.fn = fn
+        return step
+
+    def for_streams(self, dtype: torch.dtype) -> BoundStep:
+        """The same step with the law that it has for such streams; always the same one for the same law."""
+        coupling = self.coupling.for_streams(dtype)
         if coupling is self.coupling:
             return self
         if coupling not in self.memory:
-            other = self.memory[coupling] = BoundStep(self.fn, coupling, self.name)
-            other.begins, other.ends = self.begins, self.ends
+            step = self.memory[coupling] = copy.copy(self)
+            step.coupling, step.memory = coupling, {}
         return self.memory[coupling]
+
+    # ------------------------------------------------------------------------------------------ streams
+    def layout(self, m: int) -> Layout:
+        """How the step treats a state of ``m`` streams."""
+        if self._layout[0] != m:
+            self._layout = m, self._laid_out(m)
+        return self._layout[1]
+
+    def _laid_out(self, m: int) -> Layout:
+        n = self.streams or m
+        if not 2 <= n <= m:
+            raise TypeError(
+                f"{self.name} runs on at least {self.streams or 2} streams, got {m}; duplicate the input, seq(x, x), "
+                "or split it: seq(*x.chunk(2, dim=-1)), or a bijection such as Split() before the step"
+            )
+        return Layout((m - n,), (m - 1,), n - 1)
+
+    def streams_before(self, m: int) -> int:
+        """The number of streams of the state before, from that of the state after the step."""
+        return m
+
+    # ------------------------------------------------------------------------------------------ the map
+    @property
+    def needs_data(self) -> bool:
+        """Whether it takes its parameters from the streams that it sees next."""
+        return False
+
+    def prepare(self, taken: State) -> None:
+        """Before the step runs in forward, unwatched: have it take what it needs of its streams."""
+
+    def evaluate(self, others: State, context: Mapping[str, Any]) -> Any:
+        """``f``, refusing a function that edits its inputs or its context in place."""
+        inputs = others if self.streams is None else others[len(others) - self.streams + 1 :]
+        return self.called(tuple(map(self.coupling.show, inputs)), context)
+
+    def called(self, inputs: State, context: Mapping[str, Any]) -> Any:
+        """What the function returns for these streams."""
+        if torch.compiler.is_compiling():  # version counters cannot be traced
+            return self.fn(*inputs, **context)
+        watched = inputs
+        if context:
+            watched = (*inputs, *(t for t in tree_leaves(dict(context)) if isinstance(t, Tensor)))
+        before = versions_of(watched)
+        try:
+            f = self.fn(*inputs, **context)
+        except TypeError as error:
+            _refuse_signature(self, inputs, context, error)
+            raise
+        if versions_of(watched) != before:
+            raise RuntimeError(
+                f"{self.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
+                "clone the tensor before editing it, or use an out-of-place operation."
+            )
+        return f
+
+    def counted(self, inputs: int) -> str:
+        """How messages call the streams that the function was given."""
+        return f"{inputs} of {inputs + 1} streams, all but its own"
+
+    def merge(self, taken: State, f: Any) -> State:
+        """The new streams from those that are taken away, which they must equal in shape and kind."""
+        return (_merged(self, taken[-1], f),)
+
+    def unmerge(self, made: State, f: Any) -> State:
+        """The streams that were taken away, from the new ones."""
+        return (self.coupling.unmerge(made[-1], f),)
+
+    # ------------------------------------------------------------------------------------------ exactness
+    def enter(self, s: Tensor) -> Tensor:
+        """A stream as a sequence lets it in, if this step is the first that merges it away."""
+        return self.coupling.enter(s)
+
+    @property
+    def leaves_as_entered(self) -> bool:
+        """Whether the step has widened its streams unasked, so that they leave in the dtype in which they came."""
+        return self.coupling.leaves_as_entered
+
+    def limit_of(self, dtype: torch.dtype) -> float:
+        """The magnitude that the new stream must stay below."""
+        return self.coupling.limit_of(dtype)
+
+    def inverts_exactly(self, dtype: torch.dtype) -> bool:
+        """Whether inversion gives back every bit of a stream of this dtype."""
+        return self.limit_of(dtype) < math.inf
+
+    def inverse(self) -> BoundStep:
+        """The step backwards."""
+        return BoundInverse(self)
 
     def keywords(self, streams: int) -> Keywords:
         """The keywords that the function takes besides so many streams."""
@@ -68,6 +208,48 @@ class BoundStep:
         return keywords_of(owner, streams) if found.looked_through else found
 
 
+NEEDS_DATA = (
+    "{} takes its parameters from the first batch, which it cannot within a torch.func transform; let one batch "
+    "through before"
+)
+
+
+class BoundInverse(BoundStep):
+    """A step backwards: it takes away what the step makes, and makes what the step takes away."""
+
+    def __init__(self, step: BoundStep) -> None:
+        super().__init__(step.fn, step.coupling, f"the inverse of {step.name}")
+        self.step = step
+
+    def with_function(self, fn: Callable[..., Any]) -> BoundStep:
+        return BoundInverse(self.step.with_function(fn))
+
+    def _laid_out(self, m: int) -> Layout:
+        taken, made, read = self.step.layout(self.step.streams_before(m))
+        return Layout(made, taken, read)
+
+    def streams_before(self, m: int) -> int:
+        taken, made, _ = self.step.layout(m)
+        return m - len(taken) + len(made)
+
+    def evaluate(self, others: State, context: Mapping[str, Any]) -> Any:
+        return self.step.evaluate(others, context)
+
+    def merge(self, taken: State, f: Any) -> State:
+        return self.step.unmerge(taken, f)
+
+    def unmerge(self, made: State, f: Any) -> State:
+        return self.step.merge(made, f)
+
+    def limit_of(self, dtype: torch.dtype) -> float:
+        return (
+            math.inf
+        )  # nobody says that what is given to an inverse lies on the grid of an exact coupling
+
+    def inverse(self) -> BoundStep:
+        return self.step
+
+
 class Step(nn.Module):
     r"""One reversible step on $m \ge 2$ streams.
 
@@ -76,6 +258,7 @@ class Step(nn.Module):
     Args:
         fn: $f$; called as ``fn(s2, ..., sm, **context)``. Its result must merge into ``s1`` without changing its shape.
         coupling: $\oplus$, the law that merges; additive unless given.
+        streams: the step runs on so many of the last streams, and leaves those before them alone; on all unless given.
 
     Calling the step evaluates $f$ alone, so that hooks and wrappers put on it run whenever $f$ does.
     Put steps into a :class:`~revlib.ReversibleSequence` to run them.
@@ -95,13 +278,22 @@ class Step(nn.Module):
         torch.Size([2, 4])
     """
 
-    def __init__(self, fn: Callable[..., Any], coupling: Coupling | None = None) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], coupling: Coupling | None = None, streams: int | None = None
+    ) -> None:
         """Make a step of a function and the law that merges its result, additive unless given."""
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
+        if streams is not None and (type(streams) is not int or streams < 2):
+            raise ValueError(f"Step(streams=...) takes a whole number from 2 up, got {streams!r}")
         self.fn = fn
-        self.coupling = checked(coupling or Additive())
+        self.coupling = checked(coupling or DefaultAdditive())
+        self.streams = streams
+
+    def bind(self, name: str) -> BoundStep:
+        """The step as the engine sees it."""
+        return BoundStep(self, self.coupling, name, self.streams)
 
     def forward(self, *streams: Tensor, **context: Any) -> Any:
         """What the function returns for the other streams, before it is merged."""
@@ -109,7 +301,8 @@ class Step(nn.Module):
 
     def extra_repr(self) -> str:
         """The coupling, as ``print(step)`` shows it above the function."""
-        return f"coupling={self.coupling}"
+        streams = "" if self.streams is None else f", streams={self.streams}"
+        return f"coupling={self.coupling}{streams}"
 
 
 class Pair(nn.Module):
@@ -179,13 +372,33 @@ def checked(coupling: Coupling) -> Coupling:
 
 
 # ------------------------------------------------------------------------------------------ context
+def layouts(steps: Sequence[BoundStep], m: int) -> list[Layout]:
+    """How each step treats its state, where the first has ``m`` streams."""
+    found = []
+    for step in steps:
+        found.append(step.layout(m))
+        m += len(found[-1].made) - len(found[-1].taken)
+    return found
+
+
+def numbered(found: Sequence[Layout], m: int) -> list[tuple[int, ...]]:
+    """The streams of each state by number, where each stream that a step makes gets the next one."""
+    states, after = [tuple(range(m))], m
+    for taken, made, _ in found:
+        new = tuple(range(after, after + len(made)))
+        states.append(together(new, made, apart(states[-1], taken)[1]))
+        after += len(new)
+    return states
+
+
 def route(
     steps: Sequence[BoundStep], streams: int, context: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The part of ``context`` that each step's function names. A name that no function takes is an error."""
     if not context:
         return [{} for _ in steps]
-    taken = [step.keywords(streams - 1) for step in steps]
+    given = [a.read or len(a.taken) for a in layouts(steps, streams)]
+    taken = [step.keywords(count) for step, count in zip(steps, given, strict=True)]
     unknown = [k for k in context if not any(k in names or every for names, every, _ in taken)]
     if unknown:
         known = sorted(set().union(*(names for names, _, _ in taken)))
@@ -198,28 +411,6 @@ def route(
 
 
 # ------------------------------------------------------------------------------------------ running a step
-def evaluate(step: BoundStep, inputs: State, context: Mapping[str, Any]) -> Any:
-    """``f(inputs)``, refusing a function that edits its inputs or its context in place."""
-    inputs = tuple(map(step.coupling.show, inputs))
-    if torch.compiler.is_compiling():  # version counters cannot be traced
-        return step.fn(*inputs, **context)
-    watched = inputs
-    if context:
-        watched = (*inputs, *(t for t in tree_leaves(dict(context)) if isinstance(t, Tensor)))
-    before = versions_of(watched)
-    try:
-        f = step.fn(*inputs, **context)
-    except TypeError as error:
-        _refuse_signature(step, inputs, context, error)
-        raise
-    if versions_of(watched) != before:
-        raise RuntimeError(
-            f"{step.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
-            "clone the tensor before editing it, or use an out-of-place operation."
-        )
-    return f
-
-
 def _refuse_signature(
     step: BoundStep, inputs: State, context: Mapping[str, Any], error: TypeError
 ) -> None:
@@ -234,12 +425,12 @@ def _refuse_signature(
     except TypeError as mismatch:
         names = f" and {', '.join(sorted(context))}" if context else ""
         raise TypeError(
-            f"{step.name} was called with {len(inputs)} of {len(inputs) + 1} streams, all but its own,{names} but "
+            f"{step.name} was called with {step.counted(len(inputs))},{names} but "
             f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence"
         ) from error
 
 
-def merge(step: BoundStep, s: Tensor, f: Any) -> Tensor:
+def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
     """The new stream; its shape and kind must be those of the stream it replaces."""
     if not (isinstance(f, Tensor) and f.is_floating_point()):
         leaves = tree_leaves(f)
@@ -290,16 +481,13 @@ def _shapes(f: Any) -> list[tuple[int, ...]]:
 def advance(steps: Sequence[BoundStep], state: State, contexts: Sequence[dict[str, Any]]) -> State:
     """All steps in order, as an ordinary differentiable function."""
     for step, context in zip(steps, contexts, strict=True):
-        s, *inputs = state
         if step.begins is not None and step.begins.is_hooked:
             step.begins.entered(state)
-        state = (*inputs, merge(step, s, evaluate(step, tuple(inputs), context)))
+        layout = step.layout(len(state))
+        taken, others = apart(state, layout.taken)
+        step.prepare(taken)
+        made = step.merge(taken, step.evaluate(others, context))
+        state = together(made, layout.made, others)
         if step.ends is not None and step.ends.is_hooked:
             step.ends.left(state)
     return state
-
-
-def retreat(step: BoundStep, state: State, context: Mapping[str, Any]) -> State:
-    """The state before a step, from the state after it: the step's inverse, as an ordinary differentiable function."""
-    *inputs, merged = state
-    return (step.coupling.unmerge(merged, evaluate(step, tuple(inputs), context)), *inputs)

@@ -15,7 +15,7 @@ LAYERS = [
     ["_torch"],
     ["tensors", "couplings", "keywords"],
     ["step", "cuda_streams"],
-    ["core"],
+    ["core", "bijections"],
     ["guards"],
     ["look_ahead", "functional"],
     ["engine"],

@@ -9,7 +9,6 @@ from hypothesis import find, settings
 
 from revlib import Coupling, Naive, Reversible, ReversibleSequence, Step
 from revlib.schedulers import Scheduler
-from revlib.step import merge
 from revlib.testing import (
     LiveBytes,
     assert_inverts,
@@ -40,7 +39,7 @@ class Detaching(Scheduler):
     def run(self, branches, state, context):
         for branch in branches:
             s, *inputs = state
-            state = (*inputs, merge(branch, s, branch.fn(*(t.detach() for t in inputs), **context)))
+            state = (*inputs, *branch.merge((s,), branch.fn(*(t.detach() for t in inputs), **context)))
         return state
 
 

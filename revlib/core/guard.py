@@ -39,19 +39,20 @@ class StepView(NamedTuple):
     step: BoundStep
     context: dict[str, Any]
     dropped: bool  # see Treatment
-    stream_kept: bool
+    streams_kept: bool
+    numbers: tuple[int, ...]  # of the streams before the step
+    new: tuple[int, ...]  # numbers of the streams that it makes
 
 
 class FirstRun(NamedTuple):
     """What a step did in forward. It exists while the tensors that autograd saved are alive."""
 
-    state: State  # the m streams before the step; the first of them is merged away
+    state: State  # the streams before the step
+    taken: State  # those of them that the step takes away
     result: Sequence[Any]  # the tensors among what the function returned
-    merged: Tensor  # the new stream
+    made: State  # the new streams
     saved: list[tuple[int, Placeholder]]  # what autograd saved: its position and its placeholder
-    function_saves: (
-        int  # the function saved the tensors before this position, the coupling the others
-    )
+    function_saves: int  # the function saved the tensors before this position, merge the others
 
 
 class StepGuard:
@@ -79,14 +80,14 @@ class StepGuard:
         """After the function has run again, also after an exception. Must not raise."""
 
     def repeated(
-        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
     ) -> None:
         """After a repetition within the pass ``key``.
 
         Args:
-            inputs: the streams that the function ran on.
+            inputs: the streams that the step ran on.
             saved: what autograd saved this time.
-            stream: the stream that inversion gave back; None where it was kept.
+            streams: the streams that inversion gave back; none where they were kept.
         """
 
 
@@ -182,10 +183,10 @@ class StepGuards(StepGuard):
             self.entered.pop().exit_repetition()
 
     def repeated(
-        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
     ) -> None:
         for guard in self._acting("repeated"):
-            guard.repeated(key, inputs, saved, stream)
+            guard.repeated(key, inputs, saved, streams)
 
 
 @contextmanager

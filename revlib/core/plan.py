@@ -13,7 +13,7 @@ class Treatment(NamedTuple):
     """What a plan means for one step."""
 
     dropped: bool  # the tensors that autograd saves for it are replaced by placeholders
-    stream_kept: bool  # the stream that it merges away is kept, so that backward need not invert it
+    streams_kept: bool  # what it takes away is kept, so that backward need not invert it
     repeated: bool  # backward evaluates it: to refill its placeholders, or to reach the steps below
 
 
@@ -21,15 +21,14 @@ class Treatment(NamedTuple):
 class Plan:
     """What forward keeps: the activations of some steps, and some states. Backward recovers the rest.
 
-    Step k leads from state k to state k + 1, so a stack of n steps has the states 0, ..., n. Stream k is the one that
-    step k merges away.
+    Step k leads from state k to state k + 1, so a stack of n steps has the states 0, ..., n.
 
     Args:
         activations: steps for which autograd keeps what it saves, as it does without this library.
         states: whole states to keep. A step whose activations are not kept is repeated from state k if that is kept.
             Otherwise it is undone, together with all steps in between, from the nearest state above that is known.
-        streams: single streams to keep. A step whose stream is kept need not be inverted, so its function stops as
-            soon as its activations are back.
+        streams: steps of which the stream that they merge away is kept (of a bijection, its whole input). Such a step
+            need not be inverted, so its function stops as soon as its activations are back.
     """
 
     activations: Collection[int] = ()
@@ -45,18 +44,3 @@ class Plan:
                     f"the plan of this scheduler keeps neither the activations of step {k} nor any of the states "
                     f"{k}, ..., {length}, so backward could not recover the step; keep state {length}, the last."
                 )
-
-    def treatments(self, length: int, m: int) -> list[Treatment]:
-        """What happens to each step of a stack of ``length`` steps on ``m`` streams."""
-        found: list[Treatment] = []
-        kept_up_to, needed_below = -1, False  # streams up to kept_up_to lie in a kept state
-        for k in range(length):
-            dropped = k not in self.activations
-            if k in self.states:
-                kept_up_to = k + m - 1
-            stream_kept = k <= kept_up_to or k in self.streams
-            found.append(
-                Treatment(dropped, stream_kept, dropped or (needed_below and not stream_kept))
-            )
-            needed_below = (dropped or needed_below) and k not in self.states
-        return found

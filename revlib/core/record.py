@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
@@ -24,13 +23,14 @@ from revlib._torch import (
 from revlib.core.guard import FirstRun, StepGuard
 from revlib.core.plan import Treatment
 from revlib.core.saved_tensors import Key, Placeholder, unedited
-from revlib.step import BoundStep, State, evaluate, merge
+from revlib.step import BoundStep, Layout, State, apart
 from revlib.tensors import dense, is_parameter, like_strided
 
 __all__ = ["StepRecord", "last_operation", "refuse_after_rounding"]
 
 
 _Metadata = tuple[torch.Size, torch.dtype]
+_Kind = tuple[bool, torch.dtype, tuple[int, ...]]  # requires a gradient, dtype, stride
 
 
 class _StopRecomputation(BaseException):
@@ -41,20 +41,24 @@ class StepRecord:
     """What is needed to run one step again, and what autograd wanted to save of it."""
 
     def __init__(
-        self, step: BoundStep, context: dict[str, Any], treatment: Treatment, guard: StepGuard
+        self,
+        step: BoundStep,
+        context: dict[str, Any],
+        layout: Layout,
+        numbers: tuple[int, ...],
+        treatment: Treatment,
+        guard: StepGuard,
     ) -> None:
         self.step, self.context, self.guard = step, context, guard
-        self.dropped, self.stream_kept, self.repeated = treatment
-        self.requires_grad: tuple[bool, ...] = ()  # of the m streams before the step
-        self.dtype = torch.float32  # of the stream that is merged away, with its stride
-        self.stride: tuple[int, ...] = ()
+        self.layout, self.numbers = layout, numbers  # the numbers of the streams that it takes away
+        self.dropped, self.streams_kept, self.repeated = treatment
+        self.others_require_grad: tuple[bool, ...] = ()  # the streams that stay
+        self.taken: list[_Kind] = []  # what kind of tensors the streams are that it takes away
         # Of each tensor that autograd wanted to save, in this order. The graph owns the placeholders.
         self.placeholders: list[weakref.ref[Placeholder]] = []
         self.metadata: list[_Metadata] = []
-        self.function_saves = (
-            0  # the function saved so many of them, and then the coupling the others
-        )
-        self.differentiable = False  # whether a gradient may enter the function through its result
+        self.function_saves = 0  # the function saved so many of them, and then merge the others
+        self.differentiable = False  # whether a gradient may enter the function, or the bijection
         self.rounded = False  # whether it runs again on inputs that have rounding errors
         self.may_stop = False  # whether a repetition may stop at the last tensor that is saved
 
@@ -73,36 +77,37 @@ class StepRecord:
 
     def first_run(
         self, state: State, context: dict[str, Any], hooks: AbstractContextManager[Any]
-    ) -> Tensor:
-        """Run the step on ``state``, under the hooks that drop what autograd saves. -> the new stream."""
+    ) -> State:
+        """Run the step on ``state``, under the hooks that drop what autograd saves. -> the new streams."""
         step, guard = self.step, self.guard
-        self.requires_grad = tuple(s.requires_grad for s in state)
-        self.dtype, self.stride = state[0].dtype, state[0].stride()
+        taken, others = apart(state, self.layout.taken)
+        self.others_require_grad = tuple(s.requires_grad for s in others)
+        self.taken = [(s.requires_grad, s.dtype, s.stride()) for s in taken]
         try:
             guard.enter_first_run()
             with hooks:
-                f = self._evaluated(state[1:], context)
+                f = step.evaluate(others, context)
                 self.function_saves = len(self.placeholders)
                 leaves = (f,) if isinstance(f, Tensor) else tree_leaves(f)
-                self.differentiable = any(t.requires_grad for t in leaves if isinstance(t, Tensor))
-                merged = merge(step, state[0], f)
-            self.may_stop = self.stream_kept and self._ends_in_reading(f)
-            guard.first_run_done(
-                FirstRun(state, leaves, merged, list(self.living()), self.function_saves)
-            )
+                results = [t for t in leaves if isinstance(t, Tensor)]
+                made = step.merge(taken, f)
+            self.differentiable = step.merge_reads or any(t.requires_grad for t in results)
+            self.may_stop = self.streams_kept and self._ends_in_reading(f)
+            saved = list(self.living())
+            guard.first_run_done(FirstRun(state, taken, results, made, saved, self.function_saves))
+            del saved
+        except RuntimeError as error:
+            self._refuse_forbidden_hooks(error)
+            raise
         finally:
             guard.exit_first_run()
             self._forget_values()
-        del f, leaves  # what nobody but this call holds is gone now
+        del f, leaves, results  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
-        return merged
+        return made
 
-    def _evaluated(self, inputs: State, context: dict[str, Any]) -> Any:
-        try:
-            return evaluate(self.step, inputs, context)
-        except RuntimeError as error:
-            if not raised_by_forbidding_hooks(error):
-                raise
+    def _refuse_forbidden_hooks(self, error: RuntimeError) -> None:
+        if raised_by_forbidding_hooks(error):
             raise RuntimeError(
                 f"{self.step.name} uses a torch.func transform (grad, vjp, jacrev, hessian), or enters "
                 "disable_saved_tensors_hooks. Neither can run under saved-tensor hooks, by which this scheduler saves "
@@ -132,28 +137,30 @@ class StepRecord:
     # ------------------------------------------------------------------------------------------ again
     def repeat(
         self,
-        inputs: State,
-        stream: Tensor | None,
-        merged: Tensor | None,
+        others: State,
+        taken: State | None,
+        made: State | None,
         key: Key,
         *,
         fill: bool,
         rounded: bool,
-    ) -> Tensor:
+    ) -> State:
         """Run the step again on its inputs.
 
         Args:
-            inputs: the streams that the function reads.
-            stream: the stream that the step merges away, if it is known. Otherwise it is recovered from ``merged``.
+            others: the streams that stay.
+            taken: the streams that the step takes away, if they are known. Otherwise they are recovered from those that
+                it has ``made``.
             fill: whether to refill the placeholders, for the backward pass ``key``.
             rounded: whether the inputs have passed through an inversion that rounds; for messages.
 
-        -> the stream that the step merges away.
+        -> the streams that the step takes away.
         """
         merge_saves = len(self.placeholders) > self.function_saves
-        if stream is not None and not (fill and (self.dropped or merge_saves)):
-            return stream
-        step, guard, recovered, self.rounded = self.step, self.guard, None, rounded
+        if taken is not None and not (fill and (self.dropped or merge_saves)):
+            return taken
+        step, guard, self.rounded = self.step, self.guard, rounded
+        recovered: State = ()
         if not saved_tensor_hooks_allowed():
             raise RuntimeError(
                 f"backward through a reversible sequence runs {step.name} again under saved-tensor hooks, which "
@@ -163,30 +170,39 @@ class StepRecord:
         guard.check()
         try:
             guard.enter_repetition()
-            inputs = tuple(
-                t.detach().requires_grad_(r)
-                for t, r in zip(inputs, self.requires_grad[1:], strict=True)
-            )
+            others = _leaves(others, self.others_require_grad)
             context = tree_map(lambda leaf: leaf, self.context) if self.context else {}
-            whole = stream is None or merge_saves or not self.dropped or not self.may_stop
+            whole = taken is None or merge_saves or not self.dropped or not self.may_stop
             part = slice(0, self.function_saves)
-            f, saved = self._recompute(partial(evaluate, step, inputs, context), part, whole=whole)
+            f, saved = self._recompute(partial(step.evaluate, others, context), part, whole=whole)
             if fill:
                 self._refill(part, saved, key)
-            if stream is None:
-                assert merged is not None
-                stream = step.coupling.unmerge(merged, _detached(f)).detach()
-                stream = recovered = like_strided(stream.to(self.dtype), self.stride)
+            if taken is None:
+                assert made is not None
+                taken = recovered = self._like_forward(step.unmerge(made, _detached(f)))
+            inputs = others or taken
             if merge_saves and fill:
-                s = stream.detach().requires_grad_(self.requires_grad[0])
                 part = slice(self.function_saves, None)
-                self._refill(
-                    part, self._recompute(partial(merge, step, s, f), part, whole=False)[1], key
-                )
+                run = partial(step.merge, _leaves(taken, [kind[0] for kind in self.taken]), f)
+                again = self._recompute(run, part, whole=step.merge_reads)[1]
+                self._refill(part, again, key)
+                saved.tensors += again.tensors
         finally:
             guard.exit_repetition()
         guard.repeated(key, inputs, saved.tensors, recovered)
-        return stream
+        return taken
+
+    def _like_forward(self, streams: State) -> State:
+        """Recovered streams, in the dtypes and strides that they had."""
+        if len(streams) != len(self.taken):
+            raise ValueError(
+                f"the inverse of {self.step.name} returned {len(streams)} streams for the {len(self.taken)} that it "
+                "took; inverse(*forward(*streams)) must be the streams"
+            )
+        return tuple(
+            like_strided(s.detach().to(dtype), stride)
+            for s, (_, dtype, stride) in zip(streams, self.taken, strict=True)
+        )
 
     def _recompute(self, run: Callable[[], Any], part: slice, *, whole: bool) -> tuple[Any, _Saved]:
         """Run a part of the step with gradients, as forward did. -> its result, and what autograd saved this time.
@@ -244,8 +260,8 @@ class StepRecord:
 
     @property
     def inverts_exactly(self) -> bool:
-        """Whether inversion gives back every bit of the stream that the step merged away."""
-        return self.step.coupling.limit_of(self.dtype) < math.inf
+        """Whether inversion gives back every bit of the streams that the step takes away."""
+        return all(self.step.inverts_exactly(dtype) for _, dtype, _ in self.taken)
 
 
 _ROUNDED = (
@@ -332,4 +348,10 @@ def last_operation(f: Any) -> str:
 
 
 def _detached(f: Any) -> Any:
-    return dense(f.detach()) if isinstance(f, Tensor) else tree_map(lambda t: dense(t.detach()), f)
+    if isinstance(f, Tensor):
+        return dense(f.detach())
+    return tree_map(lambda t: dense(t.detach()) if isinstance(t, Tensor) else t, f)
+
+
+def _leaves(state: State, requires_grad: Sequence[bool]) -> State:
+    return tuple(t.detach().requires_grad_(r) for t, r in zip(state, requires_grad, strict=True))

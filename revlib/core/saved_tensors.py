@@ -124,22 +124,24 @@ class _KeptStream:
 
 
 class KeptStates:
-    """The streams that forward keeps: whole states, from which backward can start, and single streams.
+    """The streams that forward keeps: whole states, from which backward can start, and those that a step takes away.
 
-    Neighbouring states share streams: each is stored once, until nothing needs it.
+    Every stream of a pass has a number. Neighbouring states share streams: each is stored once, until nothing needs it.
     """
 
-    def __init__(self, m: int) -> None:
-        self.m = m
-        self.states: set[int] = set()
-        self.singles: set[int] = set()
+    def __init__(self) -> None:
+        # Numbers of streams, by the number of a state and by that of a step.
+        self.states: dict[int, tuple[int, ...]] = {}
+        self.taken: dict[int, tuple[int, ...]] = {}
         self.streams: dict[int, _KeptStream] = {}
         self.uses: Counter[int] = Counter()
 
-    def keep(self, index: int, state: State) -> None:
-        """Keep state ``index`` or, given one stream alone, stream ``index``."""
-        (self.states if len(state) == self.m else self.singles).add(index)
-        for i, stream in enumerate(state, index):
+    def keep(
+        self, group: dict[int, tuple[int, ...]], index: int, numbers: tuple[int, ...], state: State
+    ) -> None:
+        """Keep these streams for one of the two groups."""
+        group[index] = numbers
+        for i, stream in zip(numbers, state, strict=True):
             self.uses[i] += 1
             if i not in self.streams:
                 self.streams[i] = _KeptStream(stream)
@@ -148,18 +150,16 @@ class KeptStates:
         """The lowest kept state from ``index`` upwards."""
         return min((j for j in self.states if j >= index), default=None)
 
-    def state(self, index: int) -> State:
-        return tuple(self.streams[i].get() for i in range(index, index + self.m))
+    def holds(self, numbers: tuple[int, ...]) -> bool:
+        return all(i in self.streams for i in numbers)
 
-    def stream(self, index: int) -> Tensor | None:
-        return self.streams[index].get() if index in self.streams else None
+    def get(self, numbers: tuple[int, ...]) -> State:
+        return tuple(self.streams[i].get() for i in numbers)
 
     def drop(self, index: int) -> None:
-        """Keep state ``index`` and stream ``index`` no longer."""
-        for group, count in ((self.states, self.m), (self.singles, 1)):
-            if index in group:
-                group.remove(index)
-                for i in range(index, index + count):
-                    self.uses[i] -= 1
-                    if not self.uses[i]:
-                        del self.streams[i]
+        """Keep state ``index``, and what step ``index`` takes away, no longer."""
+        for group in (self.states, self.taken):
+            for i in group.pop(index, ()):
+                self.uses[i] -= 1
+                if not self.uses[i]:
+                    del self.streams[i]

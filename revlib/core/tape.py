@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,21 +19,23 @@ from revlib._torch import (
     graph_task,
 )
 from revlib.core.guard import Guard, StepView
-from revlib.core.plan import Treatment
+from revlib.core.plan import Plan, Treatment
 from revlib.core.record import StepRecord
 from revlib.core.saved_tensors import SHARED, KeptStates, Key, Placeholder, Progress, unedited
-from revlib.step import BoundStep, State
+from revlib.step import BoundStep, Layout, State, apart, numbered, together
 
 __all__ = ["Tape", "surrounding_tape"]
 
 
 class Tape:
-    """The memory of one forward through some steps on m streams, shared by all backward passes through its graph."""
+    """The memory of one forward through some steps, shared by all backward passes through its graph."""
 
-    def __init__(self, m: int, guard: Guard) -> None:
-        self.guard = guard
+    def __init__(self, plan: Plan, layouts: Sequence[Layout], m: int, guard: Guard) -> None:
+        self.plan, self.layouts, self.guard = plan, layouts, guard
+        self.numbers = numbered(layouts, m)  # of the streams of each state
         self.records: list[StepRecord] = []
-        self.kept = KeptStates(m)
+        self.kept = KeptStates()
+        self.needed_below = False  # whether steps below the present state may have to be reached
         self.progress: dict[Key, Progress] = {}
         self.passes: set[int] = set()  # that will call backward_done
         self.lowest = -1  # the lowest step that backward may evaluate
@@ -40,20 +43,21 @@ class Tape:
 
     # ------------------------------------------------------------------------------------------ forward
     def run(
-        self,
-        step: BoundStep,
-        state: State,
-        context: dict[str, Any],
-        copy: dict[str, Any],
-        treatment: Treatment,
+        self, step: BoundStep, state: State, context: dict[str, Any], copy: dict[str, Any]
     ) -> State:
         """The first run of a step. ``copy`` is its context again, in containers that nobody else edits."""
         k = len(self.records)
-        guard = self.guard.step(
-            StepView(k, step, copy, treatment.dropped, treatment.stream_kept), state
-        )
+        layout, before, after = self.layouts[k], self.numbers[k], self.numbers[k + 1]
+        self.keep_state(state)
+        taken, others = apart(state, layout.taken)
+        numbers, new = apart(before, layout.taken)[0], apart(after, layout.made)[0]
+        if k in self.plan.streams:
+            self.kept.keep(self.kept.taken, k, numbers, taken)
+        treatment = self._treatment(k, numbers)
+        step.prepare(taken)
+        guard = self.guard.step(StepView(k, step, copy, *treatment[:2], before, new), state)
         assert guard is not None
-        record = StepRecord(step, copy, treatment, guard)
+        record = StepRecord(step, copy, layout, numbers, treatment, guard)
         self.records.append(record)
         hooks = (
             saved_tensors_hooks(record.pack_hook(k), self.unpack)
@@ -63,16 +67,31 @@ class Tape:
         around = surrounding_tape()
         try:
             _running.tape = self
-            merged = record.first_run(state, context, hooks)
+            made = record.first_run(state, context, hooks)
         finally:
             _running.tape = around
         if treatment.repeated:
             self.lowest = k if self.lowest < 0 else self.lowest
-            if record.differentiable and merged.grad_fn is not None:
-                # On the node itself, and not on a view of the function's result: a view would hand the same gradient
-                # to two users in two tensors, and autograd would take both for the .grad of leaves without a copy.
-                merged.grad_fn.register_prehook(partial(_before_gradient, weakref.ref(self), k))
-        return (*state[1:], merged)
+            if record.differentiable:
+                # On the nodes themselves, and not on views of the results: a view would hand the same gradient to two
+                # users in two tensors, and autograd would take both for the .grad of leaves without a copy.
+                earlier = [s.grad_fn for s in taken]
+                for node in (s.grad_fn for s in made):
+                    if node is not None and node not in earlier:
+                        node.register_prehook(partial(_before_gradient, weakref.ref(self), k))
+        return together(made, layout.made, others)
+
+    def keep_state(self, state: State) -> None:
+        """Keep the present state, if the plan says so."""
+        k = len(self.records)
+        if k in self.plan.states:
+            self.kept.keep(self.kept.states, k, self.numbers[k], state)
+
+    def _treatment(self, k: int, taken: tuple[int, ...]) -> Treatment:
+        dropped, streams_kept = k not in self.plan.activations, self.kept.holds(taken)
+        repeated = dropped or (self.needed_below and not streams_kept)
+        self.needed_below = (dropped or self.needed_below) and k not in self.plan.states
+        return Treatment(dropped, streams_kept, repeated)
 
     # ------------------------------------------------------------------------------------------ backward
     @bypass_compiler
@@ -125,7 +144,7 @@ class Tape:
         """Start from the nearest known state from k upwards. A kept state is exact, so it wins a tie."""
         kept, shared = self.kept.nearest(k), self.progress.get(SHARED, progress)
         if kept is not None and (progress.index < k or kept <= progress.index):
-            progress.index, progress.state = kept, self.kept.state(kept)
+            progress.index, progress.state = kept, self.kept.get(self.kept.states[kept])
             progress.rounded = False
             repeats_from_it = kept < len(self.records) and self.records[kept].repeated
             if consume and not repeats_from_it:
@@ -149,16 +168,16 @@ class Tape:
 
     def _undo(self, k: int, progress: Progress, key: Key, *, fill: bool) -> None:
         """Recover step k from the state after it or, if the pass is there already, from the state before it."""
-        state, merged = progress.state, None
-        known: Tensor | None
+        record, made, known = self.records[k], None, None
         if progress.index == k:
-            known, inputs = state[0], state[1:]
+            known, others = apart(progress.state, record.layout.taken)
         else:
-            known, inputs, merged = self.kept.stream(k), state[:-1], state[-1]
-        record = self.records[k]
-        stream = record.repeat(inputs, known, merged, key, fill=fill, rounded=progress.rounded)
+            if self.kept.holds(record.numbers):
+                known = self.kept.get(record.numbers)
+            made, others = apart(progress.state, record.layout.made)
+        taken = record.repeat(others, known, made, key, fill=fill, rounded=progress.rounded)
         progress.rounded |= known is None and not record.inverts_exactly
-        progress.index, progress.state = k, (stream, *inputs)
+        progress.index, progress.state = k, together(taken, record.layout.taken, others)
         if fill:
             progress.recovered.add(k)
             if key == SHARED:

@@ -58,6 +58,12 @@ class Coupling(ABC):
         False  # whether a sequence gives its streams the dtype back in which they came
     )
 
+    def log_det(self, s: Tensor, f: Any) -> Tensor:
+        r"""$\log |\det \partial \mathrm{merge}(s, f) / \partial s|$ of each sample, of shape ``(batch,)``.
+
+        Only flows need it, see :func:`revlib.bijections.with_log_det`."""
+        raise NotImplementedError(f"{self} does not say what its log-determinant is")
+
     def for_streams(self, dtype: torch.dtype) -> Coupling:
         """The law that a sequence uses where all its streams have this dtype. This one, unless defined."""
         return self

@@ -90,6 +90,9 @@ class Scaled(Coupling):
         s = self.plus.unmerge(merged, self._added(f))
         return s if self.keep == 1 else s / self.keep
 
+    def log_det(self, s: Tensor, f: Tensor) -> Tensor:
+        return s.new_full(s.shape[:1], s[0].numel() * math.log(abs(self.keep)))
+
     def enter(self, s: Tensor) -> Tensor:
         return self.plus.enter(s)
 
@@ -119,7 +122,8 @@ class Affine(Coupling):
 
     Cost: five passes over the stream; three tensors of its size saved for backward (the stream, the scale and the
     tanh), of one step at a time under ``Reversible``. As the coupling saves tensors, its function is repeated to its
-    end under ``Checkpoint(every=2)``, too. No log-determinant is accumulated; a flow sums $\beta \tanh a$ besides.
+    end under ``Checkpoint(every=2)``, too. The log-determinant is the sum of $\beta \tanh a$; see
+    :func:`revlib.bijections.with_log_det`.
 
     Inversion divides by the scale, so a step multiplies the error of its stream by $e^{-\beta \tanh a}$: at most
     $e^{\beta}$, 2.7 unless given, and less than 1 where the stream grew. Over n steps on two streams that makes up to
@@ -161,6 +165,9 @@ class Affine(Coupling):
     def unmerge(self, merged: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
         log_scale, shift = _two(f)
         return (merged - shift) / self._scale(log_scale)
+
+    def log_det(self, s: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
+        return (self.bound * torch.tanh(_two(f)[0])).expand_as(s).flatten(1).sum(1)
 
     def _scale(self, log_scale: Tensor) -> Tensor:
         return torch.exp(self.bound * torch.tanh(log_scale))

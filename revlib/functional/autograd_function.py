@@ -31,7 +31,7 @@ from revlib.guards import raise_pending
 from revlib.guards.modules import module_tree
 from revlib.guards.randomness import CpuGeneratorLock
 from revlib.guards.recovery_check import refuse_opaque
-from revlib.step import BoundStep, State, advance, route
+from revlib.step import NEEDS_DATA, BoundStep, State, advance, apart, layouts, numbered, route
 
 __all__ = ["run", "run_eagerly"]
 
@@ -77,6 +77,8 @@ def run_eagerly(
             steps, state, contexts
         )  # forward mode keeps nothing; lazy modules first take their shape
     for step, tree in zip(steps, trees, strict=True):
+        if active and step.needs_data:
+            raise RuntimeError(NEEDS_DATA.format(step.name))
         for m in tree.modules:
             if active and normalises(m):
                 raise RuntimeError(
@@ -91,7 +93,7 @@ def run_eagerly(
 def _untraceable(steps: Sequence[BoundStep]) -> bool:
     """Written for the compiler, which guards all that is read here."""
     for step in steps:
-        if not isinstance(step.fn, nn.Module):
+        if not isinstance(step.fn, nn.Module) or step.merge_reads:
             return True
         for m in step.fn.modules():
             rates = (
@@ -113,11 +115,9 @@ def _apply(
     *,
     buffers: bool,
 ) -> State:
-    # The last stream of a Function's outputs depends on the others. A hook of those, or a gradient with respect to
-    # them, must see that: so the last m - 1 steps are plain, but in a transform, where nobody can ask.
-    inner = (
-        len(steps) if environment is not None and buffers else max(0, len(steps) - len(state) + 1)
-    )
+    # An output of a Function may depend on others. A hook of those, or a gradient with respect to them, must see that:
+    # so the steps that read outputs are plain, but in a transform, where nobody can ask.
+    inner = len(steps) if environment is not None and buffers else _reads_output(steps, len(state))
     # Another thread may just have bound these modules to its own tensors.
     with CpuGeneratorLock() if environment is not None else nullcontext():
         program, tensors = pure_stack_of(
@@ -128,6 +128,17 @@ def _apply(
             state = tuple(s.view_as(s) for s in state)
         state = _Stack.apply(program, *state, *tensors)
     return advance(steps[inner:], state, contexts[inner:])
+
+
+def _reads_output(steps: Sequence[BoundStep], m: int) -> int:
+    """The first step that reads a stream which is an output of the whole stack, or the number of steps."""
+    found = layouts(steps, m)
+    *states, outputs = numbered(found, m)
+    for k, (numbers, (taken, _, read)) in enumerate(zip(states, found, strict=True)):
+        others = apart(numbers, taken)[1]
+        if not set(outputs).isdisjoint(others[len(others) - read :]):
+            return k
+    return len(steps)
 
 
 class _Stack(torch.autograd.Function):
@@ -161,7 +172,7 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
         program, wanted, saved = ctx.program, ctx.needs_input_grad[1:], _saved(ctx)
-        flat, y = saved[: -program.m], tuple(saved[-program.m :])
+        flat, y = saved[: -program.n], tuple(saved[-program.n :])
         if torch.compiler.is_compiling():
             found = backward_by_inversion(program, wanted, flat, y, g)
         elif torch.is_grad_enabled() or transforming():  # it may be differentiated itself
@@ -211,23 +222,23 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(program: PureStack, wanted: Sequence[bool], *tensors: Tensor) -> Any:  # type: ignore[override]
-        m = program.m
+        n = program.n
         found = backward_by_inversion(
-            program, wanted, tensors[: -2 * m], tensors[-2 * m : -m], tensors[-m:]
+            program, wanted, tensors[: -2 * n], tensors[-2 * n : -n], tensors[-n:]
         )
         return _views(found, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: State) -> None:
         ctx.program, ctx.wanted, *tensors = inputs
-        m = ctx.program.m
-        ctx.save_for_backward(*tensors[: -2 * m], *tensors[-m:])
+        n = ctx.program.n
+        ctx.save_for_backward(*tensors[: -2 * n], *tensors[-n:])
 
     @staticmethod
     def backward(ctx: Any, *gg: Tensor) -> Any:
         """Of the gradient as a function of the inputs and of the gradient above; nothing is dropped here."""
-        program, wanted, m, saved = ctx.program, ctx.wanted, ctx.program.m, ctx.saved_tensors
-        flat, g = saved[:-m], saved[-m:]
+        program, wanted, n, saved = ctx.program, ctx.wanted, ctx.program.n, ctx.saved_tensors
+        flat, g = saved[:-n], saved[-n:]
         needed = ctx.needs_input_grad[2 : 2 + len(flat)]
 
         def gradient(some: Sequence[Tensor], g: State) -> Any:
@@ -238,7 +249,7 @@ class _Sweep(torch.autograd.Function):
 
         pull = vjp(gradient, _picked(flat, needed), g)[1]
         found, g_g = pull(tuple(_zeros(gg, _picked(flat, wanted))))
-        return None, None, *_filled([None] * len(flat), needed, found), *([None] * m), *g_g
+        return None, None, *_filled([None] * len(flat), needed, found), *([None] * n), *g_g
 
 
 def _zeros(gradients: Sequence[Tensor | None], of: Sequence[Tensor]) -> list[Tensor]:

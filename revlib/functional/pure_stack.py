@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from revlib.guards.module_state import ModuleState
 from revlib.guards.modules import ModuleTree, identical
 from revlib.guards.randomness import CpuGeneratorLock, devices_of
 from revlib.guards.settings import AutocastSettings, autocast_settings
-from revlib.step import BoundStep, State, evaluate, merge
+from revlib.step import BoundStep, Layout, State, apart, layouts, together
 
 __all__ = ["Environment", "PureStack", "pure_stack_of"]
 
@@ -56,8 +55,13 @@ class PureStep(NamedTuple):
     given: tuple[Tensor, ...]  # the tensors in it
     reads: tuple[int, ...]  # places, among all tensors, of its own and of those in its context
 
-    def run(self, inputs: State, tensors: Sequence[Tensor], purity: Purity | None = None) -> Any:
-        """On its streams and the tensors that it reads."""
+    def run(
+        self,
+        act: Callable[[BoundStep, dict[str, Any]], Any],
+        tensors: Sequence[Tensor],
+        purity: Purity | None = None,
+    ) -> Any:
+        """``act`` on the step and its context, while the step reads these tensors."""
         fn: Any = self.step.fn
         (own, names, slots), context = self.own, self.context
         if self.spec is not None and (
@@ -73,14 +77,12 @@ class PureStep(NamedTuple):
             fn = lambda *args, **context: functional_call(module, held, args, context)  # noqa: E731
         elif purity is not None:
             fn = purity.over(fn)
-        step = (
-            self.step if fn is self.step.fn else BoundStep(fn, self.step.coupling, self.step.name)
-        )
+        step = self.step if fn is self.step.fn else self.step.with_function(fn)
         # Its own need no binding, which would undo what it assigns to itself.
         if all(slot.held.get(slot.name) is tensors[slot.place] for slot in slots):
-            return evaluate(step, inputs, context)
+            return act(step, context)
         with _bound(slots, tensors):
-            return evaluate(step, inputs, context)
+            return act(step, context)
 
 
 @contextmanager
@@ -173,7 +175,7 @@ class Environment:
     def first_run(self, k: int) -> Iterator[None]:
         """Around the first run of a step's function."""
         guard = self.step_guards[k] = self.guards.step(
-            StepView(k, self.steps[k], self.contexts[k], True, False), ()
+            StepView(k, self.steps[k], self.contexts[k], True, False, (), ()), ()
         )
         with (
             CpuGeneratorLock(),
@@ -198,7 +200,9 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
     """All steps. In compiled code there are no environment but the settings of autocast."""
 
     functions: tuple[PureStep, ...]
-    m: int
+    layouts: tuple[Layout, ...]
+    m: int  # streams that go in
+    n: int  # and that come out
     tolerance: float | None
     environment: Environment | None
     settings: AutocastSettings
@@ -216,62 +220,88 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
         """All steps for the first time, on the streams and all other tensors; neither may carry a graph away."""
         environment = self.environment
         assert environment is not None
-        state, needs = tuple(flat[: self.m]), [t.requires_grad for t in flat[: self.m]]
+        state, needs = tuple(flat[: self.m]), tuple(t.requires_grad for t in flat[: self.m])
         purity = environment.watching(state, flat[self.m :])
-        for k, function in enumerate(self.functions):
-            s, *inputs = state
-            mine = self.mine(k, purity.arguments)
+        for k, (function, layout) in enumerate(zip(self.functions, self.layouts, strict=True)):
+            taken, others = apart(state, layout.taken)
+            need, others_need = apart(needs, layout.taken)
+            mine, step = self.mine(k, purity.arguments), function.step
+            step.prepare(taken)
+
+            def call(
+                inputs: State, function: PureStep = function, mine: list[Tensor] = mine
+            ) -> Any:
+                return function.run(_forwards(function.step, inputs), mine, purity)
+
             with environment.first_run(k):
-                call = partial(function.run, tensors=mine, purity=purity)
-                f, needed = purity.run(function.step, call, tuple(inputs), needs[1:], mine)
-            state = (*inputs, self._merged(function.step, s, f))
-            needs = [*needs[1:], needs[0] or needed]
+                inputs = (taken, need) if step.merge_reads else (others, others_need)
+                f, needed = purity.run(step, call, *inputs, mine)
+            made = f if step.merge_reads else self._merged(step, taken, f)
+            state = together(made, layout.made, others)
+            needs = together((any(need) or needed,) * len(made), layout.made, others_need)
             del f
         purity.close()
         return state
 
-    def evaluate(self, k: int, inputs: State, mine: Sequence[Tensor]) -> Any:
-        """The function of a step, in the environment of forward."""
+    def act(self, k: int, act: Callable[[BoundStep, Any], Any], mine: Sequence[Tensor]) -> Any:
+        """``act`` on a step and its context, in the environment of forward."""
         function = self.functions[k]
         if self.environment is None:
             settings = tuple(s for s in self.settings if s[1] or torch.is_autocast_enabled(s[0]))
-            return _under(settings, function, inputs, mine)
+            return _under(settings, function, act, mine)
         with self.environment.repetition(k):
             try:
-                return function.run(inputs, mine)
+                return function.run(act, mine)
             except Exception as error:
-                above = [f.step.coupling for f in self.functions[k + 1 :]]
-                if any(c.limit_of(inputs[0].dtype) == math.inf for c in above):
+                above = [f.step for f in self.functions[k + 1 :]]
+                if any(step.limit_of(torch.float32) == math.inf for step in above):
                     refuse_after_rounding(function.step, error)
                 raise
+
+    def evaluate(self, k: int, inputs: State, mine: Sequence[Tensor]) -> Any:
+        """The function of a step, or the map of a bijection, in the environment of forward."""
+        return self.act(k, _forwards(self.functions[k].step, inputs), mine)
+
+    def unmerge(self, k: int, made: State, mine: Sequence[Tensor]) -> State:
+        """The inverse of a bijection, in the environment of forward."""
+        return self.act(k, lambda step, context: step.unmerge(made, context), mine)
 
     def __call__(self, flat: Sequence[Tensor]) -> State:
         """All steps again, or in compiled code."""
         state, tensors = tuple(flat[: self.m]), flat[self.m :]
-        for k, function in enumerate(self.functions):
-            s, *inputs = state
-            f = self.evaluate(k, tuple(inputs), self.mine(k, tensors))
-            state = (*inputs, self._merged(function.step, s, f))
+        for k, (function, layout) in enumerate(zip(self.functions, self.layouts, strict=True)):
+            taken, others = apart(state, layout.taken)
+            reads, mine = function.step.merge_reads, self.mine(k, tensors)
+            f = self.evaluate(k, taken if reads else others, mine)
+            made = f if reads else self._merged(function.step, taken, f)
+            state = together(made, layout.made, others)
         return state
 
-    def _merged(self, step: BoundStep, s: Tensor, f: Any) -> Tensor:
-        merged = merge(step, s, f)
-        if merged.dtype != s.dtype:
+    def _merged(self, step: BoundStep, taken: State, f: Any) -> State:
+        made = step.merge(taken, f)
+        if made[-1].dtype != taken[-1].dtype:
             raise TypeError(
-                f"{step.name} would turn its {s.dtype} stream into {merged.dtype}; Functional() needs "
+                f"{step.name} would turn its {taken[-1].dtype} stream into {made[-1].dtype}; Functional() needs "
                 "streams that keep their dtype: cast the streams, or its result."
             )
-        return merged
+        return made
 
 
-def _under(settings: Any, function: PureStep, inputs: State, mine: Sequence[Tensor]) -> Any:
+def _forwards(step: BoundStep, inputs: State) -> Callable[[BoundStep, dict[str, Any]], Any]:
+    """What runs in forward on the tensors that a step reads: its function, or a bijection as a whole."""
+    if step.merge_reads:
+        return lambda step, context: step.merge(inputs, context)
+    return lambda step, context: step.evaluate(inputs, context)
+
+
+def _under(settings: Any, function: PureStep, act: Any, mine: Sequence[Tensor]) -> Any:
     if not settings:
-        return function.run(inputs, mine)
+        return function.run(act, mine)
     kind, enabled, dtype = settings[0]
     with torch.autocast(
         kind, dtype, enabled, cache_enabled=False
     ):  # one by one: the compiler knows no ExitStack
-        return _under(settings[1:], function, inputs, mine)
+        return _under(settings[1:], function, act, mine)
 
 
 def pure_stack_of(
@@ -299,4 +329,7 @@ def pure_stack_of(
         functions.append(PureStep(step, own, context, others, spec, given, reads))
     tensors = list(places)
     settings = autocast_settings([t.device for t in (*state, *tensors)])
-    return PureStack(tuple(functions), len(state), tolerance, environment, settings), tensors
+    found = tuple(layouts(steps, len(state)))
+    n = len(state) + sum(len(a.made) - len(a.taken) for a in found)
+    stack = PureStack(tuple(functions), found, len(state), n, tolerance, environment, settings)
+    return stack, tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from revlib._torch import (
 from revlib.functional.pure_stack import PureStack
 from revlib.functional.purity import asked_directly, leaves_of
 from revlib.guards import recovery_check
-from revlib.step import State, merge
+from revlib.step import State, apart, together
 from revlib.tensors import dense, local_part, sum_dtype
 
 __all__ = ["backward_by_inversion", "vjp"]
@@ -102,9 +101,9 @@ def _invert_and_pull_back(
     places: Sequence[int],
 ) -> tuple[State, _Gradients, _Gradients, set[torch.dtype]]:
     """One step. -> the state before it, gradients of that, and of the tensors at some places of those that it reads."""
-    step = program.functions[k].step
-    *inputs, merged = state
-    *after, g_merged = gradients
+    step, layout = program.functions[k].step, program.layouts[k]
+    made, others = apart(state, layout.made)
+    g_made, after = apart(tuple(gradients), layout.made)
 
     def f(inputs: State, chosen: Sequence[Tensor]) -> Any:
         filled = list(mine)
@@ -112,15 +111,27 @@ def _invert_and_pull_back(
             filled[i] = t
         return program.evaluate(k, inputs, filled)
 
-    result, pull = vjp(f, tuple(inputs), [mine[i] for i in places])
+    chosen = [mine[i] for i in places]
+    if step.merge_reads:
+        taken = program.unmerge(k, made, mine)
+        if (
+            not torch.is_grad_enabled()
+        ):  # torch says of a view made now that it is a leaf with a gradient
+            taken = tuple(t.detach() for t in taken)
+        _, pull = vjp(f, taken, chosen)
+        g_taken, g_mine = pull(g_made)
+        before = together(tuple(g_taken), layout.taken, after)
+        return together(taken, layout.taken, others), before, g_mine, {t.dtype for t in taken}
+    result, pull = vjp(f, others, chosen)
     leaves, spec = tree_flatten(result)
     detached = tree_unflatten([dense(t.detach()) for t in leaves], spec)
-    s = step.coupling.unmerge(merged, detached).to(merged.dtype)
-    _, pull_merge = vjp(partial(merge, step), s, detached)
-    g_s, g_result = pull_merge(g_merged)
-    g_inputs, g_mine = pull(g_result)
-    before = (g_s, *map(_plus, after, g_inputs))
-    return (s, *inputs), before, g_mine, {s.dtype, *(t.dtype for t in leaves)}
+    taken = tuple(s.to(t.dtype) for s, t in zip(step.unmerge(made, detached), made, strict=True))
+    _, pull_merge = vjp(step.merge, taken, detached)
+    g_taken, g_result = pull_merge(g_made)
+    g_others, g_mine = pull(g_result)
+    before = together(tuple(g_taken), layout.taken, tuple(map(_plus, after, g_others)))
+    dtypes = {t.dtype for t in (*taken, *leaves)}
+    return together(taken, layout.taken, others), before, g_mine, dtypes
 
 
 def backward_by_inversion(
@@ -135,9 +146,10 @@ def backward_by_inversion(
     sizes: list[tuple[str, Tensor, float]] = []
     for k in reversed(range(len(program.functions))):
         reads, step = program.functions[k].reads, program.functions[k].step
-        limit = step.coupling.limit_of(state[-1].dtype)
-        if limit < math.inf and state[-1].numel():
-            sizes.append((step.name, local_part(state[-1]).abs().amax(), limit))
+        made = state[program.layouts[k].made[-1]]
+        limit = step.limit_of(made.dtype)
+        if limit < math.inf and made.numel():
+            sizes.append((step.name, local_part(made).abs().amax(), limit))
         places = [i for i, place in enumerate(reads) if needs[place]]
         state, gradients, found, kinds = _invert_and_pull_back(
             program, k, state, gradients, program.mine_again(k, tensors), places

@@ -49,7 +49,7 @@ class _Read(NamedTuple):
 class _StepEdits(StepGuard):
     def __init__(self, view: StepView, recovery: RecoveryCheck) -> None:
         self.step, self.recovery, self.tree = view.step, recovery, current_tree(view.step)
-        self.compares = view.stream_kept  # else the recovered stream tells
+        self.compares = view.streams_kept  # else the recovered stream tells
         self.context: list[tuple[str, Tensor, int]] = []
         for key, value in view.context.items():
             self.context += (
@@ -113,7 +113,7 @@ class _StepEdits(StepGuard):
                     )
 
     def repeated(
-        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
     ) -> None:
         """Compare a constant with what came in its place, which may be a small difference of streams."""
         for place, (constant, view) in self.constants.items():

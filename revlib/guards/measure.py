@@ -9,7 +9,7 @@ from torch import Tensor
 from revlib._torch import storage_id, tree_leaves
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.guards.modules import ModuleTree, current_tree
-from revlib.step import State
+from revlib.step import State, apart, together
 from revlib.tensors import is_parameter
 
 __all__ = ["Measure", "StepCost"]
@@ -20,7 +20,10 @@ class StepCost(NamedTuple):
 
     own: int  # bytes that this step alone would keep
     saved: frozenset[int]  # streams, by number, which other steps may keep as well
-    streams: tuple[int, ...]  # bytes of the m streams before the step, and of the new one
+    before: tuple[int, ...]  # the streams before the step, by number
+    taken: tuple[int, ...]  # those of them that it takes away
+    after: tuple[int, ...]  # the streams after it
+    bytes: dict[int, int]  # of all of these
 
 
 class Measure(Guard):
@@ -39,7 +42,8 @@ class _StepMeasure(StepGuard):
         self.tree: ModuleTree = current_tree(view.step)
 
     def first_run_done(self, run: FirstRun) -> None:
-        view, state = self.view, (*run.state, run.merged)
+        view = self.view
+        state = dict(zip((*view.numbers, *view.new), (*run.state, *run.made), strict=True))
         there = [
             t
             for m in self.tree.modules
@@ -47,7 +51,7 @@ class _StepMeasure(StepGuard):
         ]
         there += [t for t in tree_leaves(view.context) if isinstance(t, Tensor)]
         counted = {storage_id(t) for t in there}
-        streams = {storage_id(t): i for i, t in enumerate(state, view.number)}
+        streams = {storage_id(t): i for i, t in state.items()}
         own, saved = 0, set[int]()
         for _, placeholder in run.saved:
             t = placeholder.tensor
@@ -59,4 +63,8 @@ class _StepMeasure(StepGuard):
             elif storage not in counted:
                 own += t.untyped_storage().nbytes() if storage > 0 else t.nbytes
                 counted.add(storage)
-        self.into.append(StepCost(own, frozenset(saved), tuple(t.nbytes for t in state)))
+        layout = view.step.layout(len(view.numbers))
+        taken, others = apart(view.numbers, layout.taken)
+        after = together(view.new, layout.made, others)
+        sizes = {i: t.nbytes for i, t in state.items()}
+        self.into.append(StepCost(own, frozenset(saved), view.numbers, taken, after, sizes))

@@ -141,6 +141,7 @@ class RecoveryCheck(Guard):
         self.sampler = Sampler(steps)
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.ranges: list[StreamRange] = []
+        self.exact_steps = 0
         self.dtypes: set[torch.dtype] = set()
         self.total: Tensor | None = (
             None  # the sum of the last state, which is finite if the state is
@@ -149,8 +150,8 @@ class RecoveryCheck(Guard):
     @property
     def exact(self) -> bool:
         """Whether every step is, here and in the stack around this one, which recovers our inputs."""
-        if len(self.ranges) != self.steps or self.outer is None:
-            return len(self.ranges) == self.steps
+        if self.exact_steps != self.steps or self.outer is None:
+            return self.exact_steps == self.steps
         outer = self.outer()
         return outer is not None and outer.exact
 
@@ -181,29 +182,33 @@ class _StepRecovery(StepGuard):
     def __init__(self, view: StepView, of: RecoveryCheck) -> None:
         self.view, self.of = view, of
         self.streams = 0
-        self.samples: dict[int, Tensor] = {}  # of saved tensors, by position; -1: of the stream
+        # Of saved tensors, by position, and of the streams that are taken away at -1, -2, ...
+        self.samples: dict[int, Tensor] = {}
         self.weight = -1  # the position of the last saved parameter. Only its first row is sampled: updates change all
         self.reference: Tensor | None = None
 
     def first_run_done(self, run: FirstRun) -> None:
-        view, of, stream = self.view, self.of, run.state[0]
+        view, of = self.view, self.of
         self.streams = len(run.state)
         if view.dropped and of.tolerance != math.inf:
-            if view.stream_kept:
+            if view.streams_kept:
                 self._sample_activations(run)
             else:
-                self.samples = {-1: of.sampler(stream)}
-                if view.number == 0 and len(run.saved) == run.function_saves:
+                self.samples = {-1 - i: of.sampler(s) for i, s in enumerate(run.taken)}
+                merges = not view.step.merge_reads and len(run.saved) == run.function_saves
+                if view.number == 0 and merges:
                     # If no function reads the first stream, it may be far smaller than what is added to it. Rounding
                     # then destroys it, which is harmless; so its error is measured against the merged stream.
-                    self.reference = of.sampler(run.merged)
-        of.dtypes.update((stream.dtype, run.merged.dtype, *(t.dtype for t in run.result)))
-        limit = view.step.coupling.limit_of(run.merged.dtype)
-        if limit < math.inf and run.merged.numel():
+                    self.reference = of.sampler(run.made[-1])
+        of.dtypes.update(t.dtype for t in (*run.taken, *run.made, *run.result))
+        made, step = run.made[-1], view.step
+        of.exact_steps += all(step.inverts_exactly(t.dtype) for t in run.taken)
+        limit = step.limit_of(made.dtype)
+        if limit < math.inf and made.numel():
             least, largest = torch.aminmax(
-                local_part(run.merged).detach()
+                local_part(made).detach()
             )  # many times as fast as a norm on a CPU
-            of.ranges.append(StreamRange(view.step.name, least, largest, limit))
+            of.ranges.append(StreamRange(step.name, least, largest, limit))
 
     def _sample_activations(self, run: FirstRun) -> None:
         """The stream is kept, so backward will not recover it. The last activations stand for what it recovers.
@@ -216,7 +221,8 @@ class _StepRecovery(StepGuard):
         activations = 0
         for place, placeholder in reversed(run.saved):
             t = placeholder.tensor
-            if t is None or place >= run.function_saves or not has_dense_memory(t):
+            merges = place >= run.function_saves and not self.view.step.merge_reads
+            if t is None or merges or not has_dense_memory(t):
                 continue
             if is_parameter(t):
                 if self.weight < 0:
@@ -229,14 +235,18 @@ class _StepRecovery(StepGuard):
                 return
 
     def repeated(
-        self, key: Hashable, inputs: State, saved: Sequence[Tensor], stream: Tensor | None
+        self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
     ) -> None:
         for place, original in self.samples.items():
-            t = stream if place < 0 else saved[place] if place < len(saved) else None
+            if place < 0:
+                t = streams[-1 - place] if streams else None
+            else:
+                t = saved[place] if place < len(saved) else None
             if t is not None and (place < 0 or has_dense_memory(t)):
                 t = self.of.sampler(_first_row(t) if place == self.weight >= 0 else t)
                 if is_fake(t) == is_fake(original):  # what is traced into a graph has no values
-                    number = self.view.number if place < 0 and self.streams == 2 else -1
+                    adds = place < 0 and self.streams == 2 and not self.view.step.merge_reads
+                    number = self.view.number if adds else -1
                     found = Comparison(self.view.step.name, original, t, self.reference, number)
                     self.of.compare(key, found)
 

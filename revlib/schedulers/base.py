@@ -104,7 +104,7 @@ def signature(steps: Sequence[BoundStep], state: State) -> tuple[Hashable, ...]:
     """Forwards that have it in common take the same memory and time."""
     owners = [step.owner for step in steps]
     functions = tuple(
-        (id(f), f.training) if isinstance(f, nn.Module) else step.name
+        (id(f), f.training, step.name) if isinstance(f, nn.Module) else step.name
         for step, f in zip(steps, owners, strict=True)
     )
     streams = tuple((s.shape, s.dtype, s.device, s.requires_grad) for s in state)

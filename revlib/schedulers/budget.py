@@ -185,15 +185,18 @@ class Budget(Wrapper):
         length, streams = len(costs), self._streams(costs, steps, extra)
         for cost in costs[length - steps :]:
             streams |= cost.saved
-        shared = sum(costs[min(i, length - 1)].streams[max(0, i - length + 1)] for i in streams)
-        return shared + sum(cost.own for cost in costs[length - steps :])
+        sizes = {i: size for cost in costs for i, size in cost.bytes.items()}
+        return sum(sizes[i] for i in streams) + sum(c.own for c in costs[length - steps :])
 
     def _streams(self, costs: Sequence[StepCost], steps: int, extra: int) -> set[int]:
         """The streams that are kept below the last steps."""
-        length, m = len(costs), len(costs[0].streams) - 1
+        length = len(costs)
         plan = self.below.plan(length - steps) if steps < length else Plan()
-        states = (i for j in plan.states for i in range(j, j + m))
-        return {*plan.streams, *states, *_singles(length - steps)[:extra]}
+        states = [*(cost.before for cost in costs), costs[-1].after]
+        streams = {i for j in plan.states for i in states[j]}
+        for k in (*plan.streams, *_singles(length - steps)[:extra]):
+            streams.update(costs[k].taken)
+        return streams
 
 
 class _Kept(NamedTuple):

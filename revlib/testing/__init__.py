@@ -20,6 +20,7 @@ own, :class:`RaceChecker`.
 from typing import TYPE_CHECKING, Any
 
 from revlib.testing.assertions import (
+    assert_bijects,
     assert_inverts,
     assert_memory_flat,
     assert_same_gradients,
@@ -35,6 +36,7 @@ __all__ = [
     "Footprint",
     "LiveBytes",
     "RaceChecker",
+    "assert_bijects",
     "assert_inverts",
     "assert_memory_flat",
     "assert_no_races",

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from revlib._torch import tree_flatten_with_path, tree_map
+from revlib.bijections import Bijection
 from revlib.couplings import Coupling
 from revlib.schedulers import Checkpoint, Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
-from revlib.step import checked
+from revlib.step import advance, checked
 from revlib.testing.memory import footprint
 
-__all__ = ["assert_inverts", "assert_memory_flat", "assert_same_gradients", "assert_unmerges"]
+__all__ = [
+    "assert_bijects",
+    "assert_inverts",
+    "assert_memory_flat",
+    "assert_same_gradients",
+    "assert_unmerges",
+]
 
 _RTOL = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4}
 
@@ -34,15 +41,18 @@ def _rtol(given: float | None, tensors: Iterable[Tensor]) -> float:
 
 
 def _compare(
-    what: str, got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None], rtol: float
+    what: str,
+    got: Mapping[str, Tensor | None],
+    want: Mapping[str, Tensor | None],
+    rtol: float,
+    noisy: str = "gradient",
 ) -> None:
     """Relative error in the norm of each tensor, plus 64 roundings of the largest gradient: gradients that vanish
-    exactly (of a key's bias, of a bias before batch norm) are nothing but rounding errors of others."""
+    exactly (of a key's bias, of a bias before batch norm) are nothing but rounding errors of others. So is a stream of
+    zeros, such as a sum that starts with nothing."""
     sizes = {k: float(t.detach().abs().double().norm()) for k, t in want.items() if t is not None}
     eps = max((torch.finfo(t.dtype).eps for t in want.values() if t is not None), default=0.0)
-    noise = (
-        64 * eps * max((size for k, size in sizes.items() if k.startswith("gradient")), default=0.0)
-    )
+    noise = 64 * eps * max((size for k, size in sizes.items() if k.startswith(noisy)), default=0.0)
     problems = []
     for name in want:
         a, b = got[name], want[name]
@@ -66,7 +76,7 @@ def _compare(
         gap = (a.detach() - b.detach()).abs().double()
         error, allowed = (
             float(gap.norm()),
-            rtol * sizes[name] + (noise if name.startswith("gradient") else 0.0),
+            rtol * sizes[name] + (noise if name.startswith(noisy) else 0.0),
         )
         if not error <= allowed:
             relative = error / sizes[name] if sizes[name] else float("inf")
@@ -129,7 +139,56 @@ def assert_inverts(
         dict(zip(names, recovered, strict=True)),
         dict(zip(names, streams, strict=True)),
         _rtol(rtol, streams),
+        noisy="stream",
     )
+
+
+def assert_bijects(bijection: Bijection, *streams: Tensor, rtol: float | None = None) -> None:
+    """The law of a bijection: forward and inverse undo each other, both ways.
+
+    An exact one gives back every bit. Where it has a ``log_det``, that is the logarithm of the determinant of the
+    Jacobian of the first sample, computed by autograd; so the streams should be small. The bijection is initialised on
+    the streams, if it does that in train mode.
+
+    Example:
+        >>> from revlib.bijections import ActNorm
+        >>> assert_bijects(ActNorm(3), torch.randn(5, 3, 4))
+    """
+    what, rtol = f"{bijection} does not biject", 0.0 if bijection.exact else _rtol(rtol, streams)
+    step = bijection.bind(what)
+    with torch.no_grad():
+        made = advance([step], streams, [{}])
+        for which, inverse, given in (
+            ("inverse", step.inverse(), made),
+            ("forward", step, streams),
+        ):
+            other = step if which == "inverse" else step.inverse()
+            there = advance([inverse], given, [{}])
+            back = advance([other], there, [{}])
+            names = [f"stream {i}" for i in range(len(given))]
+            _compare(
+                f"{what}: {which} is not undone",
+                dict(zip(names, back, strict=True)),
+                dict(zip(names, given, strict=True)),
+                rtol,
+                noisy="" if bijection.exact else "stream",
+            )
+    try:
+        found = bijection.log_det(*streams[-(bijection.takes or 0) :]).detach()[0]
+    except NotImplementedError:
+        return
+    sizes = [s[:1].numel() for s in streams]
+
+    def flat(x: Tensor) -> Tensor:
+        parts = [p.view_as(s[:1]) for p, s in zip(x.split(sizes), streams, strict=True)]
+        return torch.cat([t.flatten() for t in advance([step], tuple(parts), [{}])])
+
+    x = torch.cat([s[:1].detach().flatten() for s in streams])
+    want = torch.linalg.slogdet(torch.autograd.functional.jacobian(flat, x))[1]
+    if not torch.isclose(found.to(want.dtype), want, rtol=1e-4, atol=1e-4):
+        raise AssertionError(
+            f"{what}: log_det is {float(found):.6g}, and of its Jacobian {float(want):.6g}"
+        )
 
 
 def _default_loss(outputs: Sequence[Tensor]) -> Tensor:

@@ -22,6 +22,16 @@ except ModuleNotFoundError as error:
         name="hypothesis",
     ) from error
 
+from revlib.bijections import (
+    ActNorm,
+    Bijection,
+    Concat,
+    Convolution1x1,
+    Inverse,
+    Permute,
+    Rearrange,
+    Split,
+)
 from revlib.schedulers import (
     Anchored,
     Budget,
@@ -34,14 +44,16 @@ from revlib.schedulers import (
     Scheduler,
 )
 from revlib.sequence import ReversibleSequence
-from revlib.step import Step
+from revlib.step import Step, advance
 
 __all__ = [
     "Case",
+    "bijections",
     "branches",
     "cases",
     "contexts",
     "dtypes",
+    "mixed_cases",
     "schedulers",
     "seeds",
     "stacks",
@@ -148,6 +160,71 @@ def stacks(
     for parameter in stack.parameters():
         parameter.requires_grad_(draw(st.integers(0, 5)) != 5)
     return stack
+
+
+Shape = tuple[int, int]  # of a sample of a stream: width and positions
+
+
+class Across(nn.Module):
+    """A function of streams (batch, width, positions) of any shapes to one of another shape."""
+
+    def __init__(self, read: Sequence[Shape], out: Shape, dropout: float) -> None:
+        super().__init__()
+        self.inputs = nn.ModuleList(nn.Linear(width, 5) for width, _ in read)
+        self.drop, self.out, self.shape = nn.Dropout(dropout), nn.Linear(5, out[0] * out[1]), out
+
+    def forward(self, *streams: Tensor) -> Tensor:
+        means = [f(s.mean(2)) for f, s in zip(self.inputs, streams, strict=True)]
+        return self.out(self.drop(torch.stack(means).sum(0).tanh())).unflatten(1, self.shape)
+
+
+@st.composite
+def bijections(draw: st.DrawFn, shapes: Sequence[Shape]) -> Bijection:
+    """Bijections of the last of several streams of shapes (batch, width, positions), or of all of them."""
+    width, positions = shapes[-1]
+    alike = len(shapes) > 1 and shapes[-2] == shapes[-1]
+    deeper, flatter = "b c (n p) -> b (c p) n", "b (c p) n -> b c (n p)"
+    some: list[Bijection] = [Permute(*draw(st.permutations(range(len(shapes)))))]
+    if positions % 2 == 0:
+        some.append(Rearrange(deeper, p=2).on_last(1 + alike))
+    if width % 2 == 0:
+        some += [Rearrange(flatter, p=2).on_last(1), Split(2)]
+    if alike:
+        some.append(Concat(2))
+    torch.manual_seed(draw(seeds()))
+    for kind in (ActNorm, Convolution1x1):
+        some += [kind(width), Inverse(kind(width))]
+    return draw(st.sampled_from(some))
+
+
+@st.composite
+def mixed_cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_items: int = 6) -> Case:
+    """Stacks of steps and bijections, which change the shapes of streams and their number; with streams that fit."""
+    shapes: list[Shape] = [(2, 4)] * draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    given = tuple(
+        torch.randn(3, *shape, generator=generator, dtype=dtype).requires_grad_(draw(st.booleans()))
+        for shape in shapes
+    )
+    items: list[Any] = [] if len(shapes) > 1 else [Permute(0)]
+    for _ in range(draw(st.integers(1, max_items))):
+        if len(shapes) > 1 and draw(st.booleans()):
+            front, (taken, *read) = shapes[:-2], shapes[-2:]
+            if draw(st.booleans()):  # of all streams
+                front, (taken, *read) = [], shapes
+            torch.manual_seed(draw(seeds()))
+            function = Across(read, taken, draw(st.sampled_from([0.0, 0.3])))
+            items.append(Step(function, streams=1 + len(read)))
+            shapes = [*front, *read, taken]
+        else:
+            items.append(draw(bijections(shapes)))
+            zeros = tuple(torch.zeros(1, *shape) for shape in shapes)
+            made = advance([items[-1].eval().bind("")], zeros, [{}])
+            shapes = [(s.shape[1], s.shape[2]) for s in made]
+    stack = ReversibleSequence(items).to(dtype).train()
+    for parameter in stack.parameters():
+        parameter.requires_grad_(draw(st.integers(0, 5)) != 5)
+    return Case(stack, given, {})
 
 
 @dataclass(frozen=True)
