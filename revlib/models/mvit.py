@@ -154,7 +154,8 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or to pooled features where there is no classifier."""
-        return self.forward_head(self.forward_features(x))
+        features: Any = self.forward_features  # timm's, which has no types
+        return self.forward_head(features(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""
