@@ -46,16 +46,8 @@ TOLERANCE = {  # relative
 
 # ---------------------------------------------------------------------------------------------- what disagrees
 # A case is named with the schedulers under which it does not agree, and why. It fails where that is no longer so.
-EARLY = "issue 15 item 8: the repetition stops within the kernel, which then has not written the noise that was saved"
-UNWRITTEN = "issue 15 item 8: a part of what is saved is never written, and is compared nevertheless"
-SPARSE = "issue 15 item 15: a sparse result has no view, by which gradients are intercepted"
 FAR = "its result is a hundred million times its stream, from which the stream does not come back: refused, and rightly"
-_EXACT = ("Checkpoint()", "Anchored(3)")
 DISAGREEING: dict[str, tuple[tuple[str, ...], str]] = {
-    "nn_functional_rrelu": (_EXACT, EARLY),
-    "nn_functional_rrelu_": (_EXACT, UNWRITTEN),  # its noise, in eval mode
-    **dict.fromkeys(["nn_functional_ctc_loss", "nn_CTCLoss_train", "nn_CTCLoss_eval"], (_EXACT, UNWRITTEN)),
-    "sparse_sampled_addmm": (tuple(SCHEDULERS), SPARSE),
     **dict.fromkeys(["pow", "float_power", "special_erfcx"], (("Reversible()",), FAR)),
     **{f"polygamma_polygamma_n_{n}{edit}": (("Reversible()",), FAR) for n in range(5) for edit in ("", "_")},
     "special_polygamma_special_polygamma_n_0": (("Reversible()",), FAR),

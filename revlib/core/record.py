@@ -26,7 +26,7 @@ from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, Layout, State, apart
 from revlib.tensors import dense, is_parameter, like_strided
 
-__all__ = ["StepRecord", "last_operation", "refuse_after_rounding"]
+__all__ = ["StepRecord", "last_operation", "operations", "refuse_after_rounding"]
 
 
 _Metadata = tuple[torch.Size, torch.dtype]
@@ -335,11 +335,28 @@ _SAVING_NOTHING = (
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
+def operations(results: Sequence[Any], most: int = 64) -> Iterator[str]:
+    """The names of the last operations of a function, nearest to its results first."""
+    nodes = [t.grad_fn for t in results if isinstance(t, Tensor) and t.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:  # which grows
+        yield _named(node)
+        for n, _ in node.next_functions:
+            if n is not None and n not in seen and len(seen) < most and n.name() != _LEAF:
+                seen.add(n)
+                nodes.append(n)
+
+
+def _named(node: Any) -> str:
+    name: str = node.name()
+    return name.removesuffix("0").removesuffix("1").removesuffix("Backward")
+
+
 def last_operation(f: Any) -> str:
     """The name of the last operation of a function that may have saved something, if there is but one."""
     node = f.grad_fn if isinstance(f, Tensor) else None
     while node is not None:
-        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+        name = _named(node)
         if name not in _SAVING_NOTHING:
             return name
         above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from revlib import cuda_streams
 from revlib._torch import is_fake, is_opaque_wrapper
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
-from revlib.core.record import last_operation
+from revlib.core.record import operations
 from revlib.step import State
 from revlib.tensors import has_dense_memory, is_integral, is_parameter, local_part, sum_dtype
 
@@ -186,6 +186,9 @@ class _StepRecovery(StepGuard):
         self.samples: dict[int, Tensor] = {}
         self.weight = -1  # the position of the last saved parameter. Only its first row is sampled: updates change all
         self.reference: Tensor | None = None
+        self.writes_all: bool | None = (
+            None  # whether no operation leaves a part of what it saves unwritten
+        )
 
     def first_run_done(self, run: FirstRun) -> None:
         view, of = self.view, self.of
@@ -217,7 +220,6 @@ class _StepRecovery(StepGuard):
         kernels also leave a part of other tensors unwritten; of these, only what requires a gradient is compared.
         And no activation depends on the last weight, whose data somebody may exchange unseen.
         """
-        some_unwritten = len(run.result) == 1 and last_operation(run.result[0]) in _UNWRITTEN
         activations = 0
         for place, placeholder in reversed(run.saved):
             t = placeholder.tensor
@@ -228,11 +230,17 @@ class _StepRecovery(StepGuard):
                 if self.weight < 0:
                     self.weight = place
                     self.samples[place] = self.of.sampler(_first_row(t))
-            elif activations < 2 and (t.requires_grad or not (some_unwritten or is_integral(t))):
+            elif activations < 2 and (t.requires_grad or self._is_written(t, run)):
                 activations += 1
                 self.samples[place] = self.of.sampler(t)
             if activations == 2 and self.weight >= 0:
                 return
+
+    def _is_written(self, t: Tensor, run: FirstRun) -> bool:
+        """Whether every element of a saved tensor without gradient has a value that a repetition gives again."""
+        if self.writes_all is None:  # found out once, where it is needed
+            self.writes_all = not any(name in _UNWRITTEN for name in operations(run.result))
+        return self.writes_all and not is_integral(t)
 
     def repeated(
         self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
