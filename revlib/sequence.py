@@ -169,13 +169,16 @@ class ReversibleSequence(nn.Module):
     :class:`~revlib.Step` gives any other. After an odd number of steps the streams come out rotated.
 
     Args:
-        items: pairs ``(F, G)`` of modules, and Steps, in any order.
+        items: pairs ``(F, G)`` of modules, Steps, and :class:`~revlib.bijections.Bijection` s, in any order.
         coupling: the law of the pairs; Steps carry their own.
         scheduler: how backward gets activations back; swap it at any time by assignment. Parameters, ``state_dict``
             and outputs do not depend on it.
 
+    Like :class:`torch.nn.Sequential`, it takes ``append``, ``extend``, ``insert``, ``pop``, ``del``, ``+`` and slices.
+
     Shapes: streams of any shape, not necessarily the same; what F returns must merge into the first stream, what G
-    returns into the second. ``seq(x1, x2, **context) -> (y1, y2)``; ``seq.inverse(y1, y2, **context) -> (x1, x2)``.
+    returns into the second. Bijections may change shapes, and the number of streams.
+    ``seq(x1, x2, **context) -> (y1, y2)``; ``seq.inverse(y1, y2, **context) -> (x1, x2)``.
     A context argument reaches the functions whose signature names it, and gradients flow to tensors among them.
 
     Functions must be deterministic given their streams, context, parameters and the default random generators: backward
@@ -211,25 +214,69 @@ class ReversibleSequence(nn.Module):
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        """Make a stack of pairs and Steps; the docstring of the class explains the arguments."""
+        """Make a stack of pairs, Steps and Bijections; the docstring of the class explains the arguments."""
         super().__init__()
         self.coupling = coupling or DefaultAdditive()
         self.scheduler = scheduler or Reversible()
         if not isinstance(items, Iterable):
             raise TypeError(
-                f"expected a list of pairs (F, G) and Steps, got {type(items).__name__}; put it into a list"
+                f"expected a list of pairs (F, G), Steps and Bijections, got {type(items).__name__}; put it into a list"
             )
         for item in items:
             self.append(item)
 
     def append(self, item: Any) -> ReversibleSequence:
-        """Add a pair ``(F, G)`` or a Step at the end, and return the stack.
+        """Add a pair ``(F, G)``, a Step or a Bijection at the end, and return the stack.
 
         Raises:
-            TypeError: if the item is neither, or if a function of the pair is no ``nn.Module``.
+            TypeError: if the item is none of these, or if a function of the pair is no ``nn.Module``.
         """
         self.add_module(str(len(self)), _item(item))
         return self
+
+    def extend(self, items: Functions) -> ReversibleSequence:
+        """Add several items at the end, and return the stack."""
+        for item in list(items):
+            self.append(item)
+        return self
+
+    def insert(self, index: int, item: Any) -> ReversibleSequence:
+        """Add an item before the one at ``index``, and return the stack. Items behind it are numbered anew.
+
+        Raises:
+            IndexError: if there is no such place.
+        """
+        if not -len(self) <= index <= len(self):
+            raise IndexError(f"a stack of {len(self)} items has no place {index} to insert at")
+        items = list(self)
+        items.insert(index, _item(item))
+        return self._hold(items)
+
+    def pop(self, index: int = -1) -> Any:
+        """Take an item out, the last unless given, and return it. Items behind it are numbered anew."""
+        item = self[index]
+        del self[index]
+        return item
+
+    def __delitem__(self, index: int | slice) -> None:
+        items = list(self)
+        del items[index]
+        self._hold(items)
+
+    def __add__(self, other: Any) -> ReversibleSequence:
+        """A stack of the items of both, under the coupling and the scheduler of the first."""
+        if not isinstance(other, ReversibleSequence):
+            return NotImplemented
+        if other.coupling != self.coupling and any(isinstance(item, Pair) for item in other):
+            raise ValueError(
+                f"the pairs of both stacks would have to have one coupling, and have {self.coupling} and "
+                f"{other.coupling}; assign one of them, or use Steps, which carry their own"
+            )
+        return type(self)([*self, *other], self.coupling, self.scheduler)
+
+    def _hold(self, items: list[Any]) -> ReversibleSequence:
+        self._modules.clear()
+        return self.extend(items)
 
     @property
     def coupling(self) -> Coupling:

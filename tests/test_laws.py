@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from revlib import Additive, Checkpoint, Naive, Reversible, ReversibleSequence, Step, invert, reversible
+from revlib import Additive, Checkpoint, ExactAdditive, Naive, Reversible, ReversibleSequence, Step, invert, reversible
+from revlib.step import Pair
 from revlib.testing import assert_inverts, assert_same_gradients, assert_unmerges, strategies
 
 
@@ -117,3 +118,35 @@ def test_schedulers_are_values():
     assert Reversible() == Reversible() and hash(Reversible()) == hash(Reversible()) and Reversible() != Naive()
     with pytest.raises(AttributeError):
         Reversible().tolerance = 1.0
+
+
+def test_items_are_moved_as_in_sequential():
+    a, b, c, d = ((nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(4))
+    stack, plain = ReversibleSequence([a], scheduler=Checkpoint()), [a]
+    held = lambda stack: [tuple(pair) for pair in stack]  # noqa: E731
+    for act in (
+        lambda s: s.extend([b, c]),
+        lambda s: s.insert(0, d),
+        lambda s: s.insert(-1, Pair(*d)) if isinstance(s, ReversibleSequence) else s.insert(-1, d),
+        lambda s: s.__delitem__(1),
+        lambda s: s.__delitem__(slice(0, 1)),
+        lambda s: s.insert(2, a),
+    ):
+        act(stack)
+        act(plain)
+        assert held(stack) == plain and list(stack._modules) == [str(i) for i in range(len(plain))]
+    assert stack.insert(len(stack), b) is stack and stack.extend([]) is stack
+    assert tuple(stack.pop()) == b and tuple(stack.pop(0)) == plain.pop(0) and held(stack) == plain
+    both = stack + ReversibleSequence([d, Step(nn.Tanh())])
+    assert held(both[:-1]) == [*plain, d] and both.scheduler == Checkpoint()
+    assert len(both.bound_steps) == 2 * len(both) - 1
+    with pytest.raises(IndexError, match="no place 9 to insert at"):
+        stack.insert(9, a)
+    with pytest.raises(ValueError, match="one coupling"):
+        stack + ReversibleSequence([a], coupling=ExactAdditive())
+    with pytest.raises(TypeError):
+        stack + [a]  # noqa: RUF005
+    x = torch.randn(2, 2)
+    y = stack(x, x)
+    stack.insert(0, d)  # the steps that were remembered are not used again
+    assert not torch.equal(stack(x, x)[0], y[0])

@@ -410,7 +410,7 @@ def test_plain_functions_in_a_module():
 
 @pytest.mark.parametrize("items", [nn.Linear(4, 4), 3])
 def test_items_that_are_no_list(items):
-    with pytest.raises(TypeError, match=r"expected a list of pairs \(F, G\) and Steps, got .*; put it into a list"):
+    with pytest.raises(TypeError, match=r"expected a list of pairs .*Bijections, got .*; put it into a list"):
         ReversibleSequence(items)
 
 
