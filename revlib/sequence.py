@@ -342,7 +342,9 @@ class ReversibleSequence(nn.Module):
                 function names.
             ValueError: for a result that does not fit its stream.
         """
-        return _run(self.bound_steps, self.scheduler, streams, context)
+        # The scheduler is called from here, since a compiler breaks every frame around it.
+        steps, state = _at_the_beginning(self.bound_steps, streams)
+        return _left(steps, streams, self.scheduler.run(steps, state, context))
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order.
@@ -394,12 +396,10 @@ class ReversibleSequence(nn.Module):
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
-def _run(
-    steps: list[BoundStep], scheduler: Scheduler, streams: State, context: Mapping[str, Any]
-) -> State:
+def _at_the_beginning(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
+    """The steps with the couplings that they have for such streams, and the streams as they enter."""
     checked_streams(streams, 1 if steps and steps[0].merge_reads else 2)
-    steps, state = entered(steps, streams)
-    return _left(steps, streams, scheduler.run(steps, state, context))
+    return entered(steps, streams)
 
 
 def _at_the_end(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
@@ -449,7 +449,8 @@ def reversible(
     """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
     law = _checked_scheduler(scheduler or Reversible(), "scheduler")
-    return _run(steps, law, streams, context or {})
+    steps, state = _at_the_beginning(steps, streams)
+    return _left(steps, streams, law.run(steps, state, context or {}))
 
 
 def invert(
