@@ -44,7 +44,7 @@ COUPLINGS = ("tests/test_laws.py", "tests/test_couplings.py", "tests/test_exact.
 SCHEDULERS = ("tests/test_schedulers.py",)
 GRAPH = ("tests/test_autograd.py", "tests/test_regressions.py", "tests/test_laws.py", "tests/test_situations.py")
 LIFETIME = ("tests/test_lifetime.py",)
-MISUSE = ("tests/test_misuse.py", "tests/test_regressions.py", "tests/test_situations.py")
+MISUSE = ("tests/test_misuse.py", "tests/test_regressions.py", "tests/test_guards.py", "tests/test_situations.py")
 REPLAY = ("tests/test_replay.py", "tests/test_modes.py", "tests/test_situations.py")
 MUTANTS = [
     Mutant("revlib/couplings/additive.py", "return merged - f\n", "return merged + f\n", "inversion", COUPLINGS),

@@ -997,7 +997,7 @@ class Pure(Machine):
 
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-SHORT = settings(max_examples=100, stateful_step_count=15, deadline=None, derandomize=True, suppress_health_check=QUIET)
+SHORT = settings(max_examples=80, stateful_step_count=15, deadline=None, derandomize=True, suppress_health_check=QUIET)
 LONG = settings(
     SHORT,
     max_examples=int(os.environ.get("REVLIB_FUZZ_EXAMPLES", "500")),

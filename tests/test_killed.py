@@ -44,6 +44,7 @@ def test_killed_at_any_moment_of_saving_it_goes_on_bit_for_bit(tmp_path, every):
     assert after_epoch == {1, 2}  # killed before the second was saved, and after
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("place", [(torch, "save"), (checkpoint, "save"), (Log, "write")], ids=str)
 def test_a_full_disk_ends_the_run_with_what_it_has(tmp_path, monkeypatch, place):
     straight = train_tiny(tmp_path / "straight", "--epochs", 3)

@@ -47,6 +47,7 @@ def with_dropout_inside(model):
     return model
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=str)
 def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler):
     model = with_dropout_inside(build(drop_rate=0.1, drop_path_rate=0.3).double())

@@ -44,6 +44,7 @@ def gradients(model, scheduler, images, amp=False, seed=0):
     return [logits.detach(), *grads(x, model)]
 
 
+@pytest.mark.some(7)
 @every_scheduler
 @pytest.mark.parametrize("fusion", [Mean, ConcatLinear, ConcatMlp])
 def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler, fusion):
@@ -52,6 +53,7 @@ def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler, fusi
     assert error(gradients(model, scheduler, images), gradients(model, Naive(), images)) < 1e-10
 
 
+@pytest.mark.some(6)
 @every_scheduler
 @pytest.mark.parametrize("amp", [False, True])
 def test_on_a_grid_gradients_are_bit_for_bit_those_of_naive(scheduler, amp):

@@ -281,6 +281,7 @@ TRACES = {"torch.fx": fx.symbolic_trace, "torchvision": extracted}
 every_trace = pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES)
 
 
+@pytest.mark.some(5)
 @every_model
 @every_trace
 @pytest.mark.parametrize("training", [False, True])
@@ -298,6 +299,7 @@ def test_a_traced_network_computes_and_differentiates_the_same(name, trace, trai
     assert gap({key: p.grad for key, p in model.named_parameters()}, gradients) < 1e-12
 
 
+@pytest.mark.some(3)
 @every_model
 @every_trace
 def test_a_traced_network_keeps_no_more_than_the_model(name, trace):

@@ -26,6 +26,7 @@ def clips(dtype=torch.float32, batch=2):
     return torch.randn(batch, 3, *SIZE, dtype=dtype)
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 def test_gradients_are_those_of_naive_with_every_kind_of_dropout(scheduler, exact):
