@@ -110,6 +110,7 @@ def _check_kind(i: int, stream: Tensor) -> None:
 def entered(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
     """The steps with the couplings that they have for such streams, and the streams as they enter: each is made fit
     for the coupling that will merge it away first."""
+    checked_streams(streams, 1 if steps and steps[0].merge_reads else 2)
     dtype = streams[0].dtype
     if all(s.dtype is dtype for s in streams):
         steps = [step.for_streams(dtype) for step in steps]
@@ -342,7 +343,8 @@ class ReversibleSequence(nn.Module):
                 function names.
             ValueError: for a result that does not fit its stream.
         """
-        return _run(self.bound_steps, self.scheduler, streams, context)
+        steps, state = entered(self.bound_steps, streams)
+        return _left(steps, streams, self.scheduler.run(steps, state, context))
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order.
@@ -394,14 +396,6 @@ class ReversibleSequence(nn.Module):
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
-def _run(
-    steps: list[BoundStep], scheduler: Scheduler, streams: State, context: Mapping[str, Any]
-) -> State:
-    checked_streams(streams, 1 if steps and steps[0].merge_reads else 2)
-    steps, state = entered(steps, streams)
-    return _left(steps, streams, scheduler.run(steps, state, context))
-
-
 def _at_the_end(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
     """The steps with the couplings that they have for such streams, and the streams as the last of them left them."""
     checked_streams(streams, 1 if steps and steps[-1].merge_reads else 2)
@@ -449,7 +443,8 @@ def reversible(
     """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
     law = _checked_scheduler(scheduler or Reversible(), "scheduler")
-    return _run(steps, law, streams, context or {})
+    steps, state = entered(steps, streams)
+    return _left(steps, streams, law.run(steps, state, context or {}))
 
 
 def invert(

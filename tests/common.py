@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from revlib import Checkpoint, Functional, Naive, Reversible, ReversibleSequence
 from revlib.schedulers import Scheduler
+from revlib.step import BoundInverse
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,15 @@ class ByHand(Scheduler):
 
     def run(self, branches, state, context):
         for branch in branches:
-            s, *rest = state
             routed = {k: v for k, v in context.items() if k in _names(branch.owner)}
-            seen = map(branch.coupling.show, rest)
-            state = (*rest, branch.coupling.merge(s, branch.fn(*seen, **routed)))
+            if isinstance(branch, BoundInverse):
+                *rest, s = state
+                seen = map(branch.coupling.show, rest)
+                state = (branch.coupling.unmerge(s, branch.fn(*seen, **routed)), *rest)
+            else:
+                s, *rest = state
+                seen = map(branch.coupling.show, rest)
+                state = (*rest, branch.coupling.merge(s, branch.fn(*seen, **routed)))
         return state
 
 
