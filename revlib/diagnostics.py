@@ -111,7 +111,7 @@ class DriftMonitor:
         if forward % self.every or any(is_lazy(p) or is_fake(p) for p in stack.parameters()):
             return
         scheduler = self.scheduler or stack.scheduler
-        found, tolerated = _measure(stack.bound_steps, checked_streams(args), context, scheduler)
+        found, tolerated = _measure(stack.bound_steps, checked_streams(args, 1), context, scheduler)
         self.history += (Drift(forward, *f) for f in found)
         threshold = tolerated / 10 if self.warn_above is None else self.warn_above
         worst = max(found, key=lambda f: f[2], default=(0, "", 0.0))

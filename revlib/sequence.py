@@ -110,6 +110,7 @@ def _check_kind(i: int, stream: Tensor) -> None:
 def entered(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
     """The steps with the couplings that they have for such streams, and the streams as they enter: each is made fit
     for the coupling that will merge it away first."""
+    checked_streams(streams, 1 if steps and steps[0].merge_reads else 2)
     dtype = streams[0].dtype
     if all(s.dtype is dtype for s in streams):
         steps = [step.for_streams(dtype) for step in steps]
@@ -342,8 +343,7 @@ class ReversibleSequence(nn.Module):
                 function names.
             ValueError: for a result that does not fit its stream.
         """
-        # The scheduler is called from here, since a compiler breaks every frame around it.
-        steps, state = _at_the_beginning(self.bound_steps, streams)
+        steps, state = entered(self.bound_steps, streams)
         return _left(steps, streams, self.scheduler.run(steps, state, context))
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
@@ -396,12 +396,6 @@ class ReversibleSequence(nn.Module):
         return f"coupling={self.coupling}, scheduler={self.scheduler}"
 
 
-def _at_the_beginning(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
-    """The steps with the couplings that they have for such streams, and the streams as they enter."""
-    checked_streams(streams, 1 if steps and steps[0].merge_reads else 2)
-    return entered(steps, streams)
-
-
 def _at_the_end(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], State]:
     """The steps with the couplings that they have for such streams, and the streams as the last of them left them."""
     checked_streams(streams, 1 if steps and steps[-1].merge_reads else 2)
@@ -449,7 +443,7 @@ def reversible(
     """
     steps = _bind(functions, _checked_coupling(coupling or DefaultAdditive()))
     law = _checked_scheduler(scheduler or Reversible(), "scheduler")
-    steps, state = _at_the_beginning(steps, streams)
+    steps, state = entered(steps, streams)
     return _left(steps, streams, law.run(steps, state, context or {}))
 
 

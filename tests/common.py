@@ -28,12 +28,15 @@ class ByHand(Scheduler):
 
     def run(self, branches, state, context):
         for branch in branches:
-            backwards = isinstance(branch, BoundInverse)
-            s, *rest = (state[-1], *state[:-1]) if backwards else state
             routed = {k: v for k, v in context.items() if k in _names(branch.owner)}
-            seen = map(branch.coupling.show, rest)
-            f = branch.fn(*seen, **routed)
-            state = (branch.coupling.unmerge(s, f), *rest) if backwards else (*rest, branch.coupling.merge(s, f))
+            if isinstance(branch, BoundInverse):
+                *rest, s = state
+                seen = map(branch.coupling.show, rest)
+                state = (branch.coupling.unmerge(s, branch.fn(*seen, **routed)), *rest)
+            else:
+                s, *rest = state
+                seen = map(branch.coupling.show, rest)
+                state = (*rest, branch.coupling.merge(s, branch.fn(*seen, **routed)))
         return state
 
 

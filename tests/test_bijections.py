@@ -1,6 +1,7 @@
 """Bijections as steps: laws, every scheduler, shapes and numbers of streams that change, sums as streams, refusals."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from revlib.bijections import (
     with_losses,
 )
 from revlib.couplings import Additive, Affine, Scaled
+from revlib.diagnostics import DriftMonitor
 from revlib.step import advance
 from revlib.testing import assert_bijects, assert_inverts, assert_memory_flat, assert_same_gradients, strategies
 
@@ -634,3 +636,52 @@ def test_an_inverse_that_gives_another_number_of_streams_is_refused():
     ys = stack(x, x)
     with pytest.raises(ValueError, match=r"inverse of bijection 1 \(Loses\) returned 1 streams for the 2 that it took"):
         sum(y.sum() for y in ys).backward()
+
+
+# ---------------------------------------------------------------------------------------------- surroundings
+def test_the_drift_monitor_measures_bijections():
+    torch.manual_seed(0)
+    net, x = network(drop=0.0), image(torch.float32)
+    net(x)
+    for scheduler, inverted in ((Reversible(), 19), (Checkpoint(), 0), (Checkpoint(every=2), 9)):
+        monitor = DriftMonitor(net, every=1, scheduler=scheduler)
+        net(x)
+        monitor.remove()
+        assert len(monitor.history) == inverted and all(d.error < 1e-5 for d in monitor.history)
+    assert "bijection 1 (Convolution1x1)" in {d.name for d in _measured(net, x)}
+
+
+def _measured(net, x):
+    monitor = DriftMonitor(net, every=1, scheduler=Reversible())
+    net(x)
+    monitor.remove()
+    return monitor.history
+
+
+def test_copies_and_pickles_are_equal():
+    torch.manual_seed(0)
+    net, x = network(drop=0.0), image(torch.float32)
+    y = net(x)
+    net.inverse(*y)
+    for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(again(x)[0], y[0]) and repr(again) == repr(net)
+
+
+def test_a_budget_tells_what_it_keeps_of_states_that_change():
+    torch.manual_seed(0)
+    net, x = network(drop=0.0), image(torch.float32)
+    net.scheduler = Budget(fraction=0.6, below=Anchored(4))
+    for _ in range(3):
+        net(x)[0].sum().backward()
+    steps, kept = map(int, net.scheduler.report().splitlines()[-1].split("float32")[1].split()[:2])
+    assert steps == len(net.bound_steps) and 0 < kept < steps
+
+
+def test_it_compiles_with_a_break():
+    torch.manual_seed(0)
+    net, x = network(drop=0.0).double(), image()
+    want = outputs_and_gradients(net, Naive(), net, x)
+    for scheduler in (Naive(), Reversible(), Functional()):
+        run = torch.compile(net, backend="eager")
+        assert error(outputs_and_gradients(net, scheduler, run, x), want) < 1e-10
+        torch.compiler.reset()
