@@ -40,7 +40,14 @@ from revlib.bijections import (
 from revlib.couplings import Additive, Affine, Scaled
 from revlib.diagnostics import DriftMonitor
 from revlib.step import advance
-from revlib.testing import assert_bijects, assert_inverts, assert_memory_flat, assert_same_gradients, strategies
+from revlib.testing import (
+    LiveBytes,
+    assert_bijects,
+    assert_inverts,
+    assert_memory_flat,
+    assert_same_gradients,
+    strategies,
+)
 
 SCHEDULERS = [
     *(Reversible(), PaReprop(), Checkpoint(), Checkpoint(every=2), Anchored(2), Anchored(3), KeepLast(2)),
@@ -685,3 +692,15 @@ def test_it_compiles_with_a_break():
         run = torch.compile(net, backend="eager")
         assert error(outputs_and_gradients(net, scheduler, run, x), want) < 1e-10
         torch.compiler.reset()
+
+
+def test_forward_mode_keeps_nothing():
+    """So there is nothing to save. Over reverse, autograd keeps tangents where hooks do not see them: see the guide."""
+    peaks = []
+    for depth in (2, 16):
+        stack = ReversibleSequence([(nn.Linear(16, 16), nn.Tanh()) for _ in range(depth)]).requires_grad_(False)
+        x, v = torch.randn(2, 4096, 16)
+        with LiveBytes([x, v, *stack.parameters()]) as live:
+            torch.func.jvp(lambda x, stack=stack: stack(x, x)[0].sum(), (x,), (v,))
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]

@@ -85,8 +85,16 @@ def test_every_link_leads_somewhere(name):
             assert anchor in anchors(target.read_text()), f"{name} links {link}"
 
 
-FOLDERS = ["revlib/core", "revlib/couplings", "revlib/functional", "revlib/guards", "revlib/testing", "research"]
-FOLDERS += [f"research/{path.parent.name}" for path in sorted((ROOT / "research").glob("*/__init__.py"))]
+FOLDERS = [
+    "revlib/bijections",
+    "revlib/core",
+    "revlib/couplings",
+    "revlib/functional",
+    "revlib/guards",
+    "revlib/testing",
+    "research",
+]
+FOLDERS += ["research", *(f"research/{path.parent.name}" for path in sorted((ROOT / "research").glob("*/__init__.py")))]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
