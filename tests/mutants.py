@@ -110,10 +110,10 @@ MUTANTS = [
     ),
     Mutant(
         "revlib/core/tape.py",
-        "(progress.index < k or kept <= progress.index)",
-        "progress.index < k",
-        "backward starts again from each kept state",
-        SCHEDULERS,
+        "repeated = dropped or (self.needed_below and not streams_kept)",
+        "repeated = dropped",
+        "a step whose activations are kept is undone where a lower one needs it",
+        GRAPH,
     ),
     Mutant(
         "revlib/core/tape.py",
@@ -156,7 +156,7 @@ MUTANTS = [
         "self.may_stop = self.streams_kept and self._ends_in_reading(f)",
         "self.may_stop = self.streams_kept",
         "a repetition that stops while its last kernel still writes",
-        MISUSE,
+        ("tests/test_kinds_early_stop.py", *MISUSE),
     ),
     Mutant(
         "revlib/core/record.py",
