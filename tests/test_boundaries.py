@@ -127,7 +127,9 @@ def test_research_uses_the_public_api_only():
     for path in RESEARCH.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("revlib."):
-                assert node.module.split(".")[1] in {"couplings", "schedulers", "models", "testing"}, path.name
+                assert node.module.split(".")[1] in {"bijections", "couplings", "schedulers", "models", "testing"}, (
+                    path.name
+                )
 
 
 @pytest.mark.parametrize(
