@@ -154,7 +154,7 @@ def _measure(
         for k, (step, layout) in enumerate(zip(steps[:top], laid_out, strict=False)):
             taken, others = apart(state, layout.taken)
             if k in inverted:
-                samples[k] = [_sample(s) for s in taken]
+                samples[k] = [_sample(s) for s in taken[step.sums :]]
             else:
                 streams[k] = taken
             runs.append(guards.step(StepView(k, step, {}, True, False, (), ()), state))
@@ -170,7 +170,7 @@ def _measure(
                 with repetition(runs[k]):
                     back = [steps[k].inverse()], state, [tree_map(lambda leaf: leaf, contexts[k])]
                     before = apart(advance(*back), laid_out[k].taken)[0]
-                pairs = zip(samples[k], before, strict=True)
+                pairs = zip(samples[k], before[steps[k].sums :], strict=True)
                 found = [Comparison(steps[k].name, a, _sample(b.to(a.dtype))) for a, b in pairs]
                 errors.append(relative_errors(found, 1.0).amax().to(given[0].device))
             state = together(before, laid_out[k].taken, apart(state, laid_out[k].made)[1])

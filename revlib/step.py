@@ -77,6 +77,7 @@ class BoundStep:
     """
 
     merge_reads = False  # whether merge reads tensors besides what it is given, as the parameters of a bijection
+    sums = 0  # so many of the first streams that it takes are only added to: nothing depends on their value
 
     def __init__(
         self, fn: Callable[..., Any], coupling: Coupling, name: str, streams: int | None = None
@@ -219,7 +220,7 @@ class BoundInverse(BoundStep):
 
     def __init__(self, step: BoundStep) -> None:
         super().__init__(step.fn, step.coupling, f"the inverse of {step.name}")
-        self.step = step
+        self.step, self.sums = step, step.sums
 
     def with_function(self, fn: Callable[..., Any]) -> BoundStep:
         return BoundInverse(self.step.with_function(fn))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from revlib import Checkpoint, Functional, Naive, Reversible, ReversibleSequence
 from revlib.schedulers import Scheduler
-from revlib.step import BoundInverse
+from revlib.step import BoundInverse, BoundStep, apart, together
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,15 @@ class ByHand(Scheduler):
                 *rest, s = state
                 seen = map(branch.coupling.show, rest)
                 state = (branch.coupling.unmerge(s, branch.fn(*seen, **routed)), *rest)
-            else:
+            elif type(branch) is BoundStep and branch.streams is None:
                 s, *rest = state
                 seen = map(branch.coupling.show, rest)
                 state = (*rest, branch.coupling.merge(s, branch.fn(*seen, **routed)))
+            else:  # of some of the streams, or a bijection
+                layout = branch.layout(len(state))
+                taken, rest = apart(state, layout.taken)
+                branch.prepare(taken)
+                state = together(branch.merge(taken, branch.evaluate(rest, routed)), layout.made, rest)
         return state
 
 

@@ -704,3 +704,116 @@ def test_forward_mode_keeps_nothing():
             torch.func.jvp(lambda x, stack=stack: stack(x, x)[0].sum(), (x,), (v,))
         peaks.append(live.peak)
     assert peaks[0] == peaks[1]
+
+
+def test_terms_that_cancel_are_no_false_alarm():
+    """The sum is the rounding error of the determinant of a rotation at first, and has nothing left at last."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 5, requires_grad=True)
+    mixing = Convolution1x1(6)
+    items = [mixing, *(Step(mlp_pair(3), Affine()) for _ in range(2)), ActNorm(6), Inverse(mixing)]
+    flow = ReversibleSequence(with_log_det([items[0], Split(2), *items[1:3], Concat(2), *items[3:]]))
+    for start in (torch.zeros(4), torch.zeros(4, dtype=torch.float64), torch.full((4,), 1e-20)):
+        assert_same_gradients(flow, start, x, schedulers=SCHEDULERS)
+
+
+def mlp_pair(width):
+    net = nn.Conv1d(width, 2 * width, 1)
+    return Lambda(lambda net, x: net(x).tanh().chunk(2, 1), net)
+
+
+# ---------------------------------------------------------------------------------------------- what mutants showed
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), KeepLast(2)], ids=str)
+def test_an_optimizer_in_backward_steps_after_a_bijection_has_been_recovered(scheduler):
+    """Nothing is saved for the shift, so its gradient may be there before anything is asked for."""
+
+    @torch.no_grad()
+    def stepped(p):
+        p.sub_(0.1 * p.grad)
+
+    class Shift(Bijection):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+        def forward(self, *streams):
+            return tuple(s + self.by for s in streams)
+
+        def inverse(self, *streams):
+            return tuple(s - self.by for s in streams)
+
+    found = []
+    for used in (Naive(), scheduler):
+        torch.manual_seed(0)
+        stack = ReversibleSequence([(mlp(3), mlp(3)), Shift(), Shift(), (mlp(3), mlp(3)), Shift()], scheduler=used)
+        stack.double()
+        for p in stack.parameters():
+            p.register_post_accumulate_grad_hook(stepped)
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        sum(y.square().sum() for y in stack(x, x)).backward()
+        found.append([x.grad, *(p.detach().clone() for p in stack.parameters())])
+    assert error(found[1], found[0]) < 1e-10
+
+
+def test_a_bijection_runs_to_its_end_again():
+    class Noted(Counted):
+        def forward(self, *streams):
+            made = super().forward(*streams)
+            NOTE("end")
+            return made
+
+    stack = ReversibleSequence([Noted(True)], scheduler=Checkpoint())
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (y,) = stack(x)
+    CALLS.clear()
+    y.sum().backward()
+    assert CALLS == ["forward", "end"]
+
+
+def test_recovered_streams_have_the_strides_and_dtypes_that_they_had():
+    seen = []
+    note = seen.append
+
+    def strides(x):
+        note((x.stride(), x.dtype))
+        return x.tanh()
+
+    turned = Rearrange("b c n -> b n c")
+    stack = ReversibleSequence([Step(strides), Step(strides), turned, Rearrange("b c (n p) -> b (c p) n", p=3)])
+    x = torch.randn(2, 5, 6).mT.requires_grad_()
+    ys = stack(x, x)
+    forward, seen[:] = list(seen), []
+    sum(y.sum() for y in ys).backward()
+    assert seen == forward[::-1]
+
+
+def test_a_rearrangement_that_is_a_view_may_come_last():
+    stack = ReversibleSequence([(nn.Tanh(), nn.Tanh()), Concat(2), Rearrange("b c n -> b (c n)", n=3)])
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert_same_gradients(stack, x, x, schedulers=SCHEDULERS)
+
+
+@pytest.mark.parametrize("scheduler", [Reversible(), Functional()], ids=str)
+def test_gradients_with_respect_to_an_output_that_a_later_step_reads(scheduler):
+    torch.manual_seed(0)
+    stack = ReversibleSequence([Permute(1, 0), Step(nn.Tanh()), Split(2), Step(nn.Tanh(), streams=2)])
+    xs = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for used in (Naive(), scheduler):
+        stack.scheduler = used
+        ys = stack(*xs)
+        found.append(list(torch.autograd.grad(ys[-1].sum(), ys[:-1], allow_unused=True)))
+    assert error(found[1], found[0]) < 1e-12 and found[0][1] is not None
+
+
+def test_every_stream_of_a_bijection_is_compared():
+    class Second(Bijection):
+        def forward(self, a, b):
+            return a * 2, b * 2
+
+        def inverse(self, a, b):
+            return a / 2, b * 0.6
+
+    stack = ReversibleSequence([(nn.Tanh(), nn.Tanh()), Second()])
+    with pytest.raises(RuntimeError, match="recovered what enters bijection 1"):
+        sum(y.sum() for y in stack(*torch.randn(2, 4, 3, requires_grad=True))).backward()

@@ -89,6 +89,8 @@ def with_losses(steps: Iterable[Step]) -> list[Step]:
 class _BoundSum(BoundStep):
     """A step that takes the first stream besides its own, and adds a term to it."""
 
+    sums = 1
+
     def _laid_out(self, m: int) -> Layout:
         n = self.streams or m - 1
         if not 2 <= n < m:
@@ -169,6 +171,8 @@ class _LogDetBijection(Bijection):
 
 
 class _BoundLogDetBijection(BoundBijection):
+    sums = 1
+
     def _laid_out(self, m: int) -> Layout:
         taken, made, _ = super()._laid_out(m)
         return Layout((0, *taken[1:]), (0, *made[1:]), 0)

@@ -1,7 +1,9 @@
 r"""The core: how one forward is recorded, and how its backward gets back what forward did not keep.
 
-A stack of n steps has the states 0, ..., n, numbered like fence posts. State k holds the m streams k, ..., k + m - 1.
-Step k leads from state k to state k + 1: it merges stream k away and appends stream k + m::
+A stack of n steps has the states 0, ..., n, numbered like fence posts. Step k leads from state k to state k + 1: it
+takes some of the streams away, reads others, and makes new ones. The step of a function and a coupling takes one, reads
+the others, and makes one; a bijection takes streams and makes others, and reads none. Every stream of a pass has a
+number, so that what stays from one state to the next is one stream::
 
     forward    state 0 --step 0--> state 1 --step 1--> ... --step n-1--> state n    (kept)
                        placeholders        placeholders
@@ -20,7 +22,7 @@ The graph is the one that plain autograd builds. Only what it saves is exchanged
 4. ``record``. One record a step knows how to run the step again: its function, its context, and what kind of tensors
    its placeholders stood for. Running the function once on the recovered inputs gives two things: autograd saves the
    same tensors again, in the same order, which refill the placeholders; and ``unmerge`` of its result gives back the
-   stream that the step had merged away.
+   streams that the step had taken. Where the merge itself saves tensors, as a bijection does, it runs again on these.
 5. ``tape``. In backward, autograd reaches step k, or asks one of its placeholders for its tensor. The tape finds the
    nearest state that it knows above, and undoes step by step down to state k. When the pass ends, it lets go of
    everything.

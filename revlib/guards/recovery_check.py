@@ -197,7 +197,10 @@ class _StepRecovery(StepGuard):
             if view.streams_kept:
                 self._sample_activations(run)
             else:
-                self.samples = {-1 - i: of.sampler(s) for i, s in enumerate(run.taken)}
+                # A sum may be as good as zero in between, where terms cancel; then nothing of it comes back.
+                self.samples = {
+                    -1 - i: of.sampler(run.taken[i]) for i in range(view.step.sums, len(run.taken))
+                }
                 merges = not view.step.merge_reads and len(run.saved) == run.function_saves
                 if view.number == 0 and merges:
                     # If no function reads the first stream, it may be far smaller than what is added to it. Rounding

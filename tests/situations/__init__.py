@@ -7,7 +7,7 @@ Each situation is one function, written as a user would write it; ``table.csv`` 
     PYTHONPATH=.:tests python -m situations --play    first plays the situations that the table does not have yet.
 """
 
-from situations import context, differentiation, functions, kinds, learning, processes, refusals, surroundings
+from situations import context, differentiation, functions, kinds, learning, processes, refusals, shapes, surroundings
 from situations.base import SITUATIONS
 
 THEMES = {
@@ -16,6 +16,7 @@ THEMES = {
     functions: "What functions do",
     context: "Context and captured tensors",
     kinds: "Kinds of streams",
+    shapes: "Shapes and numbers of streams that change",
     surroundings: "Modes and contexts around",
     refusals: "Changes between forward and backward, and misuse",
     processes: "Processes, threads and interruptions",

@@ -36,6 +36,7 @@ from revlib import (
     Step,
     reversible,
 )
+from revlib.bijections import Bijection
 from revlib.couplings.family import Affine, Scaled
 from revlib.schedulers import Scheduler
 
@@ -85,9 +86,9 @@ class Setting:
             fn.register_forward_hook(as_pair)
         return fn
 
-    def fit_step(self, fn: Any) -> Step:
+    def fit_step(self, fn: Any, streams: int | None = None) -> Step:
         """The function as one step."""
-        return Step(self.fit(fn), self.coupling)
+        return Step(self.fit(fn), self.coupling, streams)
 
     def stack(self, make: Callable[[], nn.Module] = mlp, depth: int = 2) -> ReversibleSequence:
         """Pairs of functions, each from one call of ``make``."""
@@ -95,7 +96,7 @@ class Setting:
 
     def sequence(self, *items: Any) -> ReversibleSequence:
         """Of these pairs and Steps."""
-        fitted = [i if isinstance(i, Step) else tuple(map(self.fit, i)) for i in items]
+        fitted = [i if isinstance(i, (Step, Bijection)) else tuple(map(self.fit, i)) for i in items]
         return ReversibleSequence(fitted, self.coupling, self.scheduler)
 
     def run(self, functions: Sequence[Any], *streams: Tensor, **context: Any) -> tuple[Tensor, ...]:
