@@ -157,7 +157,7 @@ def _measure(
                 samples[k] = [_sample(s) for s in taken[step.sums :]]
             else:
                 streams[k] = taken
-            runs.append(guards.step(StepView(k, step, {}, True, False, (), ()), state))
+            runs.append(guards.step(StepView(k, step, {}, True, False, layout, (), ()), state))
             with first_run(runs[k]):
                 f = step.evaluate(others, tree_map(lambda leaf: leaf, contexts[k]))
                 made = step.merge(taken, f)

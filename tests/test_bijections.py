@@ -641,7 +641,7 @@ def test_an_inverse_that_gives_another_number_of_streams_is_refused():
     stack = ReversibleSequence([(nn.Tanh(), nn.Tanh()), Loses()])
     x = torch.randn(2, 3, requires_grad=True)
     ys = stack(x, x)
-    with pytest.raises(ValueError, match=r"inverse of bijection 1 \(Loses\) returned 1 streams for the 2 that it took"):
+    with pytest.raises(TypeError, match=r"inverse of bijection 1 \(Loses\) must return the 2 streams .*, got 1"):
         sum(y.sum() for y in ys).backward()
 
 
@@ -778,8 +778,7 @@ def test_recovered_streams_have_the_strides_and_dtypes_that_they_had():
         note((x.stride(), x.dtype))
         return x.tanh()
 
-    turned = Rearrange("b c n -> b n c")
-    stack = ReversibleSequence([Step(strides), Step(strides), turned, Rearrange("b c (n p) -> b (c p) n", p=3)])
+    stack = ReversibleSequence([Step(strides), Step(strides), Rearrange("b c (n p) -> b (c p) n", p=5)])
     x = torch.randn(2, 5, 6).mT.requires_grad_()
     ys = stack(x, x)
     forward, seen[:] = list(seen), []

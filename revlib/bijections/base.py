@@ -189,7 +189,13 @@ class BoundBijection(BoundStep):
         return made
 
     def unmerge(self, made: State, f: Any) -> State:
-        return _in_own_precision(self.with_function(self.bijection.inverse), made, f)
+        taken = _in_own_precision(self.with_function(self.bijection.inverse), made, f)
+        if len(taken) != (self.bijection.takes or len(made)):
+            raise TypeError(
+                f"the inverse of {self.name} must return the {self.bijection.takes or len(made)} streams that forward "
+                f"takes, got {len(taken)}"
+            )
+        return taken
 
     def enter(self, s: Tensor) -> Tensor:
         return s

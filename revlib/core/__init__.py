@@ -55,7 +55,7 @@ from revlib.core.guard import (
     first_run,
     repetition,
 )
-from revlib.core.plan import Plan, Treatment
+from revlib.core.plan import Plan
 from revlib.core.record import StepRecord
 from revlib.core.saved_tensors import SHARED, KeptStates, Key, Placeholder
 from revlib.core.tape import Tape, surrounding_tape
@@ -74,7 +74,6 @@ __all__ = [
     "StepRecord",
     "StepView",
     "Tape",
-    "Treatment",
     "first_run",
     "repetition",
     "surrounding_tape",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from revlib.core.saved_tensors import Placeholder
-from revlib.step import BoundStep, State
+from revlib.step import BoundStep, Layout, State
 
 __all__ = [
     "FirstRun",
@@ -38,10 +38,11 @@ class StepView(NamedTuple):
     number: int
     step: BoundStep
     context: dict[str, Any]
-    dropped: bool  # see Treatment
-    streams_kept: bool
+    dropped: bool  # the tensors that autograd saves for it are replaced by placeholders
+    streams_kept: bool  # what it takes away is kept, so that backward need not invert it
+    layout: Layout
     numbers: tuple[int, ...]  # of the streams before the step
-    new: tuple[int, ...]  # numbers of the streams that it makes
+    new: tuple[int, ...]  # and of those that it makes
 
 
 class FirstRun(NamedTuple):

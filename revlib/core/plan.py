@@ -1,20 +1,11 @@
-"""What forward keeps, and what that means for each step."""
+"""What forward keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
-__all__ = ["Plan", "Treatment"]
-
-
-class Treatment(NamedTuple):
-    """What a plan means for one step."""
-
-    dropped: bool  # the tensors that autograd saves for it are replaced by placeholders
-    streams_kept: bool  # what it takes away is kept, so that backward need not invert it
-    repeated: bool  # backward evaluates it: to refill its placeholders, or to reach the steps below
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from revlib._torch import (
     tree_map,
     version_of,
 )
-from revlib.core.guard import FirstRun, StepGuard
-from revlib.core.plan import Treatment
+from revlib.core.guard import FirstRun, StepGuard, StepView
 from revlib.core.saved_tensors import Key, Placeholder, unedited
-from revlib.step import BoundStep, Layout, State, apart
+from revlib.step import BoundStep, State, apart
 from revlib.tensors import dense, is_parameter, like_strided
 
 __all__ = ["StepRecord", "last_operation", "operations", "refuse_after_rounding"]
@@ -40,18 +39,18 @@ class _StopRecomputation(BaseException):
 class StepRecord:
     """What is needed to run one step again, and what autograd wanted to save of it."""
 
-    def __init__(
-        self,
-        step: BoundStep,
-        context: dict[str, Any],
-        layout: Layout,
-        numbers: tuple[int, ...],
-        treatment: Treatment,
-        guard: StepGuard,
-    ) -> None:
-        self.step, self.context, self.guard = step, context, guard
-        self.layout, self.numbers = layout, numbers  # the numbers of the streams that it takes away
-        self.dropped, self.streams_kept, self.repeated = treatment
+    def __init__(self, view: StepView, repeated: bool, guard: StepGuard) -> None:
+        self.step, self.context, self.layout, self.guard = (
+            view.step,
+            view.context,
+            view.layout,
+            guard,
+        )
+        self.dropped, self.streams_kept = view.dropped, view.streams_kept
+        self.repeated = (
+            repeated  # in backward: for its own activations, or to reach the steps below
+        )
+        self.numbers = apart(view.numbers, view.layout.taken)[0]  # of the streams that it takes
         self.others_require_grad: tuple[bool, ...] = ()  # the streams that stay
         self.taken: list[_Kind] = []  # what kind of tensors the streams are that it takes away
         # Of each tensor that autograd wanted to save, in this order. The graph owns the placeholders.
@@ -194,11 +193,6 @@ class StepRecord:
 
     def _like_forward(self, streams: State) -> State:
         """Recovered streams, in the dtypes and strides that they had."""
-        if len(streams) != len(self.taken):
-            raise ValueError(
-                f"the inverse of {self.step.name} returned {len(streams)} streams for the {len(self.taken)} that it "
-                "took; inverse(*forward(*streams)) must be the streams"
-            )
         return tuple(
             like_strided(s.detach().to(dtype), stride)
             for s, (_, dtype, stride) in zip(streams, self.taken, strict=True)

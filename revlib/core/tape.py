@@ -19,7 +19,7 @@ from revlib._torch import (
     graph_task,
 )
 from revlib.core.guard import Guard, StepView
-from revlib.core.plan import Plan, Treatment
+from revlib.core.plan import Plan
 from revlib.core.record import StepRecord
 from revlib.core.saved_tensors import SHARED, KeptStates, Key, Placeholder, Progress, unedited
 from revlib.step import BoundStep, Layout, State, apart, numbered, together
@@ -53,24 +53,24 @@ class Tape:
         numbers, new = apart(before, layout.taken)[0], apart(after, layout.made)[0]
         if k in self.plan.streams:
             self.kept.keep(self.kept.taken, k, numbers, taken)
-        treatment = self._treatment(k, numbers)
+        dropped, kept = k not in self.plan.activations, self.kept.holds(numbers)
+        repeated = dropped or (self.needed_below and not kept)
+        self.needed_below = (dropped or self.needed_below) and k not in self.plan.states
         step.prepare(taken)
-        guard = self.guard.step(StepView(k, step, copy, *treatment[:2], before, new), state)
+        view = StepView(k, step, copy, dropped, kept, layout, before, new)
+        guard = self.guard.step(view, state)
         assert guard is not None
-        record = StepRecord(step, copy, layout, numbers, treatment, guard)
+        record = StepRecord(view, repeated, guard)
         self.records.append(record)
-        hooks = (
-            saved_tensors_hooks(record.pack_hook(k), self.unpack)
-            if treatment.dropped
-            else nullcontext()
-        )
+        pack = record.pack_hook(k)
+        hooks = saved_tensors_hooks(pack, self.unpack) if dropped else nullcontext()
         around = surrounding_tape()
         try:
             _running.tape = self
             made = record.first_run(state, context, hooks)
         finally:
             _running.tape = around
-        if treatment.repeated:
+        if repeated:
             self.lowest = k if self.lowest < 0 else self.lowest
             if record.differentiable:
                 # On the nodes themselves, and not on views of the results: a view would hand the same gradient to two
@@ -86,12 +86,6 @@ class Tape:
         k = len(self.records)
         if k in self.plan.states:
             self.kept.keep(self.kept.states, k, self.numbers[k], state)
-
-    def _treatment(self, k: int, taken: tuple[int, ...]) -> Treatment:
-        dropped, streams_kept = k not in self.plan.activations, self.kept.holds(taken)
-        repeated = dropped or (self.needed_below and not streams_kept)
-        self.needed_below = (dropped or self.needed_below) and k not in self.plan.states
-        return Treatment(dropped, streams_kept, repeated)
 
     # ------------------------------------------------------------------------------------------ backward
     @bypass_compiler

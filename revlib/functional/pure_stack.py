@@ -172,10 +172,10 @@ class Environment:
         return [b for named in slots for b in named.values() if b is not None]
 
     @contextmanager
-    def first_run(self, k: int) -> Iterator[None]:
+    def first_run(self, k: int, layout: Layout) -> Iterator[None]:
         """Around the first run of a step's function."""
         guard = self.step_guards[k] = self.guards.step(
-            StepView(k, self.steps[k], self.contexts[k], True, False, (), ()), ()
+            StepView(k, self.steps[k], self.contexts[k], True, False, layout, (), ()), ()
         )
         with (
             CpuGeneratorLock(),
@@ -233,7 +233,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             ) -> Any:
                 return function.run(_forwards(function.step, inputs), mine, purity)
 
-            with environment.first_run(k):
+            with environment.first_run(k, layout):
                 inputs = (taken, need) if step.merge_reads else (others, others_need)
                 f, needed = purity.run(step, call, *inputs, mine)
             made = f if step.merge_reads else self._merged(step, taken, f)

@@ -63,8 +63,7 @@ class _StepMeasure(StepGuard):
             elif storage not in counted:
                 own += t.untyped_storage().nbytes() if storage > 0 else t.nbytes
                 counted.add(storage)
-        layout = view.step.layout(len(view.numbers))
-        taken, others = apart(view.numbers, layout.taken)
-        after = together(view.new, layout.made, others)
+        taken, others = apart(view.numbers, view.layout.taken)
+        after = together(view.new, view.layout.made, others)
         sizes = {i: t.nbytes for i, t in state.items()}
         self.into.append(StepCost(own, frozenset(saved), view.numbers, taken, after, sizes))
