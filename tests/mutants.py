@@ -46,6 +46,8 @@ GRAPH = ("tests/test_autograd.py", "tests/test_regressions.py", "tests/test_laws
 LIFETIME = ("tests/test_lifetime.py",)
 MISUSE = ("tests/test_misuse.py", "tests/test_regressions.py", "tests/test_guards.py", "tests/test_situations.py")
 REPLAY = ("tests/test_replay.py", "tests/test_modes.py", "tests/test_situations.py")
+BIJECTIONS = ("tests/test_bijections.py",)
+
 MUTANTS = [
     Mutant("revlib/couplings/additive.py", "return merged - f\n", "return merged + f\n", "inversion", COUPLINGS),
     Mutant("revlib/couplings/additive.py", ".round_(), alpha", ".floor_(), alpha", "rounding to the grid", COUPLINGS),
@@ -96,21 +98,21 @@ MUTANTS = [
     ),
     Mutant(
         "revlib/core/tape.py",
-        "self.kept.holds(taken)\n",
+        "self.kept.holds(numbers)\n",
         "k in self.plan.streams\n",
         "the streams of a kept state",
         SCHEDULERS,
     ),
     Mutant(
         "revlib/core/tape.py",
-        "self.kept.holds(taken)\n",
+        "self.kept.holds(numbers)\n",
         "False\n",
         "a kept stream spares the inversion",
         SCHEDULERS,
     ),
     Mutant(
         "revlib/core/tape.py",
-        "repeated = dropped or (self.needed_below and not streams_kept)",
+        "repeated = dropped or (self.needed_below and not kept)",
         "repeated = dropped",
         "a step whose activations are kept is undone where a lower one needs it",
         GRAPH,
@@ -255,6 +257,69 @@ MUTANTS = [
         "",
         "hooks that came or went since forward",
         MISUSE,
+    ),
+    Mutant(
+        "revlib/step.py",
+        "return others[:first] + some + others[first:]",
+        "return others + some",
+        "streams that stay before the step's own, of a bijection",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/core/record.py",
+        "part, whole=step.merge_reads)[1]",
+        "part, whole=False)[1]",
+        "a bijection runs to its end again",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/core/record.py",
+        "like_strided(s.detach().to(dtype), stride)",
+        "s.detach()",
+        "strides of what a bijection is given back",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/functional/autograd_function.py",
+        "            return k\n",
+        "            return len(steps)\n",
+        "gradients of outputs that steps behind a bijection read",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/bijections/base.py",
+        "with torch.autocast(kind, enabled=False):",
+        "if True:",
+        "a bijection runs in the precision of its streams",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/bijections/reshaping.py",
+        "part.clone() for part",
+        "part for part",
+        "a bijection that splits gives streams memory of their own",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/bijections/sums.py",
+        "return (total - self._term(s, f), s)",
+        "return (total, s)",
+        "the inverse of a sum beside a bijection",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/guards/recovery_check.py",
+        "range(view.step.sums, len(run.taken))",
+        "range(view.step.sums, view.step.sums + 1)",
+        "every stream of a bijection is compared",
+        BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/sequence.py",
+        "if not step.merge_reads), steps[k])",
+        "if True), steps[k])",
+        "streams enter for the coupling behind a bijection",
+        BIJECTIONS,
     ),
 ]
 
