@@ -4,10 +4,11 @@
     python -m research.reference --out DIR
 
 pdoc makes the pages, with mathematics by MathJax. Docstrings are Google's style with Sphinx' roles and tables, which
-are turned into what pdoc reads. The command fails where a public name has no docstring, or where a docstring or a page
-refers to something that does not exist.
+are turned into what pdoc reads. The command fails where a public name has no docstring, where a docstring has no
+example or leaves out cost, shapes or errors, or where a docstring or a page refers to something that does not exist.
 """
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -22,6 +23,7 @@ import typer
 PAGES = [
     "revlib",
     "revlib.couplings",
+    "revlib.bijections",
     "revlib.schedulers",
     "revlib.models",
     "revlib.recurrences",
@@ -42,7 +44,7 @@ def main(out: Annotated[Path, typer.Option(help="Folder for the pages.")] = Path
         build(out)
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error}: pip install -e '.[dev]'", param_hint="research.reference") from error
-    if faults := [*undocumented(), *dead_roles(), *dead_links(out)]:
+    if faults := [*undocumented(), *lacking(), *dead_roles(), *dead_links(out)]:
         typer.echo("\n".join(faults), err=True)
         raise typer.Exit(1)
     typer.echo(f"wrote {out / 'revlib.html'}")
@@ -120,6 +122,38 @@ def _docstring(owner: type, member: str) -> str:
 
 def undocumented() -> list[str]:
     return [f"{name} has no docstring" for name, text in public() if not text.strip()]
+
+
+def lacking() -> list[str]:
+    """What the docstring of a public class or function leaves out of the sections that it should have."""
+    found = []
+    for page in PAGES:
+        for name in importlib.import_module(page).__all__:
+            thing = getattr(importlib.import_module(page), name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                found += [f"{page}.{name} has no {what}" for what in _lacks(thing)]
+    return found
+
+
+def _lacks(thing: Any) -> Iterator[str]:
+    """Equations and sources are where there are some, which only a reader can tell; the rest follows from the code."""
+    text, drawn = thing.__doc__ or "", thing.__module__ == "revlib.testing.strategies"
+    source = "" if drawn else inspect.getsource(thing)  # hypothesis wraps what draws
+    called = getattr(thing, "forward", None) if inspect.isclass(thing) else thing
+    if ">>>" not in text:
+        yield "example"
+    if not re.search(r"Raises:|\berrors\b", text) and re.search(r"\braise (?!NotImplementedError)\w+\(", source):
+        yield "errors (Raises:), though its code raises some"
+    if not re.search(r"\b[Cc]ost\b", text) and not (drawn or _is_record(thing)):
+        yield "cost (Cost: or Cost for ...)"
+    if "Shapes" not in text and inspect.isfunction(called) and "Tensor" in str(inspect.signature(called)):
+        yield "shapes (Shapes:), though it takes or gives tensors"
+
+
+def _is_record(thing: Any) -> bool:
+    """A named tuple, or a dataclass that is no scheduler and no coupling: what they hold costs nothing to hold."""
+    bare = dataclasses.is_dataclass(thing) and thing.__bases__ == (object,)
+    return bare or (inspect.isclass(thing) and issubclass(thing, tuple))
 
 
 def dead_roles() -> list[str]:

@@ -166,6 +166,10 @@ class ReversibleResidual(nn.Sequential):
             x.dtype
         )  # x and the last cycle's
 
+    def extra_repr(self) -> str:
+        """The momentum and the scheduler, as ``print`` shows them above the modules."""
+        return f"momentum={self.momentum}, scheduler={self.scheduler}"
+
     @property
     def sequence(self) -> ReversibleSequence:
         """The reversible stack that runs the branches, on m velocities and the position x, in float64.
@@ -277,6 +281,8 @@ def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: A
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`vit` in place: the ordinary network, with the weights as they are now.
+
+    Cost: none; no weight is copied.
 
     Raises:
         TypeError: if the model is none that :func:`vit` returned.

@@ -34,12 +34,30 @@ _ADVICE = (
 
 
 class Drift(NamedTuple):
-    """How far the stream that step ``step`` merged away, as inverted from the states above, is from the one it was."""
+    r"""How far the stream that a step merged away, as inverted from the states above, is from the one it was.
 
-    forward: int  # number of the forward pass in training, from 0
+    $$\mathrm{error} = \lVert \hat{s} - s \rVert / \lVert s \rVert$$
+
+    for the stream $s$ in forward and $\hat{s}$ as inverted, of a sample of its elements.
+
+    Attributes:
+        forward: the number of the forward pass in training, from 0.
+        step: the number of the step, from 0. name: what it is called in its stack.
+        error: of the stream, or the largest where the step merges several away.
+
+    Example:
+        >>> stack = ReversibleSequence([(nn.Tanh(), nn.Tanh())])
+        >>> monitor = DriftMonitor(stack)
+        >>> ys = stack(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4))
+        >>> worst = max(monitor.history, key=lambda drift: drift.error)
+        >>> worst.forward, worst.error < 1e-5
+        (0, True)
+    """
+
+    forward: int
     step: int
     name: str
-    error: float  # in the norm, relative
+    error: float
 
 
 class DriftMonitor:
@@ -58,6 +76,9 @@ class DriftMonitor:
             ``Naive()`` tells beforehand.
 
     ``history`` holds every :class:`Drift` measured, of each forward from the last step to the first. Clear it freely.
+
+    Raises:
+        ValueError: ``every`` is no whole number from 1 up.
 
     Example:
         >>> stack = ReversibleSequence([(nn.Tanh(), nn.Tanh()) for _ in range(4)])

@@ -48,7 +48,30 @@ __all__ = ["PassOptions", "Plan", "run"]
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What a scheduler may want besides its plan."""
+    """What a scheduler may want of a pass besides its plan: ``Scheduler.prepare`` returns one.
+
+    Args:
+        tolerance: the relative error up to which backward may recover a stream. ``None``: that of its precision.
+        look_ahead: when to recover steps on a side stream, ahead of their gradients, as ``PaReprop`` does.
+        costs: a list to which forward adds, for each step, what its activations would take to keep. ``Budget``
+            decides by them.
+        on_backward: called when backward reaches the stack.
+
+    Example:
+        >>> from revlib.schedulers import Scheduler
+        >>> class Telling(Scheduler):
+        ...     def plan(self, length):
+        ...         return Plan(states=[length])
+        ...
+        ...     def prepare(self, steps, state):
+        ...         return self.plan(len(steps)), PassOptions(on_backward=lambda: print("backward begins"))
+        >>> from revlib import ReversibleSequence
+        >>> y1, y2 = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Tanh())], scheduler=Telling())(
+        ...     torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+        ... )
+        >>> y1.sum().backward()
+        backward begins
+    """
 
     tolerance: float | None = None  # how far backward may err, relatively
     look_ahead: cuda_streams.LookAheadPolicy | None = None  # a side stream, and when to use it

@@ -110,6 +110,9 @@ def momentum(fns: Iterable[Function], gamma: float = 0.9) -> list[Step]:
     kept beside the stream, at $\log_2(1 / \gamma)$ bits an element and step (Maclaurin et al. 2015), as the paper does.
     Not for a small $\gamma$ in deep stacks: 0 is the residual network itself, which does not invert.
 
+    Raises:
+        ValueError: ``gamma`` is no number between 0 and 1.
+
     Source: Sander et al., *Momentum Residual Neural Networks*, ICML 2021, the momentum ResNet.
 
     Example:
@@ -185,6 +188,9 @@ def grouped(*blocks: Sequence[Function], exact: float | None = None) -> list[Ste
     Shapes: C streams alike; a stream has 1/C of the channels, and so has what a function saves. Cost: a sum of C - 1
     streams a block. Inversion as with ``Additive``, or ``ExactAdditive(exact)``. Not for few channels: functions of 1/C
     of them have 1/C of a dense layer's weights to mix with.
+
+    Raises:
+        ValueError: the blocks have different numbers of functions, or only one.
 
     Source: Li et al., *Training Graph Neural Networks with 1000 Layers*, ICML 2021, the grouped reversible GNN.
 

@@ -36,7 +36,12 @@ class Bijection(nn.Module, ABC):
     scheduler and every guard treats a bijection like any other step. Both run in the dtype of the streams: autocast is
     off, since an inverse needs every digit. In a model in 16 bits streams are float32 (see ``DefaultAdditive``).
 
-    Cost: of what backward repeats, ``inverse``, and ``forward`` if it saves anything.
+    Shapes: whatever the subclass takes and makes. Cost: of what backward repeats, ``inverse``, and ``forward`` if it
+    saves anything.
+
+    Raises:
+        TypeError: in forward of a sequence, if there are fewer streams than it takes.
+        NotImplementedError: in :meth:`log_det`, unless the subclass defines it.
 
     Attributes:
         takes, makes: how many streams forward takes and returns. It takes the last of the state; those before them stay
@@ -79,6 +84,10 @@ class Bijection(nn.Module, ABC):
         r"""$\log |\det \partial t / \partial s|$ at these streams, of each sample: of shape ``(batch,)``."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its log-determinant is")
 
+    def extra_repr(self) -> str:
+        """The settings, as ``print`` shows them in parentheses; none, unless a subclass says so."""
+        return ""
+
     def on_last(self, streams: int) -> Self:
         """Have it take the last ``streams`` streams only, and leave those before them alone. -> itself.
 
@@ -108,7 +117,12 @@ class Bijection(nn.Module, ABC):
 
 
 class Inverse(Bijection):
-    """A bijection backwards.
+    r"""A bijection backwards: its forward is $b^{-1}$, and its inverse $b$.
+
+    Args:
+        of: the bijection $b$.
+
+    Shapes, cost and errors are those of the bijection, with forward and inverse exchanged. Exact, if it is.
 
     Example:
         >>> from revlib.bijections import Rearrange
@@ -117,6 +131,7 @@ class Inverse(Bijection):
     """
 
     def __init__(self, of: Bijection) -> None:
+        """Hold the bijection as ``of``, with its parameters."""
         super().__init__()
         self.of, self.takes, self.makes, self.exact = of, of.makes, of.takes, of.exact
 

@@ -32,6 +32,7 @@ class ActNorm(Bijection):
     one step at a time under ``Reversible``. Inversion rounds; it multiplies the error of a channel by $e^{-a}$.
 
     Raises:
+        ValueError: ``channels`` is no whole number from 1 up.
         RuntimeError: the first forward in train mode runs under a ``torch.func`` transform.
 
     Source: Kingma and Dhariwal, *Glow: Generative Flow with Invertible 1x1 Convolutions*, NeurIPS 2018, section 3.1.
@@ -47,6 +48,7 @@ class ActNorm(Bijection):
     takes = makes = 1
 
     def __init__(self, channels: int) -> None:
+        """Make the scales and shifts of so many channels; data decides on them in the first forward."""
         super().__init__()
         _channels("ActNorm", channels)
         self.log_scale = nn.Parameter(torch.zeros(channels))
@@ -54,9 +56,11 @@ class ActNorm(Bijection):
         self.initialised = False
 
     def get_extra_state(self) -> bool:
+        """What ``state_dict`` holds besides parameters: whether data has decided on them."""
         return self.initialised
 
     def set_extra_state(self, state: bool) -> None:
+        """What ``load_state_dict`` does with it."""
         self.initialised = state
 
     def initialise(self, x: Tensor) -> None:
@@ -67,6 +71,10 @@ class ActNorm(Bijection):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * _along(self.log_scale, x).exp() + _along(self.shift, x)
+
+    def extra_repr(self) -> str:
+        """The number of channels."""
+        return f"{len(self.shift)}"
 
     def inverse(self, y: Tensor) -> Tensor:
         return (y - _along(self.shift, y)) * _along(-self.log_scale, y).exp()
@@ -91,6 +99,10 @@ class Convolution1x1(Bijection):
     Inversion rounds; it multiplies errors by at most the condition number of $W$. Not for a $W$ that training may drive
     towards a singular one: backward then refuses what it recovers.
 
+    Raises:
+        ValueError: ``channels`` is no whole number from 1 up.
+        RuntimeError: in backward, where a stream came back less accurately than the scheduler tolerates.
+
     Source: Kingma and Dhariwal 2018, section 3.2.
 
     Example:
@@ -102,12 +114,17 @@ class Convolution1x1(Bijection):
     takes = makes = 1
 
     def __init__(self, channels: int) -> None:
+        """Make the matrix of so many channels, a random rotation."""
         super().__init__()
         _channels("Convolution1x1", channels)
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, channels)))
 
     def forward(self, x: Tensor) -> Tensor:
         return _mixed(self.weight, x)
+
+    def extra_repr(self) -> str:
+        """The number of channels."""
+        return f"{len(self.weight)}"
 
     def inverse(self, y: Tensor) -> Tensor:
         return _mixed(torch.linalg.inv(self.weight.double()), y)

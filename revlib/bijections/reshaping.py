@@ -44,6 +44,7 @@ class Rearrange(Bijection):
     exact = True
 
     def __init__(self, pattern: str, **sizes: int) -> None:
+        """Take a pattern of einops, and the sizes of axes that it cannot tell from a stream."""
         super().__init__()
         self.pattern, self.sizes = pattern, sizes
         sides = [s.strip() for s in pattern.split("->")]
@@ -75,6 +76,7 @@ class Rearrange(Bijection):
         return _nothing(streams)
 
     def extra_repr(self) -> str:
+        """The pattern and the sizes."""
         return ", ".join([repr(self.pattern), *(f"{k}={v}" for k, v in self.sizes.items())])
 
 
@@ -97,6 +99,7 @@ class Split(Bijection):
     makes: int
 
     def __init__(self, streams: int = 2, dim: int = 1) -> None:
+        """Take the number of streams to make, and the dimension along which."""
         super().__init__()
         if type(streams) is not int or streams < 2:
             raise ValueError(f"Split(streams=...) takes a whole number from 2 up, got {streams!r}")
@@ -117,11 +120,17 @@ class Split(Bijection):
         return _nothing(streams)
 
     def extra_repr(self) -> str:
+        """How many streams it makes, along which dimension."""
         return f"streams={self.makes}, dim={self.dim}"
 
 
 class Concat(Bijection):
     r"""The inverse of :class:`Split`: streams alike into one, $(x_1, \dots, x_m) \mapsto [x_1, \dots, x_m]$.
+
+    Shapes: m streams of c along ``dim`` into one of $m \cdot c$. Cost: a copy; nothing saved. Exact.
+
+    Raises:
+        ValueError: ``streams`` is below 2, or the streams have different shapes.
 
     Example:
         >>> Concat(2)(torch.zeros(5, 3), torch.ones(5, 3)).shape
@@ -131,6 +140,7 @@ class Concat(Bijection):
     makes, exact = 1, True
 
     def __init__(self, streams: int = 2, dim: int = 1) -> None:
+        """Take the number of streams to join, and the dimension along which."""
         super().__init__()
         self.split = Split(streams, dim)
         self.takes = streams
@@ -149,13 +159,14 @@ class Concat(Bijection):
         return _nothing(streams)
 
     def extra_repr(self) -> str:
+        """How many streams it takes, along which dimension."""
         return self.split.extra_repr()
 
 
 class Permute(Bijection):
     r"""The streams in another order: $(s_0, \dots, s_{m-1}) \mapsto (s_{o_0}, \dots, s_{o_{m-1}})$.
 
-    Cost: none. Exact.
+    Shapes: any, and each stream keeps its own. Cost: none. Exact.
 
     Raises:
         ValueError: the order does not name each of its numbers once.
@@ -169,6 +180,7 @@ class Permute(Bijection):
     exact = True
 
     def __init__(self, *order: int) -> None:
+        """Take the order: the old place of each stream, by its new place."""
         super().__init__()
         if sorted(order) != list(range(len(order))) or not order:
             raise ValueError(f"Permute takes each of 0, ..., m - 1 once, got {order}")
@@ -184,6 +196,7 @@ class Permute(Bijection):
         return _nothing(streams)
 
     def extra_repr(self) -> str:
+        """The order."""
         return ", ".join(map(str, self.order))
 
 

@@ -153,6 +153,8 @@ def to_pyslowfast(model: SlowFast, *, separate_qkv: bool = True) -> dict[str, Te
 
     PySlowFast's ``MVIT.USE_MEAN_POOLING`` must be what ``fc_norm`` is here, and ``MVIT.NUM_HEADS`` the heads.
 
+    Shapes and cost are those of :func:`to_minrev`.
+
     Raises:
         ValueError: where PySlowFast's network would compute something else, such as another epsilon of a norm.
         TypeError: for a model of another kind.

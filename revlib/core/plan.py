@@ -20,6 +20,18 @@ class Plan:
             Otherwise it is undone, together with all steps in between, from the nearest state above that is known.
         streams: steps of which the stream that they merge away is kept (of a bijection, its whole input). Such a step
             need not be inverted, so its function stops as soon as its activations are back.
+
+    Cost: memory for what is named, from forward until backward has used it. Of a step, that is what autograd saves in
+    it; of a state, all of its streams, less those that something else keeps alive anyway.
+
+    Raises:
+        ValueError: in :meth:`check`, which every forward calls.
+
+    Example:
+        >>> Plan(activations=[4, 5], states=[4]).check(6)  # KeepLast(2): steps 3, 2, 1, 0 are undone from state 4
+        >>> Plan(activations=[4, 5]).check(6)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: the plan of this scheduler keeps neither the activations of step 0 nor any of ...
     """
 
     activations: Collection[int] = ()
@@ -27,7 +39,7 @@ class Plan:
     streams: Collection[int] = ()
 
     def check(self, length: int) -> None:
-        """Raises ValueError if backward could not recover some step of a stack of ``length`` steps."""
+        """Raise ValueError if backward could not recover some step of a stack of ``length`` steps."""
         top = max((j for j in self.states if j <= length), default=-1)
         for k in range(top + 1, length):
             if k not in self.activations:

@@ -106,6 +106,11 @@ class ExactAdditive(Coupling):
     for backward.
     Not for streams in bfloat16 or float16, whose grids would be too coarse: keep the streams in float32.
 
+    Raises:
+        ValueError: ``limit`` is no power of two.
+        TypeError: in forward, for streams in other than float32 and float64, unless they are cast by ``functions``.
+        RuntimeError: in backward, where a stream has reached the limit.
+
     Source: the exactness of sums on a common grid is that of fixed-point numbers; Maclaurin et al. 2015 and MacKay et
     al. 2018 keep the lost bits instead.
 
@@ -189,6 +194,13 @@ class DefaultAdditive(Additive):
 
     Cost in 16 bits: two streams of four bytes an element instead of two, at any depth, and a cast of each stream that a
     function reads. Under every scheduler alike, ``Naive`` too, so that outputs do not depend on it.
+
+    Example:
+        >>> coupling = DefaultAdditive()  # of ReversibleSequence([...]) with no coupling named
+        >>> coupling.for_streams(torch.float32) is coupling
+        True
+        >>> coupling.for_streams(torch.bfloat16).enter(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
     """
 
     def for_streams(self, dtype: torch.dtype) -> Coupling:

@@ -27,6 +27,9 @@ class Coupling(ABC):
     Both must return a tensor with the shape of ``s``. ``f`` is what the step's function returned: a tensor, or any
     nest of tuples, lists and dicts of tensors where the law needs several (an affine law takes a scale and a shift).
 
+    Cost: ``merge`` in forward, and ``unmerge`` in backward where the stream must come back. What ``merge`` saves for
+    its gradient is kept as activations are.
+
     Example:
         >>> class Difference(Coupling):
         ...     def merge(self, s, f):

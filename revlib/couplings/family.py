@@ -53,6 +53,9 @@ class Scaled(Coupling):
     Not for a learned or per-channel $k$: return it from the function, with :class:`Affine` or a coupling of your own.
     Not for a $|k|$ far from 1 in deep stacks, unless ``Anchored`` or ``Checkpoint`` keeps states on the way.
 
+    Raises:
+        ValueError: ``keep`` is 0, ``plus`` is neither of the two, or a ``keep`` other than 1 and -1 is to be exact.
+
     Source: see :mod:`revlib.recurrences`, for each network.
 
     Example:
@@ -133,6 +136,9 @@ class Affine(Coupling):
 
     Not where a plain sum serves: it costs more, and streams that shrink step after step do not come back. Not with a
     large ``bound`` in float32, where the gradient of the scales also explodes.
+
+    Raises:
+        ValueError: ``bound`` is not above 0; in forward, a function returned no pair.
 
     Source: Dinh et al., *Density estimation using Real NVP*, ICLR 2017, the affine coupling layer. The
     bound on the scale is that of common implementations; MemCNN (van de Leemput et al., *MemCNN: A Python/PyTorch

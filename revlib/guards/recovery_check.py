@@ -420,6 +420,19 @@ def raise_pending(*, wait: bool = True) -> None:
 
     Such verdicts arrive without a host synchronisation, so the last one of a run may still be under way when the run
     ends; call this once there. ``wait=False`` looks only at those that have arrived, as every stack does by itself.
+
+    Cost: where a verdict is still under way, the host waits for the device once. On a CPU nothing is ever pending.
+
+    Raises:
+        RuntimeError: that which backward raises on a CPU. It names the step, and says what to do.
+
+    Example:
+        >>> from revlib import ReversibleSequence
+        >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Linear(3, 3))])
+        >>> for x in torch.randn(5, 2, 3):
+        ...     y1, y2 = stack(x, x)
+        ...     (y1 + y2).sum().backward()
+        >>> raise_pending()  # after the last step of training
     """
     while _pending and not cuda_streams.driver.capturing() and (wait or _pending[0][0].here()):
         verdict, names, ranges, tolerance, hint = _pending.pop(0)

@@ -51,6 +51,10 @@ class Scheduled(NotScripted):
         """``Reversible()`` everywhere, or ``Naive()``, which keeps every activation."""
         self.scheduler = Reversible() if enable else Naive()
 
+    def extra_repr(self) -> str:
+        """The scheduler, as ``print(model)`` shows it above the layers."""
+        return ", ".join(f"scheduler={sequence.scheduler}" for sequence in self.sequences[:1])
+
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm notes to build the model again from a file: not how it was trained."""

@@ -15,7 +15,13 @@ Fusion = Callable[
 ]  # of channels and a norm -> module(x1, x2)
 
 
-class Mean(nn.Module):
+class _Fused(nn.Module):
+    def extra_repr(self) -> str:
+        """The settings, as ``print`` shows them besides the layers: there are none."""
+        return ""
+
+
+class Mean(_Fused):
     r"""The mean of both streams, $(x_1 + x_2) / 2$.
 
     Shapes: (..., dim), twice, to (..., dim). Cost: no parameters. Both arguments are ignored; they are there so that
@@ -37,7 +43,7 @@ class Mean(nn.Module):
         return (x1 + x2) / 2
 
 
-class ConcatLinear(nn.Module):
+class ConcatLinear(_Fused):
     r"""A linear layer on both streams side by side, $W\,\mathrm{norm}([x_1; x_2])$.
 
     Args:
@@ -62,7 +68,7 @@ class ConcatLinear(nn.Module):
         return self.linear(self.norm(torch.cat([x1, x2], dim=-1)))
 
 
-class ConcatMlp(nn.Module):
+class ConcatMlp(_Fused):
     r"""An MLP on both streams side by side, $\mathrm{MLP}(\mathrm{norm}([x_1; x_2]))$, with 2 dim hidden channels.
 
     Args:
@@ -87,7 +93,7 @@ class ConcatMlp(nn.Module):
         return self.mlp(self.norm(torch.cat([x1, x2], dim=-1)))
 
 
-class Concat(nn.Module):
+class Concat(_Fused):
     """Both streams side by side, for a next stage that takes twice the channels.
 
     Shapes: (..., dim), twice, to (..., 2 dim). Cost: no parameters.

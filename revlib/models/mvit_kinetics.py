@@ -137,8 +137,10 @@ class PublishedRevMViTVideo(Published):
     refuses: 34,963,120 parameters, for dropout 0.5 and stochastic depth 0.05 in training.
 
     Shapes: clips (B, in_chans, frames, height, width) to logits (B, num_classes); features (B, N, 2^stages embed_dim).
-    Cost: held of a stage are two streams and what enters its transition, at any depth. A ValueError meets sizes that
-    do not divide, a stage without blocks, and, in forward, clips of another size.
+    Cost: held of a stage are two streams and what enters its transition, at any depth.
+
+    Raises: ValueError for sizes that do not divide, for a stage without blocks, and, in forward, for clips of another
+    size.
 
     Source: Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.3; PySlowFast's
     ``REV_MVIT_B_16x4_CONV``. There F and G of a block drop the same samples; here each draws its own.

@@ -45,10 +45,18 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
 
     The defaults are MViTv2-S's on Kinetics-400.
     Shapes: clips (B, 3, frames, height, width) to logits (B, num_classes).
-    Cost: as MViTv2; held of a stage are two streams and what enters its transition, at any depth. A ValueError meets
-    sizes that do not divide, a stage without blocks, and, in forward, clips of another size.
+    Cost: as MViTv2; held of a stage are two streams and what enters its transition, at any depth.
+
+    Raises: ValueError for sizes that do not divide, for a stage without blocks, and, in forward, for clips of another
+    size; ImportError where torchvision is missing.
 
     Source: Li et al., *MViTv2*, CVPR 2022; Mangalam et al., *Reversible Vision Transformers*, CVPR 2022, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> model = RevMViTVideo((4, 32, 32), (2, 4, 4), num_classes=10, embed_dim=8, depths=(1, 2), kv_stride=2)
+        >>> model(torch.randn(1, 3, 4, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     blocks: Any

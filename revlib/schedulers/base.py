@@ -24,6 +24,8 @@ class Scheduler(ABC):
     may recover a stream: ``None`` for the default of its precision (float64 6e-8, float32 1.4e-3, float16 0.13,
     bfloat16 0.35), ``math.inf`` to compare nothing.
 
+    Cost: memory for what the plan keeps. In backward, each step whose activations it does not keep runs once more.
+
     Raises:
         TypeError: in forward, if :meth:`plan` returns anything but a :class:`~revlib.schedulers.Plan`.
         ValueError: in forward, if some step could not be recovered from what the plan keeps.

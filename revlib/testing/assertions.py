@@ -99,7 +99,20 @@ def _compare(
 
 
 def assert_unmerges(coupling: Coupling, s: Tensor, f: Any, *, rtol: float | None = None) -> None:
-    """The law of a coupling: ``unmerge(merge(s, f), f)`` gives ``s`` back, in its shape.
+    r"""The law of a coupling: ``unmerge(merge(s, f), f)`` gives ``s`` back, in its shape.
+
+    $$\lVert \mathrm{unmerge}(\mathrm{merge}(s, f), f) - s \rVert \le \mathrm{rtol} \cdot \lVert s \rVert$$
+
+    Args:
+        s, f: a stream, and what a step's function returned, as the coupling takes them.
+        rtol: the relative error allowed in the norm; by precision unless given: 1e-10 in float64, 1e-4 in float32, 0.1
+            in float16, 0.3 in bfloat16. An exact coupling is held to every bit by ``rtol=0``.
+
+    Shapes: those of the coupling. Cost: one merge and one unmerge, without a graph.
+
+    Raises:
+        AssertionError: it does not; the message says where by how much.
+        TypeError: ``coupling`` is no coupling.
 
     Example:
         >>> from revlib import Additive
@@ -120,6 +133,16 @@ def assert_inverts(
     rtol: float | None = None,
 ) -> None:
     """``stack.inverse(*stack(*streams))`` gives the streams back, in ``eval()`` mode (which is left afterwards).
+
+    Args:
+        context: keyword arguments for the functions.
+        rtol: the relative error allowed in the norm of each stream; by precision unless given, as in
+            :func:`assert_unmerges`. Errors grow with depth unless the coupling is exact.
+
+    Shapes: those of the stack. Cost: two forwards, without a graph.
+
+    Raises:
+        AssertionError: it does not; the message names the streams.
 
     Example:
         >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Tanh())])
@@ -144,11 +167,23 @@ def assert_inverts(
 
 
 def assert_bijects(bijection: Bijection, *streams: Tensor, rtol: float | None = None) -> None:
-    """The law of a bijection: forward and inverse undo each other, both ways.
+    r"""The law of a bijection: forward and inverse undo each other, both ways.
+
+    $$b^{-1}(b(s)) = s, \qquad b(b^{-1}(t)) = t, \qquad \mathrm{log\_det}(s) = \log |\det \partial b / \partial s|$$
 
     An exact one gives back every bit. Where it has a ``log_det``, that is the logarithm of the determinant of the
-    Jacobian of the first sample, computed by autograd; so the streams should be small. The bijection is initialised on
-    the streams, if it does that in train mode.
+    Jacobian of the first sample, computed by autograd. The bijection is initialised on the streams, if it does that in
+    train mode.
+
+    Args:
+        rtol: the relative error allowed in the norm of each stream, of one that is not exact; by precision unless
+            given, as in :func:`assert_unmerges`.
+
+    Shapes: streams as the bijection takes them; small ones, with the batch first. Cost: four passes, and the Jacobian:
+    as many backwards as the first sample has elements, and their square in memory.
+
+    Raises:
+        AssertionError: they do not, or ``log_det`` says something else than the Jacobian.
 
     Example:
         >>> from revlib.bijections import ActNorm
@@ -251,9 +286,18 @@ def assert_same_gradients(
     buffers, and the next number from the default random generator. Neither the stack nor its gradients are touched.
 
     Args:
+        context: keyword arguments for the functions; its tensors may require gradients.
+        schedulers: those to be tried. oracle: the one to be compared with.
         loss: maps the outputs to a scalar; a curved function of all of them unless given.
         rtol: relative error allowed in the norm of each tensor; by precision unless given: 1e-10 in float64, 1e-4 in
             float32, 0.1 in float16, 0.3 in bfloat16.
+        seed: of the random numbers that functions draw.
+
+    Shapes: those of the stack. Cost: a forward and a backward for the oracle and for each scheduler, on copies.
+
+    Raises:
+        AssertionError: a scheduler leaves something else behind; the message names the eight tensors that are furthest
+            off, and where.
 
     Example:
         >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Linear(3, 3))] * 2)
@@ -280,8 +324,18 @@ def assert_memory_flat(
 ) -> None:
     """The activation bytes of a training step do not grow with depth.
 
-    ``make(depth)`` builds a stack; the peak at each depth may exceed that at the first by ``rtol``. Bytes are counted,
-    not sampled: on a CPU the result is exact. The streams should be large beside a few hundred bytes a step.
+    Bytes are counted, not sampled: on a CPU the result is exact.
+
+    Args:
+        make: builds the stack of a depth.
+        depths: those to be compared with the first of them.
+        rtol: how far what is held after forward, and the peak, may exceed those at the first depth, relatively.
+
+    Shapes: streams as the stacks take them, large beside a few hundred bytes a step. Cost: a forward and a backward at
+    each depth.
+
+    Raises:
+        AssertionError: they grow; the message has a table of the bytes at each depth.
 
     Example:
         >>> def make(depth):

@@ -20,6 +20,11 @@ class LiveBytes(TorchDispatchMode):
 
     Storages of ``known`` tensors count nothing. Memory that an operation takes and returns inside itself is not seen.
 
+    Args:
+        known: tensors that exist before, such as inputs and parameters, and their gradients if they have some.
+
+    Cost: a call of Python for every operation. It is for measuring, not for training.
+
     Example:
         >>> x = torch.zeros(10)
         >>> with LiveBytes([x]) as live:
@@ -56,7 +61,17 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Footprint(NamedTuple):
-    """Activation bytes of a training step: ``held`` between forward and backward, and the ``peak`` of backward."""
+    """Activation bytes of a training step, as :func:`footprint` counts them.
+
+    Attributes:
+        held: between forward and backward.
+        peak: the most that are alive at once in backward.
+
+    Example:
+        >>> found = footprint(lambda t: (t.exp(),), [torch.randn(25, requires_grad=True)])
+        >>> found.held, found.peak > found.held
+        (104, True)
+    """
 
     held: int
     peak: int
@@ -70,6 +85,12 @@ def footprint(
     """Activation bytes of ``run(*streams)`` and of the backward pass of the sum of its outputs' mean squares.
 
     Gradients are allocated beforehand, so that they do not mix with the activations that backward frees.
+
+    Args:
+        run: a stack, a model, or any function of the streams that returns a sequence of tensors.
+        parameters: those that ``run`` uses; their gradients are set to zeros.
+
+    Shapes: streams as ``run`` takes them. Cost: a forward and a backward, with a call of Python for every operation.
 
     Example:
         >>> footprint(lambda t: (t.exp(),), [torch.randn(25, requires_grad=True)]).held  # what exp saves, and the loss

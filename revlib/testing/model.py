@@ -78,12 +78,25 @@ class Stream:
 class Model:
     """The methods of :class:`revlib.cuda_streams.CUDA`, for CPU tensors.
 
+    Args:
+        report: called with a message where the host would wait, or a capture be spoilt.
+        clock: milliseconds, asked whenever an event is marked.
+
     Attributes:
         main: the stream that is current at first. Others are made by ``Stream(model, name)``.
         sides: the side streams, by their main streams.
-        clock: milliseconds, asked whenever an event is marked.
         arrived: what events answer when queried.
         captured: whether a CUDA graph is being captured.
+
+    Example:
+        >>> model = Model(report=print, clock=lambda: 0.0)
+        >>> first, second = model.main, model.side(model.main)
+        >>> number = first.tick()  # a kernel
+        >>> second.knows(first, number)  # nothing puts it before what the second stream is given
+        False
+        >>> second.wait_stream(first)
+        >>> second.knows(first, number)
+        True
     """
 
     def __init__(self, report: Callable[[str], None], clock: Callable[[], float]) -> None:
@@ -93,18 +106,22 @@ class Model:
         self.sides: dict[Stream, Stream] = {}
 
     def serves(self, t: Tensor) -> bool:
+        """Whether a tensor is on this device."""
         return t.device.type == "cpu" and not isinstance(t, FakeTensor)
 
     def current(self, device: torch.device) -> Stream:
+        """The stream that gets the work now."""
         return self.stream
 
     def side(self, main: Stream) -> Stream:
+        """The side stream of a main stream, made when first asked for."""
         if main not in self.sides:
             self.sides[main] = Stream(self, f"side of {main.name}")
         return self.sides[main]
 
     @contextlib.contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
+        """A context in which the work goes to this stream."""
         before, self.stream = self.stream, stream
         try:
             yield
@@ -112,9 +129,11 @@ class Model:
             self.stream = before
 
     def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
         return self.captured
 
     def mark(self, device: torch.device) -> Event:
+        """An event with the time, after what the current stream has been given so far."""
         if self.captured:
             self.report("capture: an event with a time was recorded while a graph is captured")
         event = self.stream.record_event()

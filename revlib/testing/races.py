@@ -52,21 +52,33 @@ class RaceChecker(TorchDispatchMode):
     """Within this context, CPU tensors look as if their device had streams, and races are found.
 
     Open it around forward *and* backward. It swaps :data:`revlib.cuda_streams.driver`, which is of the whole process,
-    and sees the operators of this thread, which on a CPU are those of backward too. Afterwards look at::
+    and sees the operators of this thread, which on a CPU are those of backward too.
 
-        with RaceChecker() as checker:
-            loss(stack(*streams)).backward()
-        assert checker.on_side and not checker.races
+    Args:
+        clock: what events note as their time, in milliseconds; the number of kernels so far, unless given.
 
     Attributes:
         races: what is wrong, one message each. Besides races: a host synchronisation, work on a side stream that its
             main stream has not waited for at the end, and in a capture anything that asks for the time or an event.
         on_side: how many kernels ran on side streams. If none did, having no races says nothing.
-        driver: the model of the device, with settings for its clock, its events, and graph capture. Its clock, unless
-            given, counts kernels.
+        driver: the model of the device, with settings for its clock, its events, and graph capture.
 
     Not modelled: that the host waits where it reads an element (``item()``), and that on a GPU autograd runs each
     node's backward on the stream of its forward.
+
+    Cost: a call of Python for every operation, and an entry for every block of memory that is alive.
+
+    Source: vector clocks, Fidge, *Timestamps in Message-Passing Systems That Preserve the Partial Ordering*, 1988, and
+    Mattern, *Virtual Time and Global States of Distributed Systems*, 1989.
+
+    Example:
+        >>> looking_ahead = PaReprop(trials=0)  # from the first step on, without measuring whether it pays
+        >>> stack = ReversibleSequence([(torch.nn.Tanh(), torch.nn.Tanh())] * 3, scheduler=looking_ahead)
+        >>> with RaceChecker() as checker:
+        ...     y1, y2 = stack(torch.randn(2, 3, requires_grad=True), torch.randn(2, 3))
+        ...     (y1 + y2).sum().backward()
+        >>> checker.on_side > 0, checker.races
+        (True, [])
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
@@ -92,7 +104,7 @@ class RaceChecker(TorchDispatchMode):
         self.check_joined()
 
     def stream(self, name: str) -> Stream:
-        """Another main stream."""
+        """Another main stream, under a name for messages."""
         return Stream(self.driver, name)
 
     def on(self, stream: Stream) -> contextlib.AbstractContextManager[None]:
@@ -212,7 +224,17 @@ def assert_no_races(
 
     Args:
         scheduler: ``PaReprop(trials=0)`` unless given, which looks ahead always.
+        context: keyword arguments for the functions.
         steps: more than one, because memory that one step frees is used again by the next.
+
+    Shapes: those of the stack. Cost: so many training steps, with a call of Python for every operation.
+
+    Raises:
+        AssertionError: there are races, or nothing ran on a side stream, which would say nothing.
+
+    Example:
+        >>> stack = ReversibleSequence([(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in range(3)])
+        >>> assert_no_races(stack, torch.randn(2, 3, requires_grad=True), torch.randn(2, 3))
     """
     stack = copy.deepcopy(stack)
     stack.scheduler = scheduler or PaReprop(trials=0)

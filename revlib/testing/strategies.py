@@ -85,18 +85,46 @@ class Branch(nn.Module):
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Seeds of random generators."""
+    """Seeds of random generators.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(seeds())
+        ... def check(seed):
+        ...     assert torch.equal(*(torch.manual_seed(seed).get_state() for _ in range(2)))
+        >>> check()
+    """
     return st.integers(0, 2**16)
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Precisions in which gradients can be compared closely."""
+    """Precisions in which gradients can be compared closely: float64 and float32.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(dtypes())
+        ... def check(dtype):
+        ...     assert dtype in (torch.float64, torch.float32)
+        >>> check()
+    """
     return st.sampled_from([torch.float64, torch.float32])
 
 
 @st.composite
 def branches(draw: st.DrawFn, widths: Sequence[int] = (4,), out: int = 4) -> nn.Module:
-    """Functions from streams of ``widths`` channels to ``out`` channels, deterministic or not, in train mode."""
+    """Functions from streams of ``widths`` channels to ``out`` channels, deterministic or not, in train mode.
+
+    They may have dropout, batch norm and an activation in place, and name the context of :func:`contexts`.
+
+    Shapes: (batch, tokens, width) for each of ``widths`` to (batch, tokens, out), in float32.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(branches((4, 2), out=3))
+        ... def check(function):
+        ...     assert function(torch.ones(2, 5, 4), torch.ones(2, 5, 2)).shape == (2, 5, 3)
+        >>> check()
+    """
     torch.manual_seed(draw(seeds()))
     return Branch(
         widths,
@@ -111,7 +139,19 @@ def branches(draw: st.DrawFn, widths: Sequence[int] = (4,), out: int = 4) -> nn.
 def streams(
     draw: st.DrawFn, widths: Sequence[int] = (4, 4), dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
-    """Streams of shape (batch, tokens, width) with elements of order one; any subset requires a gradient."""
+    """Streams with elements of order one; any subset of them requires a gradient.
+
+    Shapes: (batch, tokens, width) for each of ``widths``, with 2 to 4 samples of 2 to 5 tokens.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from revlib import Additive
+        >>> from revlib.testing import assert_unmerges
+        >>> @given(streams((4, 4)))
+        ... def check(pair):
+        ...     assert_unmerges(Additive(), *pair)
+        >>> check()
+    """
     batch, tokens = draw(st.integers(2, 4)), draw(st.integers(2, 5))
     generator = torch.Generator().manual_seed(draw(seeds()))
     return tuple(
@@ -124,7 +164,15 @@ def streams(
 
 @st.composite
 def contexts(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Context that :func:`branches` understand: a tensor that may require a gradient, a number, either, or nothing."""
+    """Context that :func:`branches` understand: a tensor that may require a gradient, a number, either, or nothing.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(contexts())
+        ... def check(context):
+        ...     assert context.keys() <= {"gain", "shift"}
+        >>> check()
+    """
     context: dict[str, Any] = {}
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(draw(seeds()))
@@ -143,7 +191,18 @@ def stacks(
     max_depth: int = 5,
 ) -> ReversibleSequence:
     """Stacks on ``len(widths)`` streams: pairs and single steps (more than two streams: steps), some modules shared,
-    some parameters frozen. Whatever order pairs and steps come in, every function fits the streams it meets."""
+    some parameters frozen. Whatever order pairs and steps come in, every function fits the streams it meets.
+
+    Shapes: of a stream (batch, tokens, width), with one of ``widths``.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from revlib.testing import assert_inverts
+        >>> @given(stacks((4, 4)), streams((4, 4)))
+        ... def check(stack, pair):
+        ...     assert_inverts(stack, *pair)
+        >>> check()
+    """
     rotation = list(widths)
     items: list[Any] = []
     for _ in range(draw(st.integers(1, max_depth))):
@@ -180,7 +239,21 @@ class Across(nn.Module):
 
 @st.composite
 def bijections(draw: st.DrawFn, shapes: Sequence[Shape]) -> Bijection:
-    """Bijections of the last of several streams of shapes (batch, width, positions), or of all of them."""
+    """Bijections of the last of several streams, or of all of them.
+
+    Args:
+        shapes: (width, positions) of each stream.
+
+    Shapes: of a stream (batch, width, positions).
+
+    Example:
+        >>> from hypothesis import given
+        >>> from revlib.testing import assert_bijects
+        >>> @given(bijections([(2, 4), (2, 4)]))
+        ... def check(bijection):
+        ...     assert_bijects(bijection, *torch.randn(2, 3, 2, 4, dtype=torch.float64))
+        >>> check()
+    """
     width, positions = shapes[-1]
     alike = len(shapes) > 1 and shapes[-2] == shapes[-1]
     deeper, flatter = "b c (n p) -> b (c p) n", "b (c p) n -> b c (n p)"
@@ -199,7 +272,18 @@ def bijections(draw: st.DrawFn, shapes: Sequence[Shape]) -> Bijection:
 
 @st.composite
 def mixed_cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_items: int = 6) -> Case:
-    """Stacks of steps and bijections, which change the shapes of streams and their number; with streams that fit."""
+    """Stacks of steps and bijections, which change the shapes of streams and their number; with streams that fit.
+
+    Shapes: of a stream (batch, width, positions), at first (3, 2, 4).
+
+    Example:
+        >>> from hypothesis import given
+        >>> from revlib.testing import assert_same_gradients
+        >>> @given(mixed_cases(max_items=3))
+        ... def check(case):
+        ...     assert_same_gradients(case.stack, *case.streams)
+        >>> check()
+    """
     shapes: list[Shape] = [(2, 4)] * draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(seeds()))
     given = tuple(
@@ -243,7 +327,15 @@ class Planned(Scheduler):
 
 
 def schedulers() -> st.SearchStrategy[Scheduler]:
-    """The library's schedulers, and arbitrary plans."""
+    """The library's schedulers but for ``Functional``, and arbitrary plans.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(schedulers())
+        ... def check(scheduler):
+        ...     scheduler.plan(6).check(6)
+        >>> check()
+    """
     some = st.sets(st.integers(0, 9), max_size=4).map(lambda s: tuple(sorted(s)))
     below = st.one_of(
         st.sampled_from([Reversible(), PaReprop()]),
@@ -261,7 +353,14 @@ def schedulers() -> st.SearchStrategy[Scheduler]:
 
 @dataclass(frozen=True)
 class Case:
-    """A stack with streams and context that fit it."""
+    """A stack with streams and context that fit it: what :func:`cases` and :func:`mixed_cases` draw.
+
+    Example:
+        >>> stack = ReversibleSequence([(nn.Tanh(), nn.Tanh())])
+        >>> case = Case(stack, (torch.ones(3), torch.ones(3)), {})
+        >>> [y.shape for y in case.stack(*case.streams, **case.context)]
+        [torch.Size([3]), torch.Size([3])]
+    """
 
     stack: ReversibleSequence
     streams: tuple[Tensor, ...]
@@ -272,7 +371,21 @@ class Case:
 def cases(
     draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_streams: int = 3, max_depth: int = 5
 ) -> Case:
-    """A stack on two or more streams of equal or different widths, with streams and context."""
+    """A stack on two or more streams of equal or different widths, with streams and context.
+
+    Args:
+        max_streams: how many streams at most, from 2 up. max_depth: how many pairs and steps at most.
+
+    Shapes: of a stream (batch, tokens, width), with widths from 1 to 5.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from revlib.testing import assert_same_gradients
+        >>> @given(cases(max_depth=3))
+        ... def check(case):
+        ...     assert_same_gradients(case.stack, *case.streams, context=case.context)
+        >>> check()
+    """
     count = draw(st.integers(2, max_streams))
     widths = draw(
         st.one_of(st.just([4] * count), st.lists(st.integers(1, 5), min_size=count, max_size=count))
