@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -48,7 +48,8 @@ def main(
     """Name the classes that a trained network gives to images."""
     trained = load(run, pick_device(device), data_dir)
     classes = trained.inputs.classes
-    table = Table("image", *(title for rank in range(1, min(top, len(classes)) + 1) for title in (f"{rank}.", "")))
+    image = Column("image", overflow="fold")  # whole paths, also where the terminal is narrow
+    table = Table(image, *(title for rank in range(1, min(top, len(classes)) + 1) for title in (f"{rank}.", "")))
     for path, row in predict(trained, find_images(images), batch_size, workers, corrupt):
         if json_:
             shares = dict(zip(classes, row.tolist(), strict=True))

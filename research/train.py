@@ -1,7 +1,7 @@
 """Train a reversible model on an image data set.
 
     python -m research.train                                               # digits: a minute on two CPU cores
-    python -m research.train --dataset folder --data-dir DIR               # your images, DIR/CLASS/*.jpg
+    python -m research.train --dataset folder --data-dir DIR               # your images, DIR/CLASS/*
     python -m research.train --recipe minrev-vit --amp                     # minREV's, on CIFAR-10: see recipes/
     torchrun --nproc-per-node 2 -m research.train                          # on two processes
     python -m research.train --help

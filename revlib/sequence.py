@@ -136,6 +136,8 @@ def _left(steps: list[BoundStep], streams: State, state: State) -> State:
 
 def _pair(item: Any) -> tuple[Any, Any]:
     try:
+        if isinstance(item, nn.Sequential):
+            raise TypeError  # of two layers, one function: the second sees what the first returns
         F, G = item
     except (TypeError, ValueError):
         given = f"{len(item)} functions" if isinstance(item, (tuple, list)) else type(item).__name__

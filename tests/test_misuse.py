@@ -434,7 +434,12 @@ def test_a_plan_that_is_none():
         reversible([(torch.sin, torch.cos)], *leaves(), scheduler=Listing())
 
 
-@pytest.mark.parametrize("item", [mlp(), 3, None, (mlp(),), (mlp(),) * 3], ids="module int none one three".split())
+TWO_LAYERS = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))  # which is one function, though it unpacks into two
+
+
+@pytest.mark.parametrize(
+    "item", [mlp(), TWO_LAYERS, 3, None, (mlp(),), (mlp(),) * 3], ids="module layers int none one three".split()
+)
 def test_an_item_that_is_neither_pair_nor_step(item):
     with pytest.raises(TypeError, match=r"expected a pair \(F, G\) or a Step, got .*, or wrap each as Step\(fn\)"):
         ReversibleSequence([item])

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,25 @@ def test_files_and_folders_in_the_order_given(learnt):
     assert [line["class"] for line in lines(out / "last.pt", *given)] == ["oak", *["ash"] * 20, "elm"]
 
 
+def test_the_table_shows_whole_paths(learnt, tmp_path):
+    out, root = learnt
+    path = tmp_path / f"{'a-long-name-' * 9}.png"
+    Image.open(root / "oak" / "0.png").save(path)
+    result = CliRunner().invoke(predict.app, [str(out), str(path)])
+    rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
+    assert "".join(row[1].strip() for row in rows) == str(path) and rows[0][2].strip() == "oak"
+
+
 def test_images_of_other_sizes_and_kinds(learnt, tmp_path):
     out, root = learnt
     image = Image.open(root / "oak" / "0.png")
     image.resize((160, 160), Image.Resampling.NEAREST).save(tmp_path / "large.png")
     image.convert("L").save(tmp_path / "grey.png")
     image.convert("RGBA").save(tmp_path / "see-through.webp", lossless=True)
-    assert [line["class"] for line in lines(out, tmp_path)] == ["oak"] * 3
+    image.convert("P").save(tmp_path / "palette.png", transparency=bytes([0, 128, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as Pillow would
+        assert [line["class"] for line in lines(out, tmp_path)] == ["oak"] * 4
 
 
 def test_the_probabilities_are_those_that_the_run_was_tested_by(learnt):
@@ -119,7 +132,8 @@ def test_wrong_arguments_are_named(learnt, tmp_path):
     (tmp_path / "last.pt").write_bytes(b"nothing")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     for args, words in [
-        ([tmp_path / "none", root], ["RUN", "none/none"[5:], "is none"]),
+        ([tmp_path / "no-run", root], ["RUN", "there is no", "/no-run."]),
+        ([tmp_path / "empty", root], ["RUN", "there is no", "/empty/last.pt."]),
         ([tmp_path, root], ["RUN", "last.pt is none"]),
         ([tmp_path / "other.pt", root], ["RUN", "other.pt is none", "KeyError"]),
         ([out, tmp_path / "nowhere"], ["IMAGES", "nowhere does not exist"]),

@@ -10,7 +10,7 @@ import torch
 import typer
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from research.data.augment import Moves, drawing_from
@@ -61,7 +61,11 @@ def fitting(side: int | None) -> v2.Transform:
 
 def opened(path: str, channels: int) -> Image.Image:
     """The image of a file, in colour or in grey."""
-    image = default_loader(path)  # torchvision's, in colour
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way, which is the same
+            image = image.convert("RGBA")
+        image = image.convert("RGB")
     return image if channels == 3 else image.convert("L")
 
 

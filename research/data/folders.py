@@ -24,7 +24,7 @@ def folder(data_dir: Path | None, cache_dir: Path, side: int | None = None, read
     out. Held in memory, unless they would take more bytes there than ``reading`` allows.
     """
     if data_dir is None:
-        reject("expected a folder of images, DIR/CLASS/*.jpg or DIR/{train,test}/CLASS/*.jpg, got none; name it.")
+        reject("expected a folder of images, DIR/CLASS/* or DIR/{train,test}/CLASS/*, got none; name it.")
     side, reading = side or 32, reading or Reading()
     inner = {entry.name for entry in data_dir.iterdir() if entry.is_dir()} if data_dir.is_dir() else set()
     held = next((name for name in ("test", "val") if name in inner), None)
@@ -55,12 +55,12 @@ def folder(data_dir: Path | None, cache_dir: Path, side: int | None = None, read
 def find_classes(root: Path) -> datasets.ImageFolder:
     """The files of root/CLASS/*, and the names of the classes, in their order."""
     if not root.is_dir():
-        reject(f"expected {root}/CLASS/*.jpg; found {contents(root)}. Name a folder that has one for each class.")
+        reject(f"expected {root}/CLASS/*; found {contents(root)}. Name a folder that has one for each class.")
     try:
         return datasets.ImageFolder(str(root))
     except FileNotFoundError as error:
         reject(
-            f"expected {root}/CLASS/*.jpg, but: {str(error).rstrip('.')}; found {contents(root)}. "
+            f"expected {root}/CLASS/*, but: {str(error).rstrip('.')}; found {contents(root)}. "
             "Sort the images into a folder for each class, and remove folders without images."
         )
 

@@ -143,5 +143,14 @@ def check_inputs(then: Inputs | None, now: Inputs, path: Path, say: Callable[[st
         )
     for name, was in dataclasses.asdict(then).items():
         if was != getattr(now, name):
-            shown = "other images" if name == "held_out" else f"{getattr(now, name)}, was {was}"
-            say(f"note: {name} of the images is {shown}: not bit for bit from here")
+            told = (
+                "the images held out for testing are others"
+                if name == "held_out"
+                else (f"{name} of the images is {_rounded(getattr(now, name))}, was {_rounded(was)}")
+            )
+            say(f"note: {told}: not bit for bit from here")
+
+
+def _rounded(value: Any) -> Any:
+    """As a note shows it."""
+    return [round(v, 4) for v in value] if isinstance(value, list) and isinstance(value[0], float) else value

@@ -24,7 +24,7 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], path: Path, resumed: Sequence
                 last = f"{values[-1]:.2%}" if metric == "accuracy" else f"{values[-1]:.4g}"
                 axes.plot(
                     epochs, values, style, color=f"C{number}", marker=".", markersize=3,
-                    linewidth=1.5 + 5 * (len(runs) - 1 - number) / max(1, len(runs) - 1),
+                    linewidth=1.5 + 2.5 * (len(runs) - 1 - number) / max(1, len(runs) - 1),
                     label=f"{name} {split}: {last}",
                 )  # fmt: skip
         for number, epoch in enumerate(resumed):

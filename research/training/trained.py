@@ -49,6 +49,12 @@ def load(
 
     Raises: typer.BadParameter for a file that is no checkpoint, or if that data set cannot be read.
     """
+    if not path.exists() or (path.is_dir() and not (path / "last.pt").exists()):
+        raise typer.BadParameter(
+            f"expected the folder of a run of research.train, or its last.pt; there is no {path}"
+            f"{'/last.pt' if path.is_dir() else ''}. Runs lie in runs/, unless they were given another --out.",
+            param_hint="RUN",
+        )
     path = path / "last.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
