@@ -51,15 +51,6 @@ def test_a_loss_on_one_output_when_the_other_is_deleted(scheduler, used):
     return grads(*xs, stack)
 
 
-@law
-def test_double_backward(scheduler):
-    stack, xs = net(scheduler), leaves()
-    first = grad(loss(stack(*xs)), xs, create_graph=True)
-    penalty = sum(g.square().sum() for g in first)
-    penalty.backward()
-    return [*first, *grads(*xs, stack)]
-
-
 @every_scheduler
 def test_gradcheck_and_gradgradcheck(scheduler):
     torch.manual_seed(0)

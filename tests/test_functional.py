@@ -15,7 +15,7 @@ from common import ByHand, Lambda, error, examples, grads, leaves, loss, mlp, ne
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -132,15 +132,6 @@ def test_a_gradient_by_torch_func_is_differentiable_by_autograd_in_parameters_it
         stack, (a, b) = net(scheduler), leaves()
         grad(lambda x: loss(stack(x, b)))(a).square().sum().backward()
         return grads(stack, a, b)
-
-    assert error(scene(Functional()), scene(ByHand())) < 1e-10
-
-
-def test_hessians():
-    def scene(scheduler):
-        torch.manual_seed(0)
-        stack, (a, b) = net(scheduler, depth=1), [x.detach() for x in leaves(2, 4)]
-        return [h(lambda x: loss(stack(x, b)))(a) for h in (hessian, lambda f: jacrev(jacrev(f)))]
 
     assert error(scene(Functional()), scene(ByHand())) < 1e-10
 
@@ -339,38 +330,13 @@ def test_a_stream_that_leaves_the_range_of_an_exact_coupling():
         loss(stack(*(x + 3 for x in leaves(dtype=torch.float32)))).backward()
 
 
-def test_edits_and_modes_between_forward_and_backward():
-    def after(edit, **kinds):
-        torch.manual_seed(0)
-        stack, xs = net(Functional()), leaves()
-        outputs, total = (ys := stack(*xs)), None
-        total = loss(outputs)
-        with torch.no_grad():
-            edit(stack, xs, ys)
-        total.backward()
-
-    for edit in (
-        lambda stack, xs, ys: ys[0].add_(1),
-        lambda stack, xs, ys: stack[0].F[1].weight.add_(1),
-        lambda stack, xs, ys: stack.eval(),
-    ):
-        with pytest.raises(RuntimeError, match=r"inplace operation|was in train"):
-            after(edit)
-
-
 def test_streams_keep_their_dtype():
     xs = leaves(dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="keep their dtype"):
         reversible([(lambda x: x.float(), lambda x: x)], *xs, coupling=Additive(), scheduler=Functional())
 
 
-def test_batch_norm_is_right_in_plain_autograd_and_refused_under_transforms():
-    def scene(scheduler):
-        torch.manual_seed(0)
-        stack = net(scheduler, lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-        return [*train(stack, *leaves(6, 4)), *train(stack, *leaves(6, 4)), *stack.buffers()]
-
-    assert error(scene(Functional()), scene(ByHand())) < 1e-10
+def test_batch_norm_is_refused_under_transforms():
     stack = net(Functional(), lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     with pytest.raises(RuntimeError, match=r"BatchNorm1d in F of block 0 .* eval mode"):
         grad(lambda x: loss(stack(x, x)))(torch.randn(6, 4, dtype=torch.float64))

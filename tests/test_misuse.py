@@ -323,15 +323,6 @@ def test_a_wider_dtype_that_would_promote_the_stream(scheduler):
     assert error(found[1], found[0]) < 1e-5
 
 
-@every_scheduler
-def test_an_error_raised_by_a_function_is_its_own(scheduler):
-    def f(x):
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        reversible([(f, f)], *leaves(), scheduler=scheduler)
-
-
 @every_recomputing_scheduler
 def test_a_second_backward_from_another_output_without_retain_graph(scheduler):
     y1, y2 = net(scheduler)(*leaves())

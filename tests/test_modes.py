@@ -12,7 +12,6 @@ from common import (
     law,
     leaves,
     loss,
-    mlp,
     net,
     train,
 )
@@ -34,16 +33,6 @@ def test_inference_takes_the_memory_of_a_step_and_leaves_nothing(mode, monkeypat
         assert live.now <= 2 * unit
         assert live.peak <= 9 * unit  # the hidden layer is twice as wide
     assert len(outputs) == 2
-
-
-@law
-def test_training_on_streams_made_in_inference_mode(scheduler):
-    with torch.inference_mode():
-        frozen = torch.randn(3, 4, dtype=torch.float64)
-    (x,) = leaves(count=1)
-    stack = net(scheduler)
-    loss(stack(x, frozen.clone())).backward()
-    return grads(x, stack)
 
 
 # ---------------------------------------------------------------------------------------------- function transforms
@@ -139,29 +128,3 @@ def test_threads_without_random_numbers_train_as_alone(scheduler):
     for stack, _ in stacks:
         stack.zero_grad()
     assert error(together, [work(i) for i in range(4)]) < 1e-10
-
-
-@every_scheduler
-def test_threads_share_one_stack(scheduler):
-    """As data-parallel threads do: each its own forward and backward, gradients taken by autograd.grad."""
-    torch.manual_seed(0)
-    stack, batches = net(scheduler), [leaves(16, 4) for _ in range(4)]
-
-    def work(i):
-        return [torch.autograd.grad(loss(stack(*batches[i])), [*batches[i], *stack.parameters()]) for _ in range(10)]
-
-    together = in_threads(4, work)
-    assert error(together, [work(i) for i in range(4)]) < 1e-10
-
-
-@every_recomputing_scheduler
-def test_two_threads_differentiate_one_graph(scheduler):
-    torch.manual_seed(0)
-    stack, xs = net(scheduler, lambda: mlp(dropout=0.4), depth=6), leaves(16, 4)
-    total = loss(stack(*xs))
-
-    def work(i):
-        return [torch.autograd.grad(total, xs, retain_graph=True) for _ in range(10)]
-
-    alone = work(0)
-    assert error(in_threads(3, work), [alone] * 3) < 1e-10

@@ -7,10 +7,8 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
-from common import Lambda, every_recomputing_scheduler, every_scheduler, leaves, loss, mlp, net
+from common import Lambda, every_recomputing_scheduler, leaves, loss, mlp, net
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
@@ -82,51 +80,6 @@ def test_a_stream_edited_after_an_auxiliary_loss_opened_it():
         loss(outputs).backward()
 
 
-@every_scheduler
-def test_batch_norm_as_a_function_on_buffers_of_ones_own(scheduler):
-    class Normalised(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-            self.register_buffer("mean", torch.zeros(4))
-            self.register_buffer("var", torch.ones(4))
-
-        def forward(self, x):
-            return F.batch_norm(self.linear(x), self.mean, self.var, training=self.training)
-
-    found = []
-    for s in (Naive(), scheduler):
-        torch.manual_seed(0)
-        stack = net(s, Normalised)
-        loss(stack(*leaves())).backward()
-        found.append(list(stack.buffers()))
-    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
-
-
-@every_scheduler
-def test_a_buffer_that_forward_creates(scheduler):
-    class Averaged(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-            self.register_buffer("mean", None)
-
-        def forward(self, x):
-            h = self.linear(x).sin()
-            with torch.no_grad():
-                self.mean = h.mean(0) if self.mean is None else self.mean * 0.5 + h.mean(0)
-            return h - self.mean
-
-    found = []
-    for s in (Naive(), scheduler):
-        torch.manual_seed(0)
-        stack, xs = net(s, Averaged), leaves()
-        for _ in range(2):
-            loss(stack(*xs)).backward()
-        found.append([*stack.buffers(), *(x.grad for x in xs)])
-    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
-
-
 def test_a_model_whose_attribute_holds_its_graph_dies_with_it():
     def model():
         stack = net(Reversible(), Auxiliary)
@@ -188,21 +141,6 @@ def test_a_coupling_that_saves_tensors_on_a_first_stream_without_gradient(schedu
         loss(stack(x1.detach(), x2)).backward()
         found.append([x2.grad, *(p.grad for p in stack.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
-
-
-def test_autocast_never_differentiates_another_weight_than_forward_used():
-    """Within one region, torch's cache would keep the cast of a weight from before the optimizer's step."""
-    torch.manual_seed(0)
-    stack, xs = net(Reversible(), dtype=torch.float32), leaves(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss(stack(*xs)).backward()
-        with torch.no_grad():
-            for p in stack.parameters():
-                p.mul_(1.5)
-        again = stack(*xs)
-    with torch.autocast("cpu", torch.bfloat16):
-        fresh = stack(*xs)
-    assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
 
 
 class SavesRubbish(torch.autograd.Function):
@@ -387,16 +325,13 @@ def same(got, want):
 
 
 @every_recomputing_scheduler
-def test_the_function_of_a_step_or_the_forward_of_a_module_replaced_before_backward(scheduler):
+def test_the_function_of_a_step_replaced_before_backward(scheduler):
     def play(s):
-        stack = ReversibleSequence([Step(mlp()), Step(mlp())], scheduler=s).double()
-        xs, linear = leaves(), stack[1].fn[4]
-        linear.forward = lambda x: x[:, :4] * linear.weight[:, :4].sum(0)
+        stack, xs = ReversibleSequence([Step(mlp()), Step(mlp())], scheduler=s).double(), leaves()
         total = loss(stack(*xs))
-        del linear.forward
         stack[0].fn, old = mlp().double(), stack[0].fn
         total.backward()
-        return [linear.weight.grad, old[1].weight.grad, *(x.grad for x in xs)]
+        return [old[1].weight.grad, *(x.grad for x in xs)]
 
     assert same(*by_naive(scheduler, play))
 
@@ -513,44 +448,6 @@ class Keeping(nn.Module):
     def forward(self, x):
         self.last = self.linear(x).sin()
         return self.last
-
-
-class Making(nn.Module):
-    """Makes a tensor of the default dtype on the default device."""
-
-    def forward(self, x):
-        return (x * torch.linspace(0.1, 1, 4)).sin()
-
-
-@every_recomputing_scheduler
-def test_the_default_device_is_that_of_forward(scheduler):
-    """Autograd runs backward without it."""
-    xs = [torch.randn(3, 4, device="meta", requires_grad=True) for _ in range(2)]
-    with torch.device("meta"):
-        loss(ReversibleSequence([(Making(), Making())], scheduler=scheduler)(*xs)).backward()
-        assert torch.get_default_device().type == "meta"
-    assert all(x.grad.is_meta for x in xs)
-    assert torch.ones(1).device.type == "cpu"
-
-
-@every_recomputing_scheduler
-def test_the_default_dtype_and_the_attention_kernels_are_those_of_forward(scheduler):
-    def attend(x):
-        return F.scaled_dot_product_attention(x, x, x) + torch.ones(4)
-
-    def play(s):
-        xs = leaves(2, 3, 4)
-        torch.set_default_dtype(torch.float64)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                total = loss(reversible([(attend, attend)], *xs, scheduler=s))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        total.backward()
-        assert torch.get_default_dtype() == torch.float32 and torch.backends.cuda.flash_sdp_enabled()
-        return [x.grad for x in xs]
-
-    assert same(*by_naive(scheduler, play))
 
 
 @pytest.mark.parametrize("around", ["a stack", "a checkpoint"])

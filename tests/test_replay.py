@@ -40,22 +40,19 @@ def trained_twice(stack, *shape, device="cpu"):
     return [train(stack, *xs), next_numbers(device), train(stack, *xs), next_numbers(device)]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mlp(dropout=0.4),
+        lambda: nn.Sequential(mlp(), DropPath(0.5)),
+        lambda: SelfAttention(4, 2, dropout=0.3),
+    ],
+    ids=["dropout", "stochastic depth", "attention"],
+)
 @every_device
 @law
-def test_dropout_is_replayed_and_the_callers_generator_left_as_under_naive(scheduler, device):
-    return trained_twice(net(scheduler, lambda: mlp(dropout=0.4)), 16, 4, device=device)
-
-
-@every_device
-@law
-def test_stochastic_depth_is_replayed(scheduler, device):
-    return trained_twice(net(scheduler, lambda: nn.Sequential(mlp(), DropPath(0.5))), 16, 4, device=device)
-
-
-@every_device
-@law
-def test_attention_dropout_is_replayed(scheduler, device):
-    return trained_twice(net(scheduler, lambda: SelfAttention(4, 2, dropout=0.3)), 3, 5, 4, device=device)
+def test_random_numbers_are_replayed_and_the_callers_generator_left_as_under_naive(scheduler, device, make):
+    return trained_twice(net(scheduler, make), 16, 5, 4, device=device)
 
 
 @given(
@@ -67,16 +64,6 @@ def test_any_pattern_of_random_and_deterministic_functions_is_replayed(seed, rat
     torch.manual_seed(seed)
     stack = ReversibleSequence([(mlp(dropout=p), mlp()) for p in rates]).double()
     assert_same_gradients(stack, *leaves(8, 4), schedulers=[scheduler], oracle=ByHand(), seed=seed)
-
-
-@pytest.mark.parametrize("first_is_differentiated_first", [True, False])
-@law
-def test_two_forwards_before_one_backward_replay_their_own_masks(scheduler, first_is_differentiated_first):
-    stack, xs, zs = net(scheduler, lambda: mlp(dropout=0.4)), leaves(8, 4), leaves(8, 4)
-    losses = [loss(stack(*xs)), loss(stack(*zs))]
-    for one in losses if first_is_differentiated_first else reversed(losses):
-        one.backward()
-    return grads(*xs, *zs, stack)
 
 
 # ---------------------------------------------------------------------------------------------- low precision
@@ -206,16 +193,6 @@ def test_a_whole_model_in_half_precision_is_about_as_accurate_as_naive(scheduler
 
 
 # ---------------------------------------------------------------------------------------------- buffers and modes
-@law
-def test_batch_norm_between_two_forwards_and_their_backwards(scheduler):
-    stack = net(scheduler, lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.5), nn.Tanh()))
-    xs, zs = leaves(8, 4), leaves(8, 4)
-    losses = [loss(stack(*xs)), loss(stack(*zs))]
-    for one in losses:
-        one.backward()
-    return [*grads(*xs, *zs, stack), *stack.buffers()]
-
-
 @pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
 @law
 def test_spectral_norm_iterates_once_a_forward(scheduler, spectral_norm):
@@ -238,12 +215,3 @@ def test_spectral_norm_under_every_pass_over_a_retained_graph(scheduler):
 @law
 def test_weight_norm(scheduler, weight_norm):
     return train(net(scheduler, lambda: nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Tanh())), *leaves())
-
-
-@law
-def test_a_function_that_looks_at_its_mode(scheduler):
-    """Some modules in train mode, some in eval mode: each is repeated in its own."""
-    stack = net(scheduler, lambda: mlp(dropout=0.5))
-    stack[1].eval()
-    stack[2].F.eval()
-    return train(stack, *leaves(8, 4))

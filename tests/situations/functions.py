@@ -111,6 +111,7 @@ def frozen_batch_norm(setting: Setting):
     stack = setting.stack(lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)))
     for pair in stack:
         pair.F[0].eval()
+    stack[1].eval()
     return train(stack, 6, 4)
 
 
@@ -167,6 +168,8 @@ def buffers(setting: Setting):
                 self.mean.lerp_(x.mean(0), 0.1)
                 self.count = self.count + 1
             y = self.linear(x - self.mean).tanh() * self.count
+            if self.last is not None:
+                y = y + 0.1 * self.last
             self.last = y.detach()
             return y
 

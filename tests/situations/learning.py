@@ -27,11 +27,15 @@ def accumulation(setting: Setting):
 
 @situation("two forwards before their backwards")
 def two_forwards(setting: Setting):
-    stack, first, second = setting.stack(lambda: mlp(dropout=0.3)), leaves(), leaves()
-    totals = [loss(stack(*first)), loss(stack(*second))]
-    for total in totals:
-        total.backward()
-    return grads(*first, *second, stack)
+    stack = setting.stack(lambda: nn.Sequential(mlp(dropout=0.3), nn.BatchNorm1d(4, momentum=0.5)))
+    found = []
+    for first_goes_first in (True, False):
+        first, second = leaves(8, 4), leaves(8, 4)
+        totals = [loss(stack(*first)), loss(stack(*second))]
+        for total in totals if first_goes_first else reversed(totals):
+            total.backward()
+        found += grads(*first, *second, stack)
+    return [*found, *everything(stack)]
 
 
 @situation("a stack applied twice in one loss")

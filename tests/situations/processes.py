@@ -228,7 +228,7 @@ def threads(setting: Setting):
     stack, batches = setting.stack(), [leaves(5, 4) for _ in range(4)]
 
     def work(xs):
-        return torch.autograd.grad(loss(stack(*xs)), [*xs, *stack.parameters()])
+        return [torch.autograd.grad(loss(stack(*xs)), [*xs, *stack.parameters()]) for _ in range(5)]
 
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(work, batches))
@@ -236,10 +236,10 @@ def threads(setting: Setting):
 
 @situation("threads that differentiate one graph")
 def threads_on_a_graph(setting: Setting):
-    stack, xs = setting.stack(lambda: mlp(dropout=0.3)), leaves()
+    stack, xs = setting.stack(lambda: mlp(dropout=0.3), depth=4), leaves()
     total = loss(stack(*xs))
     with ThreadPoolExecutor(3) as pool:
-        return list(pool.map(lambda _: torch.autograd.grad(total, xs, retain_graph=True), range(6)))
+        return list(pool.map(lambda _: torch.autograd.grad(total, xs, retain_graph=True), range(15)))
 
 
 @situation("a forward in one thread while another goes backward")

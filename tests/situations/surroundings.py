@@ -277,7 +277,10 @@ def default_device(setting: Setting):
     finally:
         torch.set_default_device(None)
     with torch.device("meta"):
-        return [1.0, found, shapes()]
+        found += shapes()
+        assert torch.get_default_device().type == "meta"
+    assert torch.ones(1).device.type == "cpu"
+    return [1.0, found]
 
 
 @situation("torch.set_default_device in between forward and backward")
@@ -300,6 +303,7 @@ def default_dtype_in_between(setting: Setting):
     torch.set_default_dtype(torch.float32)
     try:
         total.backward()
+        assert torch.get_default_dtype() == torch.float32
     finally:
         torch.set_default_dtype(torch.float64)
     return grads(*xs, stack)
@@ -321,6 +325,7 @@ def attention_kernel(setting: Setting):
     with sdpa_kernel(SDPBackend.MATH):
         total = loss(stack(*xs))
     total.backward()
+    assert torch.backends.cuda.flash_sdp_enabled()
     return grads(*xs, stack)
 
 
