@@ -356,7 +356,8 @@ class ReversibleSequence(nn.Module):
 
         Shapes: the outputs of the stack to its inputs.
         Cost: the time of one forward. Gradients flow through it, in the memory that the scheduler takes in forward:
-        its backward runs the steps forwards.
+        its backward runs the steps forwards. With ``ExactAdditive`` their bits are those of ``Naive`` if the streams
+        lie on its grid, as the outputs of a stack do; others are rounded by the sums.
 
         Raises:
             TypeError: as :meth:`forward`.
