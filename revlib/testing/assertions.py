@@ -169,11 +169,11 @@ def assert_inverts(
 def assert_bijects(bijection: Bijection, *streams: Tensor, rtol: float | None = None) -> None:
     r"""The law of a bijection: forward and inverse undo each other, both ways.
 
-    $$b^{-1}(b(s)) = s, \qquad b(b^{-1}(t)) = t, \qquad \mathrm{log\_det}(s) = \log |\det \partial b / \partial s|$$
+    $$b^{-1}(b(s)) = s, \qquad b(b^{-1}(t)) = t, \qquad \ell(s) = \log |\det \partial b / \partial s|$$
 
-    An exact one gives back every bit. Where it has a ``log_det``, that is the logarithm of the determinant of the
-    Jacobian of the first sample, computed by autograd. The bijection is initialised on the streams, if it does that in
-    train mode.
+    An exact one gives back every bit. Where it has a ``log_det``, $\ell$, that is the logarithm of the determinant of
+    the Jacobian of the first sample, computed by autograd. The bijection is initialised on the streams, if it does that
+    in train mode.
 
     Args:
         rtol: the relative error allowed in the norm of each stream, of one that is not exact; by precision unless
