@@ -41,7 +41,7 @@ from revlib.guards.modules import parameters_of
 from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import refuse_opaque
 from revlib.look_ahead import LookAheadTape
-from revlib.step import BoundStep, State, advance, layouts, route
+from revlib.step import BoundStep, State, advance, layouts, route, through_blocks
 
 __all__ = ["PassOptions", "Plan", "run"]
 
@@ -122,12 +122,8 @@ def _record(
     tape.recovery = recovery  # type: ignore[attr-defined]
     # Containers of our own, since functions may append to the user's.
     copies = [tree_map(lambda leaf: leaf, context) if context else context for context in contexts]
-    for step, context, copy in zip(steps, contexts, copies, strict=True):
-        if step.begins is not None and step.begins.is_hooked:
-            step.begins.entered(state)
-        state = tape.run(step, state, context, copy)
-        if step.ends is not None and step.ends.is_hooked:
-            step.ends.left(state)
+    both = list(zip(contexts, copies, strict=True))
+    state = through_blocks(steps, state, both, lambda step, s, given: tape.run(step, s, *given))
     tape.keep_state(state)
     guard.forward_done(state)
     return state

@@ -27,6 +27,7 @@ __all__ = [
     "layouts",
     "numbered",
     "route",
+    "through_blocks",
     "together",
 ]
 
@@ -333,12 +334,9 @@ class Pair(nn.Module):
         for key, hook in list(self._forward_pre_hooks.items()):
             extra: tuple[Any, ...] = ({},) if key in self._forward_pre_hooks_with_kwargs else ()
             self._only_looks(hook(self, state, *extra))
-        if self._forward_hooks:
-            self.__dict__["_given"] = state
 
-    def left(self, state: State) -> None:
+    def left(self, given: State, state: State) -> None:
         """Call the forward hooks, which may look at the streams that enter the block and at those that leave it."""
-        given = self.__dict__.pop("_given", ())
         for key, hook in list(self._forward_hooks.items()):
             extra: tuple[Any, ...] = ({},) if key in self._forward_hooks_with_kwargs else ()
             self._only_looks(hook(self, given, *extra, state))
@@ -481,14 +479,30 @@ def _shapes(f: Any) -> list[tuple[int, ...]]:
 
 def advance(steps: Sequence[BoundStep], state: State, contexts: Sequence[dict[str, Any]]) -> State:
     """All steps in order, as an ordinary differentiable function."""
+    return through_blocks(steps, state, contexts, _advanced)
+
+
+def _advanced(step: BoundStep, state: State, context: dict[str, Any]) -> State:
+    layout = step.layout(len(state))
+    taken, others = apart(state, layout.taken)
+    step.prepare(taken)
+    made = step.merge(taken, step.evaluate(others, context))
+    return together(made, layout.made, others)
+
+
+def through_blocks(
+    steps: Sequence[BoundStep],
+    state: State,
+    contexts: Sequence[T],
+    run: Callable[[BoundStep, State, T], State],
+) -> State:
+    """``run`` on one step after the other, with the hooks of the blocks to which the steps belong called in between."""
+    entered: dict[Pair, State] = {}  # what the blocks were given that somebody wants to see
     for step, context in zip(steps, contexts, strict=True):
         if step.begins is not None and step.begins.is_hooked:
             step.begins.entered(state)
-        layout = step.layout(len(state))
-        taken, others = apart(state, layout.taken)
-        step.prepare(taken)
-        made = step.merge(taken, step.evaluate(others, context))
-        state = together(made, layout.made, others)
+            entered[step.begins] = state
+        state = run(step, state, context)
         if step.ends is not None and step.ends.is_hooked:
-            step.ends.left(state)
+            step.ends.left(entered.pop(step.ends, ()), state)
     return state

@@ -319,6 +319,29 @@ def test_a_captured_tensor_edited_by_less_than_the_tolerance():
             total.backward()
 
 
+@pytest.mark.parametrize("how", ["attribute", "context"])
+def test_a_captured_tensor_that_a_later_call_first_reads(how):
+    class Switched(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.layer, self.on, self.read = nn.Linear(4, 4), False, lambda: mask
+
+        def forward(self, x, on=False):
+            return (self.layer(x) * self.read()).sin() if on or self.on else self.layer(x)
+
+    mask = torch.ones(4)
+    stack = ReversibleSequence([(Switched(mask), nn.Linear(4, 4))], scheduler=Functional())
+    xs = leaves(dtype=torch.float32)
+    for _ in range(2):
+        loss(stack(*xs)).backward()
+    if how == "attribute":
+        stack[0].F.on = True
+    total = loss(stack(*xs, **({"on": True} if how == "context" else {})))
+    mask.mul_(1.0005)
+    with pytest.raises(RuntimeError, match=r"shape \(4,\) that .* reads was modified by an inplace"):
+        total.backward()
+
+
 def test_a_function_that_does_not_repeat():
     counts = itertools.count().__next__  # where no guard sees it
     stack = ReversibleSequence([(Lambda(lambda x: x * counts()), nn.Linear(4, 4))], scheduler=Functional())

@@ -81,6 +81,19 @@ def test_a_random_leaky_relu_alone_in_a_branch(stage: Stage):
     return train(stage.stack(lambda: Lambda(branches, nn.Linear(4, 4))), 16, 4)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+@scene("8", refusal="recovered what enters")
+def test_a_random_leaky_relu_beside_numbers_of_the_functions_own(stage: Stage, elsewhere: bool):
+    """What the operation leaves unwritten is not compared, and all the rest is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(m, x):
+        numbers = torch.rand(x.shape, generator=generator)
+        return m(x) * numbers + F.rrelu(x, training=True) if elsewhere else F.rrelu(m(x), training=True) * numbers
+
+    return train(stage.stack(lambda: Lambda(noisy, nn.Linear(4, 4))), 16, 4)
+
+
 def temporal(
     m: nn.Module,
     x: Tensor,

@@ -329,12 +329,12 @@ _SAVING_NOTHING = (
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-def operations(results: Sequence[Any], most: int = 64) -> Iterator[str]:
-    """The names of the last operations of a function, nearest to its results first."""
+def operations(results: Sequence[Any], most: int = 64) -> Iterator[Any]:
+    """Autograd's nodes of the last operations of a function, nearest to its results first."""
     nodes = [t.grad_fn for t in results if isinstance(t, Tensor) and t.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:  # which grows
-        yield _named(node)
+        yield node
         for n, _ in node.next_functions:
             if n is not None and n not in seen and len(seen) < most and n.name() != _LEAF:
                 seen.add(n)

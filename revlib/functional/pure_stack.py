@@ -235,11 +235,11 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
 
             with environment.first_run(k, layout):
                 inputs = (taken, need) if step.merge_reads else (others, others_need)
-                f, needed = purity.run(step, call, *inputs, mine)
+                f, needed = purity.run(function, call, *inputs, mine)
             made = f if step.merge_reads else self._merged(step, taken, f)
             state = together(made, layout.made, others)
             needs = together((any(need) or needed,) * len(made), layout.made, others_need)
-            del f
+            del f, call, mine
         purity.close()
         return state
 
