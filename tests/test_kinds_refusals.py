@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import ByHand, Lambda, grads, leaves, loss, mlp
 from scenes import Foreign, Refused, Stage, scene
-from situations.base import raised_by_revlib, train
+from situations.base import everything, raised_by_revlib, train
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.optim.swa_utils import AveragedModel
@@ -286,7 +286,7 @@ def test_a_log_determinant_that_is_differentiated(stage: Stage):
     return grads(*xs, stack)
 
 
-@scene("14", refused="Functional", marks=[pytest.mark.slow])
+@scene("14", marks=[pytest.mark.slow])
 def test_a_graph_break_without_fullgraph(stage: Stage):
     """torch.compile of a model, without fullgraph: a function with a break runs, in parts."""
 
@@ -311,7 +311,7 @@ def test_a_graph_break_without_fullgraph(stage: Stage):
         torch._dynamo.reset()
 
 
-@scene("14", refused="Functional", marks=[pytest.mark.slow])
+@scene("14", marks=[pytest.mark.slow])
 def test_a_print_in_a_compiled_function(stage: Stage):
     class Printing(nn.Module):
         def __init__(self):
@@ -331,6 +331,47 @@ def test_a_print_in_a_compiled_function(stage: Stage):
         outputs = run(*xs)
         loss(outputs).backward()
         return [*outputs, *grads(*xs, stack)]
+    finally:
+        torch._dynamo.reset()
+
+
+class Kept(nn.Module):
+    """Everything that a function may read and update, and a break of the compiler's graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.tied = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.linear.weight
+        self.register_buffer("calls", torch.zeros(()))
+        self.count = 0
+
+    def forward(self, x, c=None):
+        self.calls += 1
+        self.count += 1
+        h = self.tied(self.linear(self.norm(x)).sin()) + (0 if c is None else c)
+        torch._dynamo.graph_break()
+        return h.tanh() * self.linear.bias
+
+
+@pytest.mark.parametrize("training", [False, True])
+@scene("14", marks=[pytest.mark.slow])
+def test_graph_breaks_over_several_steps(stage: Stage, training: bool):
+    """With buffers, shared weights, counts and a context, called twice, in one compiled function with the loss."""
+    torch._dynamo.reset()
+    stack, xs, c = stage.stack(Kept, depth=2).train(training), leaves(), leaves()[0]
+
+    def total(*streams):
+        return loss(stack(*streams, c=c))
+
+    run = total if isinstance(stage.scheduler, ByHand) else torch.compile(total, backend="aot_eager")
+    found: list[Any] = []
+    try:
+        for _ in range(2):
+            for t in (*xs, c, *stack.parameters()):
+                t.grad = None
+            run(*xs).backward()
+            found += [*grads(*xs, stack), c.grad]
+        return [*found, *everything(stack)]
     finally:
         torch._dynamo.reset()
 

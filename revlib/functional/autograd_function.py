@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revlib._torch import (
+    bypass_compiler,
     exporting,
     forward_mode_active,
     normalises,
@@ -95,6 +96,8 @@ def _untraceable(steps: Sequence[BoundStep]) -> bool:
     for step in steps:
         if not isinstance(step.fn, nn.Module) or step.merge_reads:
             return True
+        if step.begins is not None and step.begins.is_hooked:
+            return True
         for m in step.fn.modules():
             rates = (
                 getattr(m, name, None) for name in ("p", "drop_prob", "dropout")
@@ -146,23 +149,21 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(program: PureStack, *flat: Tensor) -> State:  # type: ignore[override]
-        if program.environment is not None:
-            return _views(program.forward(flat), flat)
-        if (
-            not torch.compiler.is_compiling()
-        ):  # the compiler broke its graph within, and left the rest to us
-            raise RuntimeError(
-                "a stack with scheduler=Functional() did not fit into one graph: torch.compile(fullgraph=True) says "
-                "why. Compile its functions alone, or use scheduler=Reversible()."
-            )
-        with TracingPurityMode(flat):
-            return _views(program(flat), flat)
+        if torch.compiler.is_compiling():
+            with TracingPurityMode(flat):
+                return _views(program(flat), flat)
+        if program.environment is None:
+            program.leave_compiler(flat)
+        return _views(program.forward(flat), flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: State) -> None:
         program, *flat = inputs
         ctx.program = program
-        ctx.save_for_backward(*flat, *output)
+        ctx.copied = {} if program.environment is None else program.copied_for_repetition(flat)
+        ctx.save_for_backward(
+            *(None if i in ctx.copied else t for i, t in enumerate(flat)), *output
+        )
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
             ctx.required = [
@@ -176,6 +177,12 @@ class _Stack(torch.autograd.Function):
         if torch.compiler.is_compiling():
             found = backward_by_inversion(program, wanted, flat, y, g)
         elif torch.is_grad_enabled() or transforming():  # it may be differentiated itself
+            if ctx.copied:
+                raise RuntimeError(
+                    "a function of a stack with scheduler=Functional() edits its own parameters, so that it is "
+                    "repeated with copies of them, and its gradients cannot be differentiated again; use "
+                    "scheduler=Reversible()."
+                )
             # What was frozen in forward, and is not any more, is no input of the graph.
             flat = [
                 t if r or not t.requires_grad else t.detach()
@@ -204,7 +211,7 @@ def _saved(ctx: Any) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
         return ctx.saved_tensors
     try:
-        return ctx.saved_tensors
+        return [ctx.copied.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
@@ -213,6 +220,12 @@ def _saved(ctx: Any) -> Sequence[Tensor]:
             "reads, was modified by an inplace operation between forward and backward; edit a clone of it instead, and "
             "step the optimizer only after backward."
         ) from error
+
+
+# Where the compiler breaks its graph within a function, these are called as they are. Compiled as frames of their own,
+# they would take themselves for a part of a whole graph.
+for _called in (_Stack.forward, _Stack.setup_context, _Stack.backward):
+    bypass_compiler(_called)
 
 
 class _Sweep(torch.autograd.Function):
