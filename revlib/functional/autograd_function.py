@@ -120,28 +120,38 @@ def _apply(
 ) -> State:
     # An output of a Function may depend on others. A hook of those, or a gradient with respect to them, must see that:
     # so the steps that read outputs are plain, but in a transform, where nobody can ask.
-    inner = len(steps) if environment is not None and buffers else _reads_output(steps, len(state))
+    whole = environment is not None and buffers
+    inner, numbers = _inside(steps, len(state), whole=whole)
     # Another thread may just have bound these modules to its own tensors.
     with CpuGeneratorLock() if environment is not None else nullcontext():
         program, tensors = pure_stack_of(
             steps[:inner], state, contexts[:inner], tolerance, environment, buffers=buffers
         )
     if inner:
+        given = state
         if torch.compiler.is_compiling():  # which wants no argument twice
             state = tuple(s.view_as(s) for s in state)
-        state = _Stack.apply(program, *state, *tensors)
+        made = _Stack.apply(program, *state, *tensors)
+        # A stream that nobody has touched needs a gradient only if it did before.
+        pairs = zip(numbers, made, strict=True)
+        state = tuple(given[i] if i < len(given) else s for i, s in pairs)
     return advance(steps[inner:], state, contexts[inner:])
 
 
-def _reads_output(steps: Sequence[BoundStep], m: int) -> int:
-    """The first step that reads a stream which is an output of the whole stack, or the number of steps."""
+def _inside(steps: Sequence[BoundStep], m: int, *, whole: bool) -> tuple[int, tuple[int, ...]]:
+    """How many steps go into the Function: those before the first that reads an output, unless the ``whole`` does.
+
+    -> this number, and the state after so many steps, where the streams that go in are numbered from 0.
+    """
     found = layouts(steps, m)
-    *states, outputs = numbered(found, m)
-    for k, (numbers, (taken, _, read)) in enumerate(zip(states, found, strict=True)):
-        others = apart(numbers, taken)[1]
-        if not set(outputs).isdisjoint(others[len(others) - read :]):
-            return k
-    return len(steps)
+    states = numbered(found, m)
+    inner = len(steps)
+    for k, (taken, _, read) in enumerate(() if whole else found):
+        others = apart(states[k], taken)[1]
+        if not set(states[-1]).isdisjoint(others[len(others) - read :]):
+            inner = k
+            break
+    return inner, states[inner]
 
 
 class _Stack(torch.autograd.Function):
@@ -165,6 +175,8 @@ class _Stack(torch.autograd.Function):
             *(None if i in ctx.copied else t for i, t in enumerate(flat)), *output
         )
         if not torch.compiler.is_compiling():
+            pairs = zip(output, program.needs, strict=True)
+            ctx.mark_non_differentiable(*(y for y, needed in pairs if not needed))
             ctx.set_materialize_grads(False)
             ctx.required = [
                 t.requires_grad for t in flat

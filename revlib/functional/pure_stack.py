@@ -214,6 +214,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
     tolerance: float | None
     environment: Environment | None
     settings: AutocastSettings
+    needs: tuple[bool, ...] = ()  # which streams that come out need a gradient, after forward
 
     def leave_compiler(self, flat: Sequence[Tensor]) -> None:
         """Get an environment after all: the compiler broke its graph within a function, and calls the stack as it is.
@@ -293,6 +294,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             needs = together((any(need) or needed,) * len(made), layout.made, others_need)
             del f, call, mine
         purity.close()
+        self.needs = needs
         return state
 
     def act(self, k: int, act: Callable[[BoundStep, Any], Any], mine: Sequence[Tensor]) -> Any:

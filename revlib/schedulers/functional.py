@@ -35,10 +35,9 @@ class Functional(Scheduler):
     up then.
 
     Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, however a
-    function comes to them, and tensors in the context. An output needs a gradient if anything that goes in does. Hooks
-    of parameters that a function does not use are called with None. What was frozen in forward gets no second
-    derivative either, if it is not any more in backward, where plain autograd decides by operation. Threads must not
-    share modules.
+    function comes to them, and tensors in the context. Hooks of streams and parameters that do not matter are called
+    with None. What was frozen in forward gets no second derivative either, if it is not any more in backward, where
+    plain autograd decides by operation. Threads must not share modules.
 
     In a whole compiled graph, which takes torch 2.14, functions must also be modules, and draw no random numbers. What
     came back is compared with what went in inside the graph, and on CUDA a difference ends the process there. Nobody
