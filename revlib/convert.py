@@ -38,7 +38,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import torch
 from timm.models import vision_transformer as timm_vit
@@ -50,10 +50,29 @@ from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 from revlib.step import Step
 
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
 __all__ = ["Momentum", "ReversibleResidual", "encoder_pair", "residual", "restore", "vit"]
 
 _DIGITS = 53  # of a float64
 Parts = Sequence[nn.Module]  # a residual branch: these modules one after the other
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of :class:`ReversibleResidual` but for ``group``."""
+
+    momentum: float | None
+    limit: float
+    resolution: float
+    scheduler: Scheduler | None
+
+
+class Options(Settings, total=False):
+    """All keyword arguments of :class:`ReversibleResidual`."""
+
+    group: int
 
 
 def _grid(resolution: float) -> ExactAdditive:
@@ -145,7 +164,7 @@ class ReversibleResidual(nn.Sequential):
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        split: Callable[[Any], Sequence[Parts]],
+        split: Callable[[nn.Module], Sequence[Parts]],
         *,
         group: int = 2,
         momentum: float | None = None,
@@ -162,9 +181,12 @@ class ReversibleResidual(nn.Sequential):
         """Run the branches on ``x``: what the residual network would return, close to it or exactly as γ allows."""
         velocities = (x.new_zeros(x.shape, dtype=torch.float64) for _ in range(self.group))
         state = self.sequence(*velocities, x.double(), dtype=x.dtype)
-        return _sum(*state[-1 - (len(self._built[0]) - 1) % self.group - 1 :]).to(
-            x.dtype
-        )  # x and the last cycle's
+        latest = (len(self._built[0]) - 1) % self.group + 1  # velocities of the last cycle
+        return _sum(*state[-1 - latest :]).to(x.dtype)
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     @property
     def sequence(self) -> ReversibleSequence:
@@ -187,7 +209,11 @@ class ReversibleResidual(nn.Sequential):
     def scheduler(self, scheduler: Scheduler) -> None:
         self._built[1].scheduler = scheduler
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    def __getitem__(self, index: int | slice) -> nn.Module:
         if not isinstance(index, slice):
             return super().__getitem__(index)
         settings = {
@@ -212,7 +238,7 @@ class ReversibleResidual(nn.Sequential):
         self._built = branches, sequence  # in a tuple: no submodule, its modules are here already
 
 
-def residual(branches: Iterable[nn.Module], **options: Any) -> ReversibleResidual:
+def residual(branches: Iterable[nn.Module], **options: Unpack[Options]) -> ReversibleResidual:
     """The stack ``for f in branches: x = x + f(x)``, reversible; for ``options`` see :class:`ReversibleResidual`.
 
     Shapes and cost are those of :class:`ReversibleResidual`.
@@ -241,7 +267,9 @@ def residual(branches: Iterable[nn.Module], **options: Any) -> ReversibleResidua
     return ReversibleResidual(branches, _whole, **options)
 
 
-def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: Any) -> Any:
+def vit(
+    model: Model, *, inplace: bool = False, group: int = 4, **options: Unpack[Settings]
+) -> Model:
     """A timm VisionTransformer with reversible blocks: a copy, or ``model`` itself if ``inplace``.
 
     Features, pooling, class token and head are those of timm, and ``state_dict`` is the original's either way. A
@@ -275,7 +303,7 @@ def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: A
     return converted
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undo :func:`vit` in place: the ordinary network, with the weights as they are now.
 
     Raises:

@@ -99,7 +99,7 @@ class DriftMonitor:
             lines.append(f"{k:>4}  {latest[k].error:>7.1e}  {error:>7.1e}  {forward:>10}  {name}")
         return "\n".join(lines if latest else [*lines, "nothing has been inverted yet"])
 
-    def _before(self, stack: Any, args: tuple[Any, ...], context: dict[str, Any]) -> None:
+    def _before(self, stack: ReversibleSequence, args: State, context: dict[str, Any]) -> None:
         transformed = in_transform()
         if (
             not (stack.training and torch.is_grad_enabled())

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from revlib._torch import tree_leaves, versions_of
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.keywords import Keywords, keywords_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 __all__ = [
     "BoundStep",
@@ -299,6 +302,10 @@ class Step(nn.Module):
     def forward(self, *streams: Tensor, **context: Any) -> Any:
         """What the function returns for the other streams, before it is merged."""
         return self.fn(*streams, **context)
+
+    if TYPE_CHECKING:  # so that F and G are modules in `for F, G in seq`, which raises at a Step
+
+        def __iter__(self) -> Iterator[Never]: ...
 
     def extra_repr(self) -> str:
         """The coupling, as ``print(step)`` shows it above the function."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from revlib.couplings import Additive
 from revlib.step import NEEDS_DATA, BoundStep, Layout, State
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Never, Self
 
 __all__ = ["Bijection", "Inverse"]
 
@@ -63,12 +63,20 @@ class Bijection(nn.Module, ABC):
     initialised: bool = True
 
     @abstractmethod
-    def forward(self, *streams: Any, **context: Any) -> Any:
+    def forward(self, *streams: Any, **context: Any) -> Tensor | State:
         """The new streams."""
 
     @abstractmethod
-    def inverse(self, *streams: Any, **context: Any) -> Any:
+    def inverse(self, *streams: Any, **context: Any) -> Tensor | State:
         """The streams that forward maps to these."""
+
+    if (
+        TYPE_CHECKING
+    ):  # nn.Module declares that a call returns Any, and `for F, G in seq` raises at a bijection
+
+        def __call__(self, *streams: Any, **context: Any) -> Tensor | State: ...
+
+        def __iter__(self) -> Iterator[Never]: ...
 
     def initialise(self, *streams: Any) -> None:
         """Take parameters from data, where ``initialised`` is false, and nothing else: called without gradients, on the
@@ -120,10 +128,10 @@ class Inverse(Bijection):
         super().__init__()
         self.of, self.takes, self.makes, self.exact = of, of.makes, of.takes, of.exact
 
-    def forward(self, *streams: Tensor, **context: Any) -> Any:
+    def forward(self, *streams: Tensor, **context: Any) -> Tensor | State:
         return self.of.inverse(*streams, **context)
 
-    def inverse(self, *streams: Tensor, **context: Any) -> Any:
+    def inverse(self, *streams: Tensor, **context: Any) -> Tensor | State:
         return self.of(*streams, **context)
 
     def log_det(self, *streams: Tensor) -> Tensor:

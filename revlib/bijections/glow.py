@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,10 @@ class ActNorm(Bijection):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * _along(self.log_scale, x).exp() + _along(self.shift, x)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def inverse(self, y: Tensor) -> Tensor:
         return (y - _along(self.shift, y)) * _along(-self.log_scale, y).exp()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -32,15 +32,14 @@ class Scheduled(NotScripted):
     _arguments: dict[str, Any]
 
     @property
-    def sequences(self) -> list[Any]:
+    def sequences(self) -> list[ReversibleSequence]:
         """All that the scheduler is of."""
         return [module for module in self.modules() if isinstance(module, ReversibleSequence)]
 
     @property
     def scheduler(self) -> Scheduler:
         """That of every sequence; they share the bytes of a ``Budget``."""
-        scheduler: Scheduler = self.sequences[0].scheduler
-        return scheduler
+        return self.sequences[0].scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Scheduler) -> None:
@@ -125,6 +124,10 @@ class TimmModel(Scheduled):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or to features where there is no classifier."""
         return self.forward_head(self.forward_features(images))
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self, images: Tensor) -> Tensor: ...
 
     def forward_intermediates(
         self,
@@ -218,6 +221,6 @@ class TimmModel(Scheduled):
         self.head.apply(init_weights_vit_timm).to(self.patch_embed.proj.weight).train(self.training)
 
 
-def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[Any]:
+def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[object]:
     """A context in which layers are made on a device; None leaves the choice to the context around it."""
     return contextlib.nullcontext() if device is None else torch.device(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import register_notrace_module
@@ -19,7 +19,6 @@ from revlib.step import State
 __all__ = ["Blocks", "each_alone", "parts_of", "separable"]
 
 
-@register_notrace_module
 class Blocks(NotScripted, ReversibleSequence):
     r"""The reversible sequence of a model.
 
@@ -32,7 +31,7 @@ class Blocks(NotScripted, ReversibleSequence):
     """
 
     parts: int = 1
-    _apart: tuple[Any, ReversibleSequence] | None = None
+    _apart: tuple[tuple[object, ...], ReversibleSequence] | None = None
 
     def forward(
         self, *streams: Tensor, start: int | None = None, stop: int | None = None, **context: Any
@@ -49,6 +48,16 @@ class Blocks(NotScripted, ReversibleSequence):
             else self._in(parts)(*streams, **context)
         )
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            *streams: Tensor,
+            start: int | None = None,
+            stop: int | None = None,
+            **context: Any,
+        ) -> State: ...
+
     def part(self, start: int, stop: int, *streams: Tensor) -> State:
         """Some of the blocks; all of them as a call of the module itself, so that its hooks run."""
         if (start, stop) == (0, len(self)):
@@ -62,9 +71,13 @@ class Blocks(NotScripted, ReversibleSequence):
         key = (parts, self.coupling, self.scheduler, *(f for pair in self for f in pair))
         if self._apart is None or self._apart[0] != key:
             kept = isinstance(self.scheduler, Naive)
-            pairs = [tuple(InParts(f, parts, kept) for f in pair) for pair in self]
+            pairs = [(InParts(F, parts, kept), InParts(G, parts, kept)) for F, G in self]
             self._apart = (key, ReversibleSequence(pairs, self.coupling, self.scheduler))
         return self._apart[1]
+
+
+# This is called, and no decorator, because type checkers would take what it returns for any module.
+register_notrace_module(Blocks)
 
 
 class InParts(nn.Module):
@@ -86,7 +99,7 @@ class InParts(nn.Module):
             )
 
 
-def each_alone(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def each_alone(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast casts weights for each part anew, as it does when a part is run again: their
     gradients are then summed in the precision of the weights, whatever is checkpointed."""
     kind = x.device.type

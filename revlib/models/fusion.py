@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import Mlp
@@ -36,6 +37,10 @@ class Mean(nn.Module):
         """The mean of both streams, of the shape of either."""
         return (x1 + x2) / 2
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
+
 
 class ConcatLinear(nn.Module):
     r"""A linear layer on both streams side by side, $W\,\mathrm{norm}([x_1; x_2])$.
@@ -60,6 +65,10 @@ class ConcatLinear(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Both streams as one of the same width."""
         return self.linear(self.norm(torch.cat([x1, x2], dim=-1)))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
 
 
 class ConcatMlp(nn.Module):
@@ -86,6 +95,10 @@ class ConcatMlp(nn.Module):
         """Both streams as one of the same width."""
         return self.mlp(self.norm(torch.cat([x1, x2], dim=-1)))
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
+
 
 class Concat(nn.Module):
     """Both streams side by side, for a next stage that takes twice the channels.
@@ -102,3 +115,7 @@ class Concat(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Both streams side by side."""
         return torch.cat([x1, x2], dim=-1)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer
@@ -156,6 +156,10 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         """Images (B, C, H, W) to logits (B, num_classes), or to pooled features where there is no classifier."""
         features: Any = self.forward_features  # timm's, which has no types
         return self.forward_head(features(x))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""

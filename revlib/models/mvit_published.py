@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -102,6 +102,10 @@ class Published(Scheduled):
     def forward(self, images: Tensor) -> Tensor:
         """Images, or clips, to logits (B, num_classes), or to pooled features where there is no classifier."""
         return self.forward_head(self.forward_features(images))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, images: Tensor) -> Tensor: ...
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

@@ -21,7 +21,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch import nn
+from torch import Tensor, nn
 
 from revlib.models.base import TimmModel
 from revlib.models.fusion import ConcatMlp
@@ -75,7 +75,7 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
-FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
+FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     RevViT: checkpoint_of_vit,
     RevSwin: checkpoint_of_swin,
     RevMViT: checkpoint_of_mvit,
@@ -132,7 +132,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     )
 
 
-def _listen(*args: Any) -> None: ...
+def _listen(*args: object) -> None: ...
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:

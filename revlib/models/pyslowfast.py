@@ -90,9 +90,11 @@ def _settings(model: SlowFast) -> Iterator[Setting]:
 
 
 def _heads(model: SlowFast) -> int:
-    heads: int = model.blocks[0].F[1].num_heads if isinstance(model, RevViT) else (
-        model.stages[0].pairs[0].F.attn.num_heads)  # fmt: skip
-    return heads
+    if isinstance(model, RevViT):
+        attention: Any = model.blocks.get_submodule("0.F.1")
+    else:
+        attention = model.stages[0].pairs[0].F.attn
+    return attention.num_heads
 
 
 def _found(config: Mapping[str, Any], name: str) -> Any:

@@ -23,9 +23,9 @@ try:
     from timm.models._input import get_pretrained_grid_size, update_model_input_size
 except ImportError:  # timm before 1.0.31 notes no sizes beside those in the arguments of a model
 
-    def get_pretrained_grid_size(*args: Any) -> None: ...  # type: ignore[misc]
+    def get_pretrained_grid_size(*args: object) -> None: ...  # type: ignore[misc]
 
-    def update_model_input_size(*args: Any, **kwargs: Any) -> None: ...  # type: ignore[misc]
+    def update_model_input_size(*args: object, **kwargs: object) -> None: ...  # type: ignore[misc]
 
 
 if TYPE_CHECKING:

@@ -154,7 +154,8 @@ class RevSwin(TimmModel):
             self.norm, self.fc_norm = norm(self.num_features), nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
             self.reset_classifier(num_classes, global_pool)
-        self.sequences[0].parts = separable(parts, self)
+        first: Any = self.stages[0]
+        first.parts = separable(parts, self)
         self.apply(init_weights_vit_timm)
         self.to(dtype=dtype)
 

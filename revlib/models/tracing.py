@@ -18,7 +18,7 @@ from revlib.step import State
 __all__ = ["NotScripted", "Tap", "joined", "noted", "traced"]
 
 
-def traced(value: Any) -> bool:
+def traced(value: object) -> bool:
     """Whether a value stands for one in a symbolic trace."""
     return isinstance(value, fx.Proxy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -132,3 +132,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
                 f"clips must be (B, 3, *{self.clip_size}), got {tuple(clips.shape)}; resize them"
             )
         return super().forward(clips)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, clips: Tensor) -> Tensor: ...

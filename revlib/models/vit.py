@@ -108,16 +108,13 @@ class RevViT(TimmModel):
             embed = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, **embed)
             self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-            self.blocks: Any = Blocks(coupling=coupling, scheduler=scheduler)
+            self.blocks = Blocks(coupling=coupling, scheduler=scheduler)
             for rate in calculate_drop_path_rates(drop_path_rate, depth):
                 dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
                 attention = SelfAttention(embed_dim, num_heads, qkv_bias=True, **dropout)
                 mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=act, drop=proj_drop_rate)
-                self.blocks.append(
-                    tuple(
-                        nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp)
-                    )
-                )
+                F, G = (nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp))
+                self.blocks.append((F, G))
             self.norm = nn.Identity() if fc_norm else norm(2 * embed_dim)
             self.fc_norm = norm(2 * embed_dim) if fc_norm else nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)

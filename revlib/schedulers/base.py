@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ class Wrapper(Scheduler):
         return self.inner.tolerance
 
 
-def checked(scheduler: Any, name: str) -> Scheduler:
+def checked(scheduler: object, name: str) -> Scheduler:
     if not isinstance(scheduler, Scheduler):
         raise TypeError(
             f"{name} must be a value from revlib.schedulers such as Reversible(), got {scheduler!r}"
@@ -100,8 +100,15 @@ def checked(scheduler: Any, name: str) -> Scheduler:
     return scheduler
 
 
-def signature(steps: Sequence[BoundStep], state: State) -> tuple[Hashable, ...]:
-    """Forwards that have it in common take the same memory and time."""
+class Signature(NamedTuple):
+    """What a forward runs on. Two forwards of the same signature take the same memory and time."""
+
+    functions: tuple[Hashable, ...]
+    streams: tuple[tuple[torch.Size, torch.dtype, torch.device, bool], ...]
+    autocast: torch.dtype | None
+
+
+def signature(steps: Sequence[BoundStep], state: State) -> Signature:
     owners = [step.owner for step in steps]
     functions = tuple(
         (id(f), f.training, step.name) if isinstance(f, nn.Module) else step.name
@@ -114,4 +121,4 @@ def signature(steps: Sequence[BoundStep], state: State) -> tuple[Hashable, ...]:
         if kind != "meta" and torch.is_autocast_enabled(kind)
         else None
     )
-    return functions, streams, autocast
+    return Signature(functions, streams, autocast)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from revlib import cuda_streams
 from revlib.engine import PassOptions, Plan
-from revlib.schedulers.base import Scheduler, Wrapper, checked, signature
+from revlib.schedulers.base import Scheduler, Signature, Wrapper, checked, signature
 from revlib.schedulers.plans import Reversible
 from revlib.step import BoundStep, State
 
@@ -54,7 +54,7 @@ class PaReprop(Wrapper):
 
     of: Scheduler = field(default_factory=Reversible)
     trials: int = 5
-    _tuners: dict[Hashable, _Autotuner] = field(
+    _tuners: dict[Signature, _Autotuner] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
