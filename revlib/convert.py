@@ -44,6 +44,7 @@ import torch
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
+from revlib._numbers import is_power_of_two, real, whole
 from revlib.couplings import Coupling, ExactAdditive
 from revlib.encoder import encoder_pair
 from revlib.schedulers import Scheduler
@@ -360,18 +361,13 @@ def _momentum(
     momentum: float | None, branches: int, group: int, limit: float, resolution: float
 ) -> float:
     """The coefficient, checked; the smallest whose products fit into the digits of a float64 unless given."""
-    if not (isinstance(group, int) and group >= 1 and branches):
-        raise ValueError(
-            f"expected branches, and a group of one or more of them; got {branches} and group={group!r}"
-        )
-    values = {
-        "limit": limit,
-        "resolution": resolution,
-        "momentum": 0.5 if momentum is None else momentum,
-    }
+    if not branches:
+        raise ValueError("expected branches, got none; a stack has at least one")
+    whole("group", group, 1, of="branches")
+    values = {"limit": limit, "resolution": resolution, "momentum": momentum}
     for name, value in values.items():
-        if not (value > 0 and math.frexp(value)[0] == 0.5):
-            raise ValueError(f"{name} must be a power of two, got {value!r}")
+        if value is not None:
+            real(name, value, is_power_of_two, "a power of two")
     undone = -(-branches // group) - 1  # products that must not be rounded
     room = _DIGITS - round(math.log2(limit / resolution))
     most = room // undone if undone else room

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from revlib import cuda_streams
+from revlib._numbers import whole
 from revlib._torch import in_transform, is_fake, tree_leaves, tree_map
 from revlib.core import Guards, StepGuard, StepView, first_run, repetition
 from revlib.guards import ModuleStates, Randomness, Settings
@@ -75,16 +76,12 @@ class DriftMonitor:
         warn_above: float | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(
-                f"DriftMonitor(every=...) takes a whole number from 1 up, got {every!r}"
-            )
+        whole("DriftMonitor(every=...)", every, 1)
         self.every, self.warn_above, self.scheduler = every, warn_above, scheduler
         self.history: list[Drift] = []
         self._forwards, self._above = 0, False
-        self._handle = stack.register_forward_pre_hook(
-            self._before, with_kwargs=True
-        )  # the stack owns us: no cycle
+        # The stack refers to the monitor, and the monitor does not refer to the stack, so that both can be freed.
+        self._handle = stack.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def remove(self) -> None:
         """Stop watching; the history stays."""
@@ -117,9 +114,8 @@ class DriftMonitor:
         worst = max(found, key=lambda f: f[2], default=(0, "", 0.0))
         was, self._above = self._above, worst[2] > threshold
         if self._above and not was:
-            warnings.warn(
-                _ADVICE.format(forward, *worst, threshold), stacklevel=6
-            )  # the call of the stack
+            # So many frames up, the user's code calls the stack.
+            warnings.warn(_ADVICE.format(forward, *worst, threshold), stacklevel=6)
 
 
 @torch.no_grad()

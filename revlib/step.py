@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from revlib._numbers import whole
 from revlib._torch import tree_leaves, versions_of
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.keywords import Keywords, keywords_of
@@ -289,8 +290,8 @@ class Step(nn.Module):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
-        if streams is not None and (type(streams) is not int or streams < 2):
-            raise ValueError(f"Step(streams=...) takes a whole number from 2 up, got {streams!r}")
+        if streams is not None:
+            whole("Step(streams=...)", streams, 2)
         self.fn = fn
         self.coupling = checked(coupling or DefaultAdditive())
         self.streams = streams

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from revlib._numbers import whole
 from revlib._torch import in_transform
 from revlib.couplings import Additive
 from revlib.step import NEEDS_DATA, BoundStep, Layout, State
@@ -97,12 +98,11 @@ class Bijection(nn.Module, ABC):
             >>> [s.shape for s in seq(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))]
             [torch.Size([1, 3, 4]), torch.Size([1, 6, 2])]
         """
-        if self.takes is not None or type(streams) is not int or streams < 1:
+        if self.takes is not None:
             raise ValueError(
-                f"on_last(...) takes a whole number from 1 up, got {streams!r}"
-                if self.takes is None
-                else f"{type(self).__name__} takes {self.takes} streams, the last of the state; leave out on_last(...)"
+                f"{type(self).__name__} takes {self.takes} streams, the last of the state; leave out on_last(...)"
             )
+        whole("on_last(...)", streams, 1)
         self.takes = self.makes = streams
         return self
 

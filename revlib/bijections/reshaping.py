@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from revlib._numbers import whole
 from revlib.bijections.base import Bijection
 from revlib.step import State
 
@@ -115,8 +116,7 @@ class Split(Bijection):
 
     def __init__(self, streams: int = 2, dim: int = 1) -> None:
         super().__init__()
-        if type(streams) is not int or streams < 2:
-            raise ValueError(f"Split(streams=...) takes a whole number from 2 up, got {streams!r}")
+        whole("Split(streams=...)", streams, 2)
         self.makes, self.dim = streams, dim
 
     def forward(self, x: Tensor) -> State:

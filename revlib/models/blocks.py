@@ -10,6 +10,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib._numbers import whole
 from revlib._torch import exporting, transforming
 from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
@@ -117,10 +118,6 @@ def parts_of(parts: int, batch: Tensor) -> int:
 
 def separable(parts: int, model: nn.Module) -> int:
     """That many, unless a layer looks at the whole batch. Raises: ValueError for less than one."""
-    if not isinstance(parts, int) or parts < 1:
-        raise ValueError(
-            f"parts takes a whole number from 1 up, got {parts!r}; 1 runs the whole batch at once"
-        )
-    return (
-        1 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else parts
-    )
+    whole("parts", parts, 1, advice="; 1 runs the whole batch at once")
+    looks = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return 1 if looks else parts

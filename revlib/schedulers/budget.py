@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from revlib._numbers import real, whole
 from revlib._torch import saved_tensor_hooks
 from revlib.engine import PassOptions, Plan
 from revlib.guards import StepCost
@@ -76,14 +77,12 @@ class Budget(Wrapper):
             raise ValueError(
                 "Budget takes either bytes=..., or fraction=... of what Naive would keep"
             )
-        if self.bytes is not None and (not isinstance(self.bytes, int) or self.bytes < 0):
-            raise ValueError(
-                f"Budget(bytes=...) takes a whole number of bytes, such as 2 * 2**30, got {self.bytes!r}"
-            )
-        if self.fraction is not None and not 0 <= self.fraction <= 1:
-            raise ValueError(
-                f"Budget(fraction=...) takes a number from 0 to 1, got {self.fraction!r}"
-            )
+        if self.bytes is not None:
+            advice = "; 2 * 2**30 is two gibibytes"
+            whole("Budget(bytes=...)", self.bytes, 0, of="bytes", advice=advice)
+        if self.fraction is not None:
+            accepted = "a number from 0 to 1"
+            real("Budget(fraction=...)", self.fraction, lambda x: 0 <= x <= 1, accepted)
         if self.below.plan(4).activations:
             raise ValueError(
                 f"Budget(below=...) takes a scheduler that keeps no activations itself, got {self.below}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from revlib import cuda_streams
+from revlib._numbers import whole
 from revlib.engine import PassOptions, Plan
 from revlib.schedulers.base import Scheduler, Signature, Wrapper, checked, signature
 from revlib.schedulers.plans import Reversible
@@ -60,10 +61,7 @@ class PaReprop(Wrapper):
 
     def __post_init__(self) -> None:
         checked(self.of, "PaReprop(of=...)")
-        if not isinstance(self.trials, int) or self.trials < 0:
-            raise ValueError(
-                f"PaReprop(trials=...) takes a number of backward passes from 0 up, got {self.trials!r}"
-            )
+        whole("PaReprop(trials=...)", self.trials, 0, of="backward passes")
 
     def __getstate__(self) -> dict[str, Any]:  # what was measured holds for this process and device
         return {**self.__dict__, "_tuners": {}}

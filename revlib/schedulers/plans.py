@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from revlib._numbers import whole
 from revlib.engine import PassOptions, Plan
 from revlib.schedulers.base import Scheduler, Wrapper, checked
 from revlib.step import BoundStep, State
@@ -57,13 +58,6 @@ class Reversible(Scheduler):
         return Plan(states=(length,))
 
 
-def _count(scheduler: Scheduler, name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{type(scheduler).__name__}({name}=...) takes a whole number from {least} up, got {value!r}"
-        )
-
-
 @dataclass(frozen=True)
 class Checkpoint(Scheduler):
     """Keep the stream that every ``every``-th step merges away, counted from the last; invert the others.
@@ -97,7 +91,7 @@ class Checkpoint(Scheduler):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        _count(self, "every", self.every, 1)
+        whole("Checkpoint(every=...)", self.every, 1)
 
     def plan(self, length: int) -> Plan:
         return Plan(states=(max(length - 1, 0),), streams=range(length - 1, -1, -self.every))
@@ -130,7 +124,7 @@ class Anchored(Scheduler):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        _count(self, "every", self.every, 1)
+        whole("Anchored(every=...)", self.every, 1)
 
     def plan(self, length: int) -> Plan:
         return Plan(states=[*range(self.every, length, self.every), length])
@@ -161,7 +155,7 @@ class KeepLast(Wrapper):
     below: Scheduler = field(default_factory=Reversible)
 
     def __post_init__(self) -> None:
-        _count(self, "steps", self.steps, 0)
+        whole("KeepLast(steps=...)", self.steps, 0)
         checked(self.below, "KeepLast(below=...)")
 
     @property
