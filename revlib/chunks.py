@@ -81,7 +81,7 @@ class _Nothing(nn.Module):
 
 @dataclass(frozen=True)
 class _Turn(Coupling):
-    """Leaves the stream as it is, so that the two change places, and the next step merges into the same one again."""
+    """Leaves the stream as it is. The two streams change places, so the next step merges into the same one again."""
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return s

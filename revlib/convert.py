@@ -122,9 +122,8 @@ class Momentum(Coupling):
 class _Branch(nn.Sequential):
     """The function of a step: sums the position and the velocities before its own, in the precision of the input."""
 
-    def __init__(
-        self, parts: Parts, skip: int
-    ) -> None:  # skip: velocities of its own cycle to come
+    def __init__(self, parts: Parts, skip: int) -> None:
+        """Make the function; it leaves out the first ``skip`` velocities, whose turn in its cycle comes later."""
         super().__init__(*parts)
         self.skip = skip
 
@@ -195,9 +194,8 @@ class ReversibleResidual(nn.Sequential):
 
         It is built again when branches have been replaced, for example by adapters.
         """
-        if (
-            self._branches() != self._built[0]
-        ):  # compared by identity: adapters may have replaced some
+        # Modules are equal if they are the same; adapters may have replaced some.
+        if self._branches() != self._built[0]:
             self._build(self.momentum, self.scheduler)
         return self._built[1]
 
@@ -236,7 +234,8 @@ class ReversibleResidual(nn.Sequential):
                 sequence.append(Step(_sum, ExactAdditive(self.limit)))
             branch = _Branch(parts, skip=self.group - 1 - i % self.group)
             sequence.append(Step(branch, first if i < self.group else later))
-        self._built = branches, sequence  # in a tuple: no submodule, its modules are here already
+        # In a tuple, the sequence is no submodule: its modules are among those of this stack already.
+        self._built = branches, sequence
 
 
 def residual(branches: Iterable[nn.Module], **options: Unpack[Options]) -> ReversibleResidual:
@@ -360,7 +359,7 @@ def _check_block(i: int, block: nn.Module) -> None:
 def _momentum(
     momentum: float | None, branches: int, group: int, limit: float, resolution: float
 ) -> float:
-    """The coefficient, checked; the smallest whose products fit into the digits of a float64 unless given."""
+    """The momentum to use, checked: unless given, the smallest whose products fit into the digits of a float64."""
     if not branches:
         raise ValueError("expected branches, got none; a stack has at least one")
     whole("group", group, 1, of="branches")

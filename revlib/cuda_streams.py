@@ -46,7 +46,7 @@ class CUDA:
         found = self._sides.get(main)
         if found is None:
             found = torch.cuda.Stream(main.device)
-            if found == main:  # streams come from a pool, and may come again
+            if found == main:  # torch's streams are a pool, and the same one may come again
                 found = torch.cuda.Stream(main.device)
             self._sides[main] = found
         return found
@@ -60,7 +60,7 @@ class CUDA:
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def mark(self, device: torch.device) -> Any:
-        """An event on the current stream, now, that knows its time."""
+        """Record an event on the current stream, with the time at which the device comes to it."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(self.current(device))
         return event
@@ -92,7 +92,7 @@ class Launch:
             self.event = side.record_event()
 
     def join(self) -> None:
-        """Make main, and the current stream, wait until the work is done; the host goes on."""
+        """Make main and the current stream wait until the work is done, without making the host wait."""
         for stream in {self.main, driver.current(self.device)}:
             stream.wait_event(self.event)
         self.held = None
@@ -111,15 +111,16 @@ def settle(launches: dict[int, Launch]) -> None:
 
 
 class LookAheadPolicy:
-    """What one backward pass through a stack does with the side stream, and is told."""
+    """Decides whether one backward pass through a stack looks ahead, and is told how it goes."""
 
-    ahead: bool = True  # recover the next step on it, while the gradients of this one run
+    # Whether the next step is recovered on the side stream while the gradients of this one are computed.
+    ahead: bool = True
 
     def started(self, device: torch.device) -> None:
         """The first step is about to be recovered."""
 
     def ended(self, device: torch.device) -> None:
-        """The last one has been."""
+        """The last step has been recovered."""
 
     def failed(self, failure: Exception) -> None:
         """A launch did not come to its end. Nothing is lost: its step is recovered on main when it is needed."""
@@ -135,10 +136,10 @@ class Arriving:
         self.event = driver.mark(t.device)
 
     def here(self) -> bool:
-        """Whether it has come."""
+        """Whether the copy is done."""
         return self.event.query()
 
     def get(self) -> Tensor:
-        """It; waits if it has not come."""
+        """The tensor on the host. Waits until the copy is done."""
         self.event.synchronize()
         return self.host

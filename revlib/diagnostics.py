@@ -35,7 +35,7 @@ _ADVICE = (
 
 
 class Drift(NamedTuple):
-    """How far the stream that step ``step`` merged away, as inverted from the states above, is from the one it was."""
+    """The error of the stream that step ``step`` merged away, as inverted from the states above it."""
 
     forward: int  # number of the forward pass in training, from 0
     step: int
@@ -122,7 +122,7 @@ class DriftMonitor:
 def _measure(
     steps: list[BoundStep], given: State, context: Mapping[str, Any], scheduler: Scheduler
 ) -> tuple[list[tuple[int, str, float]], float]:
-    """-> step, name and error of each stream that backward would invert; and what it would tolerate."""
+    """Returns step, name and error of each stream that backward would invert, and the error that it would tolerate."""
     m, plan = len(given), scheduler.plan(len(steps))
     laid_out = layouts(steps, m)
     numbers = numbered(laid_out, m)
@@ -178,13 +178,13 @@ def _measure(
 
 
 def _sample(t: Tensor) -> Tensor:
-    """Evenly spaced elements; an odd number apart, or they would be of few channels."""
+    """Evenly spaced elements, an odd number apart: at an even distance they might come from few channels only."""
     return t.reshape(-1)[:: t.numel() // _SAMPLES | 1].clone()
 
 
 @contextlib.contextmanager
 def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules run on copies of their buffers; what they assign meanwhile is taken back."""
+    """Modules run on copies of their buffers, and attributes that they assign meanwhile are put back."""
     before = [(f, f.__dict__.copy(), f._buffers.copy()) for f in modules]
     copies: dict[int, Tensor] = {}  # modules may share a buffer
     try:

@@ -46,7 +46,8 @@ def _bind(items: Iterable[Functions], coupling: Coupling) -> list[BoundStep]:
 
 
 def _refuse_sharded(pair: Pair, i: int) -> None:
-    if any(kind.__name__ == "FSDPModule" for kind in type(pair).__mro__):  # which few have imported
+    # The class is known by its name, since few have imported it.
+    if any(kind.__name__ == "FSDPModule" for kind in type(pair).__mro__):
         raise TypeError(
             f"block {i} was given to fully_shard, but a pair is never called, only its F and G, so nothing would "
             "gather its parameters; use fully_shard(pair.F) and fully_shard(pair.G), or both as one: "
@@ -88,7 +89,7 @@ def checked_streams(streams: State, least: int = 2) -> State:
 
 
 def _instead_of(stream: object) -> str:
-    """What to do with something that is no tensor."""
+    """Advice on what to pass instead of something that is no tensor."""
     if isinstance(stream, (tuple, list)):
         return "unpack the streams, as in seq(*streams), and pass context by keyword"
     if type(stream).__module__ == "torch.fx.proxy":
@@ -100,7 +101,7 @@ def _instead_of(stream: object) -> str:
 
 def _check_kind(i: int, stream: Tensor) -> None:
     if stream.layout is torch.strided and type(stream) is Tensor and not stream.is_nested:
-        return  # as nearly always
+        return  # nearly always
     if stream.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"stream {i} must be dense, got {stream.layout}; call its to_dense() first")
     if stream.is_nested and stream.layout is torch.strided:
@@ -134,7 +135,7 @@ def entered(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], St
 
 
 def _left(steps: list[BoundStep], streams: State, state: State) -> State:
-    """The streams as they leave: in the dtype in which they entered, if a coupling widened them unasked."""
+    """The streams as they leave the sequence: in their own dtype, if a coupling widened them unasked."""
     if not any(step.leaves_as_entered for step in steps):
         return state
     return tuple(s.to(streams[0].dtype) for s in state)
@@ -316,7 +317,7 @@ class ReversibleSequence(nn.Module):
     @property
     def bound_steps(self) -> list[BoundStep]:
         """The steps as the engine sees them. They are made again only when the items or the couplings have changed."""
-        if torch.compiler.is_compiling():  # which would have to guard what is remembered
+        if torch.compiler.is_compiling():  # compiled code would have to guard what is remembered
             return _bind(self, self.coupling)
         key: list[Any] = [self.coupling]
         for item in self:
@@ -332,7 +333,7 @@ class ReversibleSequence(nn.Module):
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is remembered of functions, which a copy finds out for itself."""
+        """The state to copy: without what is remembered of functions, which a copy finds out for itself."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_bound", "_backwards")}
 
     def forward(self, *streams: Tensor, **context: Any) -> State:

@@ -208,9 +208,8 @@ def test_a_number_of_bytes(share):
     stack, x = vits(9), stream()
     naive, (held, _) = units(stack, x, Naive()), units(stack, x, Budget(bytes=share * x.nbytes))
     outputs, step = 2, 9  # one output is what the last G has saved, and counts in both
-    slack = (
-        step if share > 110 else 2
-    )  # where hardly any step is left to keep the stream of, a whole one may be missing
+    # Where hardly any step is left to keep the stream of, a whole one may be missing.
+    slack = step if share > 110 else 2
     assert min(share, naive[0] - outputs) * 0.95 - slack <= held - outputs <= share * 1.02
 
 

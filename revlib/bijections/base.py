@@ -65,31 +65,31 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, *streams: Any, **context: Any) -> Tensor | State:
-        """The new streams."""
+        """The streams that this map makes of the given ones."""
 
     @abstractmethod
     def inverse(self, *streams: Any, **context: Any) -> Tensor | State:
         """The streams that forward maps to these."""
 
-    if (
-        TYPE_CHECKING
-    ):  # nn.Module declares that a call returns Any, and `for F, G in seq` raises at a bijection
+    # nn.Module declares that a call returns Any, and `for F, G in seq` raises where it meets a bijection.
+    if TYPE_CHECKING:
 
         def __call__(self, *streams: Any, **context: Any) -> Tensor | State: ...
 
         def __iter__(self) -> Iterator[Never]: ...
 
     def initialise(self, *streams: Any) -> None:
-        """Take parameters from data, where ``initialised`` is false, and nothing else: called without gradients, on the
-        streams that the first forward in train mode is about to map. What forward itself did to its parameters would be
-        done to them in a repetition again."""
+        """Set parameters from data, and nothing else.
+
+        It is called once, if ``initialised`` is false, without gradients, on the streams that the first forward in
+        train mode is about to map. Forward itself cannot do this, since backward repeats it."""
 
     def log_det(self, *streams: Any) -> Tensor:
         r"""$\log |\det \partial t / \partial s|$ at these streams, of each sample: of shape ``(batch,)``."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its log-determinant is")
 
     def on_last(self, streams: int) -> Self:
-        """Have it take the last ``streams`` streams only, and leave those before them alone. -> itself.
+        """Make the bijection take the last ``streams`` streams only, and return it. Earlier streams stay as they are.
 
         Example:
             >>> from revlib.bijections import Permute, Rearrange
@@ -147,7 +147,8 @@ class BoundBijection(BoundStep):
 
     def __init__(self, fn: Bijection, name: str) -> None:
         super().__init__(fn, Additive(), name)
-        self.bijection = fn  # fn may be watched in its place
+        # The engine may put a wrapper that watches it in the place of fn, and not in this one.
+        self.bijection = fn
 
     def for_streams(self, dtype: torch.dtype) -> BoundStep:
         return self

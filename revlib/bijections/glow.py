@@ -76,7 +76,7 @@ class ActNorm(Bijection):
 
 
 def _along(parameter: Tensor, x: Tensor) -> Tensor:
-    """Of each channel, in the precision of the stream."""
+    """The parameter in the dtype of the stream, in the shape in which it meets the channels of the stream."""
     return parameter.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
 
 

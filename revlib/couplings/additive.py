@@ -165,7 +165,7 @@ class ExactAdditive(Coupling):
 
 @dataclass(frozen=True)
 class _InFloat32(ExactAdditive):
-    """What :class:`DefaultAdditive` does with streams in 16 bits. Beyond the limit it adds as float32 does."""
+    """The law of :class:`DefaultAdditive` for streams in 16 bits. Beyond the limit it adds as float32 does."""
 
     leaves_as_entered: ClassVar[bool] = True
 

@@ -33,12 +33,12 @@ class Scheduled(NotScripted):
 
     @property
     def sequences(self) -> list[ReversibleSequence]:
-        """All that the scheduler is of."""
+        """The reversible sequences of the model, in the order of its modules."""
         return [module for module in self.modules() if isinstance(module, ReversibleSequence)]
 
     @property
     def scheduler(self) -> Scheduler:
-        """That of every sequence; they share the bytes of a ``Budget``."""
+        """The scheduler of every sequence. All of them share the bytes of a ``Budget``."""
         return self.sequences[0].scheduler
 
     @scheduler.setter
@@ -52,7 +52,7 @@ class Scheduled(NotScripted):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm notes to build the model again from a file: not how it was trained."""
+        """The arguments with which timm builds the model again from a file. How it was trained is not among them."""
         return self._arguments
 
     @_model_args.setter
@@ -96,7 +96,7 @@ class TimmModel(Scheduled):
         raise NotImplementedError
 
     def make_taps(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
-        """A tap after each level, of so many channels, every so many pixels."""
+        """Make a tap after each level, of so many channels, whose map has a patch for every so many pixels."""
         self.taps = nn.ModuleList(Tap() for _ in channels)
         self.feature_info = [
             {"module": f"taps.{i}", "num_chs": channels[i], "reduction": reductions[i]}
@@ -115,9 +115,8 @@ class TimmModel(Scheduled):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""
         if self.global_pool:
-            x = x.flatten(1, -2).mean(
-                1
-            )  # over patches; einops does not read the shapes of a symbolic trace
+            # The mean over patches, without einops, which cannot read the shapes in a symbolic trace.
+            x = x.flatten(1, -2).mean(1)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
@@ -206,7 +205,7 @@ class TimmModel(Scheduled):
         return self.head
 
     def make_head(self, num_classes: int, global_pool: str) -> None:
-        """Pooling and a last layer, before its initialisation."""
+        """Set the pooling, and make a last layer, without initialising it."""
         if global_pool not in ("avg", ""):
             raise ValueError(
                 f"global_pool must be 'avg' (mean over patches) or '' (none), got {global_pool!r}; there is no class "

@@ -68,7 +68,7 @@ class Blocks(NotScripted, ReversibleSequence):
         return self[start:stop](*streams)
 
     def _in(self, parts: int) -> ReversibleSequence:
-        """The same functions on parts of the batch; made once, since a ``Budget`` knows steps by their modules."""
+        """The same functions on parts of the batch. They are made once: a ``Budget`` knows steps by their modules."""
         key = (parts, self.coupling, self.scheduler, *(f for pair in self for f in pair))
         if self._apart is None or self._apart[0] != key:
             kept = isinstance(self.scheduler, Naive)
@@ -89,7 +89,7 @@ class InParts(nn.Module):
         self.fn, self.parts, self.kept = fn, parts, kept
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.kept or transforming()  # which refuse to checkpoint
+        kept = self.kept or transforming()  # transforms of torch.func refuse checkpoints
         pieces = x.tensor_split(self.parts)
         with each_alone(x):
             return torch.cat(
@@ -110,14 +110,15 @@ def each_alone(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def parts_of(parts: int, batch: Tensor) -> int:
-    """How many there are to take: of a batch, while gradients are recorded by a program that runs as it is written."""
+    """In how many parts to take a batch: in one where no gradients are recorded, and while a program is compiled or
+    exported."""
     if parts == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting():
         return 1
     return min(parts, len(batch))
 
 
 def separable(parts: int, model: nn.Module) -> int:
-    """That many, unless a layer looks at the whole batch. Raises: ValueError for less than one."""
+    """``parts``, or 1 if a layer looks at the whole batch, as batch norm does. Raises: ValueError for less than one."""
     whole("parts", parts, 1, advice="; 1 runs the whole batch at once")
     looks = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     return 1 if looks else parts

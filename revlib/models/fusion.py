@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 __all__ = ["Concat", "ConcatLinear", "ConcatMlp", "Fusion", "Mean"]
 
-Fusion = Callable[
-    [int, Callable[[int], nn.Module]], nn.Module
-]  # of channels and a norm -> module(x1, x2)
+# Makes a module of two streams, from their channels and what makes a norm of so many channels.
+Fusion = Callable[[int, Callable[[int], nn.Module]], nn.Module]
 
 
 class Mean(nn.Module):

@@ -107,9 +107,8 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             norm_layer=norm_layer,
             norm_eps=getattr(norm_layer, "keywords", {}).get("eps", 1e-6),
         )
-        side = (
-            max(feat_size) * patch_size
-        )  # timm makes square tables only; a shorter side leaves rows unused
+        # timm makes tables for square images only. Of an oblong one, the shorter side leaves rows unused.
+        side = max(feat_size) * patch_size
         super().__init__(
             cfg,
             (side, side),

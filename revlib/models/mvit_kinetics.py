@@ -221,7 +221,7 @@ class PublishedRevMViTVideo(Published):
         self.apply(init_weights)
 
     def positions(self) -> Tensor:
-        """(1, N, embed_dim): of a patch, that of its place and that of its time."""
+        """The positions of all patches, (1, N, embed_dim): each is that of its place plus that of its time."""
         return (self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]).flatten(1, 2)
 
 

@@ -70,11 +70,11 @@ class Published(Scheduled):
     stages: Any
 
     def positions(self) -> Tensor:
-        """(1, N, embed_dim)."""
+        """The positions of all patches, (1, N, embed_dim)."""
         raise NotImplementedError
 
     def finish(self, num_features: int, num_classes: int, drop_rate: float, fc_norm: bool) -> None:
-        """The head: norm of features or of their mean, dropout, and a last layer."""
+        """Make the head: a norm of features or of their mean, dropout, and a last layer."""
         self.num_features = self.head_hidden_size = num_features
         self.norm = nn.Identity() if fc_norm else _norm(num_features)
         self.fc_norm = _norm(num_features) if fc_norm else nn.Identity()

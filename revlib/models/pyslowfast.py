@@ -24,7 +24,7 @@ SlowFast = RevViT | PublishedRevMViT | PublishedRevMViTVideo
 
 
 class Setting(NamedTuple):
-    """One of a configuration: its name, the value that the model stands for, and the argument that changes it."""
+    """A setting of a configuration: its name, the value that fits the model, and the argument that changes that."""
 
     name: str
     value: Any
@@ -98,7 +98,7 @@ def _heads(model: SlowFast) -> int:
 
 
 def _found(config: Mapping[str, Any], name: str) -> Any:
-    """A setting by its dotted name, None if it is left out."""
+    """The value of a setting by its dotted name, or None if it is left out."""
     value: Any = config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -39,7 +39,7 @@ class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes wi
         return self.drop_path1(self._attn(self.norm1(x)))
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
-        """(F, G), to be taken once: G takes the MLP with it."""
+        """The pair (F, G). It can be asked for once, since G takes the MLP with it."""
         mlp = nn.Sequential(self.norm2, self.mlp, self.drop_path2)
         del self.norm2, self.mlp, self.drop_path2
         return self, mlp
@@ -64,20 +64,15 @@ class RevStage(NotScripted):
         feat_size: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.transition, self.pairs, self.fusion, self.feat_size = (
-            transition,
-            pairs,
-            fusion,
-            feat_size,
-        )
+        self.transition, self.pairs = transition, pairs
+        self.fusion, self.feat_size = fusion, feat_size
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         if traced(x):
             both = noted(self, (x, feat_size))
+            # A trace calls by the name of the stage what is taken from it last, which should be the features.
             after = both[1]
-            return both[
-                0
-            ], after  # the features last, as what a trace knows by the name of the stage
+            return both[0], after
         if tuple(feat_size) != self.feat_size:
             raise ValueError(
                 f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
@@ -85,13 +80,12 @@ class RevStage(NotScripted):
             )
         if self.transition is not None:
             x, feat_size = self._ordinary(self.transition, x, feat_size)
-        x = x.to(
-            next(self.parameters()).dtype
-        )  # autocast's would be too coarse for sums over blocks to invert
+        # In the dtype of autocast, sums over many blocks would be too coarse to be inverted.
+        x = x.to(next(self.parameters()).dtype)
         return self._ordinary(self.fusion, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
-        """A layer on tensors, and on what is no tensor and belongs to all parts."""
+        """The result of a layer. A batch may be taken in parts; arguments that are no tensors belong to all of them."""
         parts = parts_of(self.parts, args[0])
         if parts == 1:
             return self._again(layer, *args)

@@ -132,10 +132,8 @@ class RevSwin(TimmModel):
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         with placed(device):
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm, **embed)
-            self.windows = (
-                window,
-                grid_of(size, patch_size),
-            )  # as wide as these for this map, and in proportion
+            # The windows, and the size of the map for which they are meant: for others they grow in proportion.
+            self.windows = (window, grid_of(size, patch_size))
             self.stages: Any = nn.ModuleList()
             for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
                 blocks = Blocks(coupling=coupling, scheduler=scheduler)
@@ -160,9 +158,8 @@ class RevSwin(TimmModel):
         self.to(dtype=dtype)
 
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-        dtype = (
-            self.patch_embed.proj.weight.dtype
-        )  # autocast's would be too coarse for sums over blocks to invert
+        # In the dtype of autocast, sums over many blocks would be too coarse to be inverted.
+        dtype = self.patch_embed.proj.weight.dtype
         x = self.patch_embed(images).to(dtype)
         for i in range(stops[-1]):
             streams = self.stages[i](x, x)

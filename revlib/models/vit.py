@@ -133,7 +133,7 @@ class RevViT(TimmModel):
             yield streams
 
     def _placed(self, x: Tensor) -> Tensor:
-        """Patches with their positions; of images of another size, positions resampled."""
+        """Patches with their positions added. For images of another size the positions are resampled."""
         if not self.dynamic_img_size:
             return x + self.pos_embed
         grid = (x.shape[1], x.shape[2])

@@ -200,7 +200,7 @@ class Budget(Wrapper):
 
 
 class _Kept(NamedTuple):
-    """What is kept of a stack, as a row of the report."""
+    """The row of a stack in the report: what is kept of it."""
 
     length: int
     steps: int
@@ -223,13 +223,13 @@ def _singles(length: int) -> list[int]:
 
 
 def _packed() -> bool:
-    """Whether somebody else decides what becomes of saved tensors, as an outer stack or a checkpoint does: they run the
-    stack again in backward, and it must then do as it did in forward."""
+    """Whether hooks of others handle saved tensors, as those of an outer stack or a checkpoint do. They run the stack
+    again in backward, where it must keep what it kept in forward."""
     return saved_tensor_hooks(ignore_disabled=False) is not None
 
 
 class _Ledger:
-    """What has been measured, and in which order the stacks of a model run."""
+    """The costs that have been measured, and the order in which the stacks of a model run."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -255,7 +255,7 @@ class _Ledger:
         return tuple(self.current) if self.closed else self.latest
 
     def expect(self, key: Signature) -> tuple[int, Runs]:
-        """This run's place in its pass, and all runs of the pass as far as is known: none if nothing is."""
+        """Note a run. Returns its place in its pass, and all runs of the pass, or none if later ones are not known."""
         if self.closed or len(self.current) > _MANY:
             for place, run in enumerate(self.current):
                 self.following[place, run] = tuple(self.current[place + 1 :])
@@ -263,7 +263,7 @@ class _Ledger:
             self.current, self.closed = [], False
         memories: list[dict[Any, Any]] = [self.sizes, self.following, self.shares]
         for memory in memories:
-            if len(memory) > _MANY:  # shapes that never come again
+            if len(memory) > _MANY:  # most are of shapes that never come again
                 memory.clear()
         place = len(self.current)
         self.current.append(key)

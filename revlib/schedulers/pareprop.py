@@ -18,7 +18,8 @@ from revlib.step import BoundStep, State
 
 __all__ = ["PaReprop"]
 
-_WARM = 2  # passes of each kind that are not timed: allocator and libraries are still finding their feet
+# The first passes of each kind are not timed, since allocator and libraries still adapt to them.
+_WARM = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class PaReprop(Wrapper):
         checked(self.of, "PaReprop(of=...)")
         whole("PaReprop(trials=...)", self.trials, 0, of="backward passes")
 
-    def __getstate__(self) -> dict[str, Any]:  # what was measured holds for this process and device
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was measured, which holds for this process and device only."""
         return {**self.__dict__, "_tuners": {}}
 
     @property
@@ -79,7 +81,7 @@ class PaReprop(Wrapper):
         if steps and torch.is_grad_enabled() and cuda_streams.driver.serves(state[0]):
             key = signature(steps, state)
             if key not in self._tuners:
-                if len(self._tuners) > 256:  # of shapes that never come again
+                if len(self._tuners) > 256:  # most are of shapes that never come again
                     self._tuners.clear()
                 self._tuners[key] = _Autotuner(0 if _distributed() else self.trials)
             options = replace(options, look_ahead=self._tuners[key].policy())
@@ -119,7 +121,7 @@ class _Autotuner:
             self.pending.clear()
         if self.verdict is not None:
             return _TimedPass(self, self.verdict, timed=False)
-        # The kind that has been timed less: a forward may never see a backward.
+        # Take the kind that has been timed less. The two do not just alternate, since some forwards have no backward.
         counts = {
             k: len(s) + sum(ahead is k for ahead, _, _ in self.pending)
             for k, s in self.seconds.items()
