@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["is_power_of_two", "real", "whole"]
+__all__ = ["divisible", "is_power_of_two", "real", "whole"]
 
 
 def whole(argument: str, value: object, least: int, *, of: str = "", advice: str = "") -> None:
@@ -34,6 +34,12 @@ def real(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):
         raise ValueError(f"{argument} takes {wanted}, got {value!r}{advice}")
+
+
+def divisible(argument: str, value: int, divisor: str, by: int) -> None:
+    """Require that the argument ``divisor``, which is ``by``, divides the value. Raises: ValueError."""
+    if value % by:
+        raise ValueError(f"{argument} must be divisible by {divisor}={by}, got {value}")
 
 
 def is_power_of_two(x: float) -> bool:

@@ -47,11 +47,11 @@ class Coupling(ABC):
         """The oldest stream, from the new one and what the function returned."""
 
     def enter(self, s: Tensor) -> Tensor:
-        """An input stream as it enters a sequence, before the first step. Differentiable; the stream itself by default."""
+        """An input stream as it enters a sequence, before the first step; by default as it is. Differentiable."""
         return s
 
     def show(self, s: Tensor) -> Tensor:
-        """A stream as the functions of steps with this coupling see it. Differentiable; the stream itself by default."""
+        """A stream as the functions of steps with this coupling see it; by default as it is. Differentiable."""
         return s
 
     # Whether the streams leave a sequence in the dtype in which they entered it.

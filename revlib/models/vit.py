@@ -19,6 +19,7 @@ from timm.layers import (
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from revlib import _numbers
 from revlib.couplings import Coupling
 from revlib.models.attention import SelfAttention
 from revlib.models.base import Layer, TimmModel, placed
@@ -95,10 +96,7 @@ class RevViT(TimmModel):
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
         size = divisible(img_size, patch_size)
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
-            )
+        _numbers.divisible("embed_dim", embed_dim, "num_heads", num_heads)
         self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
         self.num_features = self.head_hidden_size = 2 * embed_dim
         self.make_taps([2 * embed_dim] * depth, [patch_size] * depth)
