@@ -37,7 +37,7 @@ VALIDATED = [  # models, pixels and dropout that a CPU runs in seconds
 
 
 class Line(NamedTuple):
-    """Through two points of a curve of bytes."""
+    """A straight line through two points of a curve of bytes."""
 
     x0: int
     y0: int
@@ -73,7 +73,7 @@ class Row:
 
 
 def solve(points: Sequence[Point], depth: int, batch: int, memory: Sequence[int]) -> Row:
-    """From one contender's points at (depth, batch), and at other batch sizes and depths, twice each among them."""
+    """The row of a contender, from its points at (depth, batch) and at other batch sizes and depths."""
     at = {(p.depth, p.batch): p for p in points}
     here, twice, deeper = at[depth, batch], at[depth, 2 * batch], at[2 * depth, batch]
     by_batch = Line(batch, here.total, 2 * batch, twice.total)
