@@ -106,10 +106,10 @@ class Momentum(Coupling):
     limit: float
     resolution: float
 
-    def merge(self, s: Tensor, f: Any) -> Tensor:
+    def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return _grid(self.resolution).merge(s * self.momentum, self._scaled(f, s))
 
-    def unmerge(self, merged: Tensor, f: Any) -> Tensor:
+    def unmerge(self, merged: Tensor, f: Tensor) -> Tensor:
         return _grid(self.resolution).unmerge(merged, self._scaled(f, merged)) * (1 / self.momentum)
 
     def limit_of(self, dtype: torch.dtype) -> float:

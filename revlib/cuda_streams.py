@@ -31,17 +31,17 @@ class CUDA:
     def __init__(self) -> None:
         # One side stream per main stream: its memory pool is then reused from pass to pass, and only ever by launches
         # that waited for that main stream.
-        self._sides: dict[Any, Any] = {}
+        self._sides: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
 
     def serves(self, t: Tensor) -> bool:
         """Whether work on the device of this tensor can overlap."""
         return t.is_cuda and not is_fake(t)
 
-    def current(self, device: torch.device) -> Any:
+    def current(self, device: torch.device) -> torch.cuda.Stream:
         """The stream on which the device gets its work now."""
         return torch.cuda.current_stream(device)
 
-    def side(self, main: Any) -> Any:
+    def side(self, main: torch.cuda.Stream) -> torch.cuda.Stream:
         """Another stream of the same device, always the same for the same main stream."""
         found = self._sides.get(main)
         if found is None:
@@ -51,7 +51,7 @@ class CUDA:
             self._sides[main] = found
         return found
 
-    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    def on(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[None]:
         """A context in which the device gets its work on this stream."""
         return torch.cuda.stream(stream)
 
@@ -59,14 +59,14 @@ class CUDA:
         """Whether a CUDA graph is being captured: nothing may ask then whether an event has happened."""
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
-    def mark(self, device: torch.device) -> Any:
+    def mark(self, device: torch.device) -> torch.cuda.Event:
         """Record an event on the current stream, with the time at which the device comes to it."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(self.current(device))
         return event
 
 
-driver: Any = CUDA()
+driver: Any = CUDA()  # or a model of it, which has streams and events of its own
 
 
 class Launch:
@@ -77,7 +77,7 @@ class Launch:
         held: what the work reads, of main's memory (rule 3).
     """
 
-    def __init__(self, device: torch.device, work: Callable[[], None], held: Any) -> None:
+    def __init__(self, device: torch.device, work: Callable[[], None], held: object) -> None:
         self.device, self.held = device, held
         self.failure: Exception | None = None
         self.main = driver.current(device)

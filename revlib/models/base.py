@@ -16,9 +16,11 @@ from revlib.models.tracing import NotScripted, Tap, joined
 from revlib.schedulers import Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["Layer", "Scheduled", "TimmModel", "placed"]
+__all__ = ["Groups", "Layer", "Scheduled", "TimmModel", "placed"]
 
 Layer = str | Callable[..., nn.Module]  # a class, or what timm calls it
+# Patterns of the names of parameters, by groups of layers; a tuple is the number of a layer.
+Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]
 FORMATS = {
     "NCHW": "b h w c -> b c h w",
     "NHWC": "b h w c -> b h w c",

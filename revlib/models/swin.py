@@ -18,7 +18,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.base import Groups, Layer, TimmModel, placed
 from revlib.models.blocks import Blocks, separable
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import Size, grid_of, resize_swin
@@ -194,7 +194,7 @@ class RevSwin(TimmModel):
             if name.endswith("relative_position_bias_table")
         }
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Which parameters form a layer, for rates that depend on depth: patches, blocks or stages, norm, head.
 
         What stands between two stages belongs to the first block of the second.

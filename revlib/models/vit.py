@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from timm.layers import (
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from revlib import _numbers
 from revlib.couplings import Coupling
 from revlib.models.attention import SelfAttention
-from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.base import Groups, Layer, TimmModel, placed
 from revlib.models.blocks import Blocks
 from revlib.models.sizes import divisible, resampled_positions, resize_vit
 from revlib.schedulers import Scheduler
@@ -154,7 +153,7 @@ class RevViT(TimmModel):
         """Parameters that weight decay should leave alone, beside biases and norms."""
         return {"pos_embed"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Which parameters form a layer, for rates that depend on depth: patches, blocks, norm, head."""
         return {
             "stem": r"^pos_embed|patch_embed",
