@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from revlib import cuda_streams
@@ -17,7 +17,8 @@ from revlib._numbers import whole
 from revlib._torch import in_transform, is_fake, tree_leaves, tree_map
 from revlib.core import Guards, StepGuard, StepView, first_run, repetition
 from revlib.guards import ModuleStates, Randomness, Settings
-from revlib.guards.modules import module_tree
+from revlib.guards.containers import same_contents
+from revlib.guards.modules import ModuleTree, module_tree
 from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import Comparison, default_tolerance, relative_errors
 from revlib.schedulers import Scheduler
@@ -48,10 +49,11 @@ class DriftMonitor:
 
     It runs that forward beforehand, without a graph and with the same random numbers, and inverts it as the scheduler's
     plan would in backward: the errors of the streams that the plan does not keep, built up from the nearest state above
-    that it keeps. Results, gradients, buffers, attributes and random generators are as without a monitor. What else
-    functions do (hooks, prints, a generator of their own) happens two times more. Cost where it measures: the time of
-    two forwards, memory for what the plan keeps, and 4096 elements a step. None at other forwards, in eval mode or
-    without gradients, nor where the plan inverts nothing (``Naive``, ``Checkpoint``).
+    that it keeps. Results, gradients, buffers, attributes, containers and random generators are as without a monitor.
+    What else functions do (hooks, prints, a generator of their own) happens two times more, and a function that edits
+    its own parameters edits them once more. Cost where it measures: the time of two forwards, memory for what the plan
+    keeps, and 4096 elements a step. None at other forwards, in eval mode or without gradients, nor where the plan
+    inverts nothing (``Naive``, ``Checkpoint``).
 
     Args:
         warn_above: warn where the error rises above it; a tenth of what backward tolerates, unless given.
@@ -61,6 +63,7 @@ class DriftMonitor:
     ``history`` holds every :class:`Drift` measured, of each forward from the last step to the first. Clear it freely.
 
     Example:
+        >>> from torch import nn
         >>> stack = ReversibleSequence([(nn.Tanh(), nn.Tanh()) for _ in range(4)])
         >>> monitor = DriftMonitor(stack, every=100)
         >>> ys = stack(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4))
@@ -146,7 +149,7 @@ def _measure(
     streams, samples = dict[int, State](), dict[int, list[Tensor]]()
     runs, dtypes, errors = list[StepGuard](), set[torch.dtype](), list[Tensor]()
     fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
-    with fork, _untouched(f for tree in trees for f in tree.modules):
+    with fork, _untouched(trees):
         for k, (step, layout) in enumerate(zip(steps[:top], laid_out, strict=False)):
             taken, others = apart(state, layout.taken)
             if k in inverted:
@@ -183,9 +186,11 @@ def _sample(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules run on copies of their buffers, and attributes that they assign meanwhile are put back."""
+def _untouched(trees: Sequence[ModuleTree]) -> Iterator[None]:
+    """Modules run on copies of their buffers. What they assign meanwhile, and put into containers, is taken back."""
+    modules = (f for tree in trees for f in tree.modules)
     before = [(f, f.__dict__.copy(), f._buffers.copy()) for f in modules]
+    containers = [(holder, holder.read()) for tree in trees for holder in tree.holders]
     copies: dict[int, Tensor] = {}  # modules may share a buffer
     try:
         for f, _, buffers in before:
@@ -203,3 +208,6 @@ def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
             for key in f.__dict__.keys() - attributes.keys():
                 delattr(f, key)
             f.__dict__.update(attributes)
+        for holder, contents in containers:
+            if not same_contents(holder.read(), contents):
+                holder.write(contents)
