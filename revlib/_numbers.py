@@ -1,4 +1,4 @@
-"""Checks of the numbers that users give. Each error names the argument, says what it takes, and shows what came."""
+"""Checks of the numbers that users give. Errors name the argument, say what it takes, and show what was given."""
 
 from __future__ import annotations
 

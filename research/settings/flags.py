@@ -1,4 +1,4 @@
-"""Fields of a dataclass as command-line flags, and rules for their values that say what came."""
+"""Fields of a dataclass as command-line flags, and rules for their values, whose errors show what was given."""
 
 import inspect
 import math

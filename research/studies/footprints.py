@@ -130,7 +130,7 @@ class Point:
 
 
 class KernelLayouts(TorchDispatchMode):
-    """Layer norm's gradient is contiguous, as its kernels return it. Fake tensors give it the strides of what came in,
+    """Makes the gradient of layer norm contiguous, as kernels do. Fake tensors give it the strides of the incoming one,
     and the next linear layer would copy it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

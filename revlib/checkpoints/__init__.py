@@ -77,15 +77,17 @@ def load_minrev(
     """
     fmt = _minrev(model)
     # Only in a RevViT no shape of a weight depends on the number of heads.
-    unseen = isinstance(model, RevViT)
+    heads_are_unseen = isinstance(model, RevViT)
     heads = {m.num_heads for m in model.modules() if isinstance(m, Attention)}
-    if unseen and num_heads is not None and heads - {num_heads}:
+    if heads_are_unseen and num_heads is not None and heads - {num_heads}:
         raise ValueError(
             f"num_heads is {heads.pop()} in the model and {num_heads} in the checkpoint: build the "
             f"model with num_heads={num_heads}; nothing was loaded"
         )
     report = _load(fmt, model, checkpoint, keep_classifier, same_function)
-    missing = ", without its number of heads to compare" if unseen and num_heads is None else ""
+    missing = (
+        ", without its number of heads to compare" if heads_are_unseen and num_heads is None else ""
+    )
     return replace(report, title=report.title + missing)
 
 

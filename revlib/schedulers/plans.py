@@ -43,7 +43,7 @@ class Reversible(Scheduler):
             precision; ``math.inf`` compares nothing.
 
     Raises:
-        RuntimeError: in backward, where a stream came back less accurately than that.
+        RuntimeError: in backward, if a stream was recovered with a larger error than that.
 
     Source: Gomez et al. 2017; Mangalam et al. 2022.
 
@@ -78,7 +78,7 @@ class Checkpoint(Scheduler):
 
     Raises:
         ValueError: if ``every`` is no whole number from 1 up.
-        RuntimeError: in backward, where a stream or an activation came back less accurately than ``tolerance``.
+        RuntimeError: in backward, if a stream or an activation was recovered with a larger error than ``tolerance``.
 
     Source: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016, with one segment a step.
 
@@ -111,7 +111,7 @@ class Anchored(Scheduler):
 
     Raises:
         ValueError: if ``every`` is no whole number from 1 up.
-        RuntimeError: in backward, where a stream came back less accurately than ``tolerance``.
+        RuntimeError: in backward, if a stream was recovered with a larger error than ``tolerance``.
 
     Source: checkpoints at regular intervals, Chen et al. 2016, with inversion in place of recomputation between them.
 
