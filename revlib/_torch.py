@@ -256,7 +256,7 @@ def dispatch_modes_active() -> bool:
 
 
 def no_dispatch_modes() -> AbstractContextManager[Any]:
-    """A context without any: states of random generators are real where a stack's tensors are fake."""
+    """A context without such modes. The states of random generators are real even where a stack's tensors are fake."""
     return _disable_current_modes()
 
 
@@ -267,7 +267,7 @@ def function_modes() -> list[Any]:
 
 
 def set_function_modes(modes: Sequence[Any]) -> None:
-    """Puts these in force. Entering a mode again through ``with`` would have it forget how to leave."""
+    """Puts these modes in force. A mode that is entered again through ``with`` would forget how to leave."""
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()
     for mode in modes:
@@ -294,9 +294,8 @@ def bypass_compiler(fn: _F) -> _F:
     price of loading the compiler when revlib is imported and of a wrapper around every call.
     """
     frames = torch._C._dynamo.eval_frame
-    strategy = frames._FrameExecStrategy(
-        frames._FrameAction.SKIP, frames._FrameAction.SKIP
-    )  # it, and what it calls
+    skip = frames._FrameAction.SKIP
+    strategy = frames._FrameExecStrategy(skip, skip)  # of the function itself, and of what it calls
     code = fn.__code__ if isinstance(fn, FunctionType) else fn.__func__.__code__  # type: ignore[attr-defined]
     frames.set_code_exec_strategy(code, strategy)
     return fn

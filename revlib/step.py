@@ -6,14 +6,18 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from revlib._numbers import whole
 from revlib._torch import tree_leaves, versions_of
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.keywords import Keywords, keywords_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 __all__ = [
     "BoundStep",
@@ -287,8 +291,8 @@ class Step(nn.Module):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
-        if streams is not None and (type(streams) is not int or streams < 2):
-            raise ValueError(f"Step(streams=...) takes a whole number from 2 up, got {streams!r}")
+        if streams is not None:
+            whole("Step(streams=...)", streams, 2)
         self.fn = fn
         self.coupling = checked(coupling or DefaultAdditive())
         self.streams = streams
@@ -300,6 +304,10 @@ class Step(nn.Module):
     def forward(self, *streams: Tensor, **context: Any) -> Any:
         """What the function returns for the other streams, before it is merged."""
         return self.fn(*streams, **context)
+
+    if TYPE_CHECKING:  # so that F and G are modules in `for F, G in seq`, which raises at a Step
+
+        def __iter__(self) -> Iterator[Never]: ...
 
     def extra_repr(self) -> str:
         """The coupling, as ``print(step)`` shows it above the function."""

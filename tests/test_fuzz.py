@@ -920,9 +920,8 @@ class Machine(RuleBasedStateMachine):
         p = self.subject.pending[i]
         inputs = {x.untyped_storage().data_ptr() for x in self.subject.inputs.values()}
         tensors = [t for t in [*p.edges, *p.ys] if t.untyped_storage().data_ptr() not in inputs]
-        tensors = [
-            t for t in tensors if not t._is_view()
-        ]  # autograd would forget the hooks of a view, in this world alone
+        # Autograd would forget the hooks of a view, in this world alone.
+        tensors = [t for t in tensors if not t._is_view()]
         if not p.second and tensors:
             for world in self.worlds:
                 world.pending[i].excuses.add("edit")
@@ -1022,9 +1021,8 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_recovered_is_kept(self):
-        torch.ones(
-            (), requires_grad=True
-        ).square().backward()  # autograd holds what it had queued when something raised
+        # Another backward pass makes autograd let go of what it had queued when something raised.
+        torch.ones((), requires_grad=True).square().backward()
         assert all(keys <= {SHARED} for keys in map(kept, self.tapes)), "recovered for a pass that is over"
         assert self.subject.pending or not self.tapes or self.leaks, "a tape outlives its outputs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import Mlp
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 __all__ = ["Concat", "ConcatLinear", "ConcatMlp", "Fusion", "Mean"]
 
-Fusion = Callable[
-    [int, Callable[[int], nn.Module]], nn.Module
-]  # of channels and a norm -> module(x1, x2)
+# Makes a module of two streams, from their channels and what makes a norm of so many channels.
+Fusion = Callable[[int, Callable[[int], nn.Module]], nn.Module]
 
 
 class Mean(nn.Module):
@@ -35,6 +35,10 @@ class Mean(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """The mean of both streams, of the shape of either."""
         return (x1 + x2) / 2
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
 
 
 class ConcatLinear(nn.Module):
@@ -61,6 +65,10 @@ class ConcatLinear(nn.Module):
         """Both streams as one of the same width."""
         return self.linear(self.norm(torch.cat([x1, x2], dim=-1)))
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
+
 
 class ConcatMlp(nn.Module):
     r"""An MLP on both streams side by side, $\mathrm{MLP}(\mathrm{norm}([x_1; x_2]))$, with 2 dim hidden channels.
@@ -86,6 +94,10 @@ class ConcatMlp(nn.Module):
         """Both streams as one of the same width."""
         return self.mlp(self.norm(torch.cat([x1, x2], dim=-1)))
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
+
 
 class Concat(nn.Module):
     """Both streams side by side, for a next stage that takes twice the channels.
@@ -102,3 +114,7 @@ class Concat(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Both streams side by side."""
         return torch.cat([x1, x2], dim=-1)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
