@@ -120,10 +120,13 @@ def _record(
     guard, recovery = _guards(len(steps), tensors, options)
     tape = _tape(steps, state, plan, guard, options)
     tape.recovery = recovery  # type: ignore[attr-defined]
-    # Containers of our own, since functions may append to the user's.
-    copies = [tree_map(lambda leaf: leaf, context) if context else context for context in contexts]
-    both = list(zip(contexts, copies, strict=True))
-    state = through_blocks(steps, state, both, lambda step, s, given: tape.run(step, s, *given))
+
+    def run_step(step: BoundStep, state: State, context: dict[str, Any]) -> State:
+        # A repetition gets containers as this step finds them: functions may append to the user's.
+        found = tree_map(lambda leaf: leaf, context) if context else context
+        return tape.run(step, state, context, found)
+
+    state = through_blocks(steps, state, contexts, run_step)
     tape.keep_state(state)
     guard.forward_done(state)
     return state

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revlib._numbers import whole
-from revlib._torch import tree_leaves, versions_of
+from revlib._torch import tree_leaves, version_of, versions_of
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.keywords import Keywords, keywords_of
 
@@ -179,7 +179,7 @@ class BoundStep:
 
     def unmerge(self, made: State, f: Any) -> State:
         """The streams that were taken away, from the new ones."""
-        return (self.coupling.unmerge(made[-1], f),)
+        return (_unmerged(self, made[-1], f),)
 
     # ------------------------------------------------------------------------------------------ exactness
     def enter(self, s: Tensor) -> Tensor:
@@ -449,6 +449,7 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
             raise TypeError(
                 f"{step.name} must return floating-point tensors, got {[t.dtype for t in leaves]}; cast its result."
             )
+    version = -1 if torch.compiler.is_compiling() else version_of(s)
     try:
         merged = step.coupling.merge(s, f)
     except torch.OutOfMemoryError:
@@ -470,6 +471,10 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
         )
     if torch.compiler.is_compiling():
         return merged
+    if version_of(s) != version:
+        raise RuntimeError(
+            f"{step.coupling}.merge edited its stream in place, so the step cannot be inverted; return a new tensor"
+        )
     same = merged.dtype is s.dtype
     if not same and (
         merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype)
@@ -479,6 +484,17 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
             "result."
         )
     return merged
+
+
+def _unmerged(step: BoundStep, made: Tensor, f: Any) -> Tensor:
+    s = step.coupling.unmerge(made, f)
+    if not isinstance(s, Tensor) or s.shape != made.shape:
+        came = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+        raise TypeError(
+            f"{step.coupling}.unmerge must return the stream that merge was given, a tensor of shape "
+            f"{tuple(made.shape)}, got {came}"
+        )
+    return s
 
 
 def _shapes(f: Any) -> list[tuple[int, ...]]:

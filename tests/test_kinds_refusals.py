@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,11 @@ from common import ByHand, Lambda, grads, leaves, loss, mlp
 from scenes import Foreign, Refused, Stage, scene
 from situations.base import everything, raised_by_revlib, train
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from revlib import Checkpoint, Coupling, ExactAdditive, Functional, Reversible, ReversibleSequence
+from revlib import Additive, Checkpoint, Coupling, ExactAdditive, Functional, Reversible, ReversibleSequence
 from revlib.schedulers import Scheduler
 
 
@@ -758,3 +759,63 @@ def test_an_exact_stack_within_two_checkpoints(stage: Stage):
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_an_inexact_one(stage: Stage):
     return within(stage, 4, no_checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------- couplings
+@dataclasses.dataclass(frozen=True)
+class Pairing(Additive):
+    def unmerge(self, merged, f):
+        return merged - f, f
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattening(Additive):
+    def unmerge(self, merged, f):
+        return (merged - f).flatten()
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace(Additive):
+    def merge(self, s, f):
+        return s.detach().add_(f)
+
+
+@pytest.mark.parametrize("scheduler", [Reversible(), Functional()])
+@pytest.mark.parametrize(
+    ("coupling", "told"),
+    [
+        (Pairing(), r"Pairing.*unmerge must return the stream .* shape \(3, 4\), got tuple"),
+        (Flattening(), r"Flattening.*unmerge must return the stream .* shape \(3, 4\), got shape \(12,\)"),
+        (InPlace(), r"InPlace.*merge edited its stream in place"),
+    ],
+)
+def test_couplings_that_are_no_couplings(coupling: Coupling, told: str, scheduler: Scheduler):
+    stack = ReversibleSequence([(mlp(), mlp()) for _ in range(2)], coupling, scheduler)
+    with pytest.raises((TypeError, RuntimeError), match=told):
+        loss(stack(*(x * 1 for x in leaves(3, 4, dtype=torch.float32)))).backward()
+
+
+# ---------------------------------------------------------------------------------------------- a stack within another
+class Inner(nn.Module):
+    """A Functional stack within a function, whose results are saved by whoever is around."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        parts = (nn.Linear(2, 2), activation()), (activation(), nn.Sequential(nn.Linear(2, 2), activation()))
+        self.stack = ReversibleSequence(parts, scheduler=Functional())
+
+    def forward(self, x):
+        return torch.cat(self.stack(*x.chunk(2, -1)), -1)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, functools.partial(nn.Softmax, -1)])
+@scene("14")
+def test_a_functional_stack_within_a_function(stage: Stage, activation: Any):
+    return train(stage.stack(lambda: Inner(activation)), 3, 4)
+
+
+@pytest.mark.parametrize("around", [lambda: saved_tensors_hooks(lambda t: [t], lambda held: held[0]), save_on_cpu])
+@scene("14")
+def test_saved_tensor_hooks_around(stage: Stage, around: Any):
+    with around():
+        return train(stage.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())), 3, 4)

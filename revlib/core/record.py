@@ -103,6 +103,7 @@ class StepRecord:
             self._forget_values()
         del f, leaves, results  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
+        self.may_stop = self.may_stop and not guard.needs_end()
         return made
 
     def _refuse_forbidden_hooks(self, error: RuntimeError) -> None:

@@ -159,21 +159,20 @@ class Environment:
             self.purity = GraphPurity(tensors, self._buffers)
         return self.purity
 
+    def _state(self, k: int) -> ModuleState | None:
+        states = (guard for guard in self.step_guards[k].guards if isinstance(guard, ModuleState))
+        return next(states, None)
+
     def own_edits(self, k: int) -> dict[int, Tensor]:
         """Of the parameters that the function of a step edits itself, by identity: copies from before it ran."""
-        for guard in self.step_guards[k].guards:
-            if isinstance(guard, ModuleState) and guard.own_edits.copies:
-                return guard.own_edits.copies
-        return {}
+        state = self._state(k)
+        return {} if state is None else state.own_edits.copies
 
     def before_own_edits(self, k: int, tensors: list[Tensor]) -> list[Tensor]:
         """The same tensors, but of those parameters copies that the repetition may edit."""
-        copies = self.own_edits(k)
-        if not copies:
-            return tensors
-        own = {id(t): t for t in tensors if id(t) in copies}
-        fresh = {i: nn.Parameter(copies[i].clone(), t.requires_grad) for i, t in own.items()}
-        return [fresh.get(id(t), t) for t in tensors]
+        state = self._state(k)
+        fresh = {} if state is None else state.own_edits.for_repetition(state.parameters)
+        return [fresh.get(id(t), t) for t in tensors] if fresh else tensors
 
     def _buffers(self) -> list[Tensor]:
         slots = [named for tree in self.trees for named in tree.buffer_slots]

@@ -9,6 +9,7 @@ compiler traces.
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,7 @@ class GraphPurity(Purity):
         leaves = tuple(
             t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
         )
-        hooks = [_hook_count(t) for t in mine]
+        hooks, needed = [_hook_count(t) for t in mine], [t.requires_grad for t in mine]
         with torch.enable_grad():
             f = self._first_call(function, call, leaves, mine)
         results = (f,) if isinstance(f, Tensor) else tree_leaves(f)
@@ -153,6 +154,12 @@ class GraphPurity(Purity):
                 f"{step.name} calls register_hook() on a stream, a parameter or a tensor of its context while it runs; "
                 "under scheduler=Functional() it sees copies of these, whose hooks nothing would call. Register the "
                 "hook outside of the stack, or use scheduler=Reversible()."
+            )
+        if needed != [t.requires_grad for t in mine]:
+            raise RuntimeError(
+                f"{step.name} freezes or thaws its parameters while it runs, when scheduler=Functional() has asked "
+                "already which of them need a gradient; call requires_grad_() before forward, or use "
+                "scheduler=Reversible()."
             )
         self.streams += [(step, weakref.ref(t)) for t in leaves if t.requires_grad]
         return _without_graph(f), bool(differentiable)
@@ -200,17 +207,28 @@ class GraphPurity(Purity):
 
     def _refuse_kept(self, step: BoundStep, ref: weakref.ref[Tensor]) -> None:
         # Views that were made without gradients keep a stream as well, and are harmless. So is what only autograd
-        # holds, as the hooks of a flop counter do; the one referrer of such a tensor is the list below.
+        # holds, as the hooks of a flop counter do, or what hooks around the stack have packed.
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.requires_grad]
         for t in tensors:
             descends = t is ref() or (
                 t.grad_fn is not None and any(v is ref() for v in leaves_of([t]))
             )
-            if descends and len(gc.get_referrers(t)) > 1:
+            if descends and _is_held(t, tensors):
                 raise RuntimeError(
                     f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)}"
                     f"{_where(step, t)} {_KEEPS}"
                 )
+
+
+def _is_held(t: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether something in Python leads to a tensor, besides a thing that only autograd refers to."""
+    holders = gc.get_referrers(t)
+    for holder in holders:
+        if holder is not tensors and not isinstance(holder, types.FrameType):
+            others = gc.get_referrers(holder)
+            if any(o is not holders and not isinstance(o, types.FrameType) for o in others):
+                return True
+    return False
 
 
 def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
