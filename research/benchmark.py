@@ -63,8 +63,9 @@ def measure(
 ) -> None:
     """Fill in the points of one cell."""
     if any(p.compiled for p in points):
-        torch.compiler.reset()  # what was compiled for other shapes
-        importlib.import_module("torch._dynamo").config.recompile_limit = 64  # of one function, which contenders share
+        torch.compiler.reset()  # forget what was compiled for other shapes
+        # The contenders share their functions, so each of these is compiled often.
+        importlib.import_module("torch._dynamo").config.recompile_limit = 64
     torch.manual_seed(0)
     first = points[0]
     blocks = BLOCKS[first.model](first.depth, x.shape[-1], heads, x.shape[1])
@@ -106,8 +107,8 @@ def measure(
 
 @contextmanager
 def excused(point: Point, anything: bool = False) -> Iterator[None]:
-    """Note that the memory did not suffice, or that another library failed, and go on; where we fail, only if
-    ``anything`` may."""
+    """Note that the memory did not suffice, or that another library failed, and go on. A failure of revlib itself is
+    raised, unless ``anything`` may fail."""
     kind = Exception if anything or CONTENDERS[point.contender].package else torch.OutOfMemoryError
     try:
         yield
@@ -117,8 +118,8 @@ def excused(point: Point, anything: bool = False) -> Iterator[None]:
 
 
 def difference(found: Tensor | None, expected: Tensor, least: float) -> float:
-    """Relative to the expected gradient, or to the ``least`` one: some vanish, and are nothing but rounding, as that of
-    a bias that adds the same to all keys."""
+    """The largest error of a gradient, relative to its own size, or to ``least`` if that is larger: some gradients are
+    nothing but rounding errors, such as that of a bias that adds the same to all keys."""
     if found is None:
         return float("inf")
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(max(least, 1e-30))).item()
@@ -138,7 +139,7 @@ def time_rounds(
         start = number % max(len(order), 1)
         rounds.append({})
         for point in [*order[start:], *order[:start]]:
-            # Rotated, since a contender pays for the heap that the one before it leaves behind.
+            # The order rotates, since a contender pays for the heap that the one before it leaves behind.
             with excused(point):
                 rounds[-1][point.contender] = step_seconds(steps[point.contender], x, clock)
         tick()
@@ -153,7 +154,7 @@ def time_rounds(
 
 
 def choose(text: str, device: torch.device) -> list[str]:
-    """The contenders that a flag names, and naive, but for those that cannot run here."""
+    """The contenders that a flag names, and naive, without those that cannot run here."""
     names = list(CONTENDERS) if text == "all" else ["naive", *text.split(",")]
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise typer.BadParameter(

@@ -82,7 +82,7 @@ class Point:
 
 
 def relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Of all tensors together; infinite where anything is not a number."""
+    """The relative error of all tensors together; infinite if anything is not a number."""
     gap = sum((f.double() - e.double()).square().sum().item() for f, e in zip(found, expected, strict=True))
     size = sum(e.double().square().sum().item() for e in expected)
     error = math.sqrt(gap / size) if gap else 0.0
@@ -117,13 +117,14 @@ class Stage:
         self.truth = self.step("float64", "Additive", "Naive")[1]
 
     def step(self, precision: str, coupling: str, scheduler: str) -> tuple[float, list[Tensor], float]:
-        """-> the error of the recovered stream, all gradients, and the largest element of the outputs."""
+        """Returns the error of the recovered stream, all gradients, and the largest element of the outputs."""
         dtype, autocast = PRECISIONS[precision]
         stack = self.copies[precision]
         stack.zero_grad()
         stack.coupling, stack.scheduler = COUPLINGS[coupling], SCHEDULERS[scheduler]
         streams = [x.to(dtype, copy=True).requires_grad_() for x in self.streams]
-        seen: list[Tensor] = []  # by the first function: in forward and, unless it is stored, again in backward
+        # What the first function gets: in forward and, unless its activations are stored, once more in backward.
+        seen: list[Tensor] = []
         hook = stack[0].F.register_forward_pre_hook(lambda _, args, note=seen.append: note(args[0].detach().clone()))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             outputs = stack(*streams)

@@ -136,7 +136,7 @@ def train(model: nn.Module, data: Dataset, epochs: int, batch_size: int, lr: flo
 
 
 def test(model: nn.Module, data: Dataset, batch_size: int) -> float:
-    """Share of test images classified rightly."""
+    """The share of test images that are classified rightly."""
     return evaluate(model, Batches(data, batch_size).test("test"), torch.autocast("cpu", enabled=False))[1]
 
 

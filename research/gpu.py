@@ -33,7 +33,8 @@ app = typer.Typer(add_completion=False)
 
 
 def run(job: Job, folder: Path, left: float) -> str:
-    """Run a job for as long as it may, and the time is ``left``. -> what became of it; its output is in output.txt."""
+    """Run a job for as long as it may run, and no longer than the time that is ``left``. Returns what became of it; its
+    output is in output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     command = job.command
     if job.resumable:
@@ -119,7 +120,7 @@ def main(
 
     for at_once, group in groupby(todo, key=lambda job: job.at_once):
         if at_once > 1 and unpacked is not None and time.perf_counter() < deadline - 20:
-            cifar10(unpacked, unpacked)  # decodes the images once, where all runs find them
+            cifar10(unpacked, unpacked)  # this decodes the images once, and all runs find the result
         with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(attempt, group))
     typer.echo(f"{len(chosen) - len(todo)} jobs were done before; torch {torch.__version__}; results in {out}")

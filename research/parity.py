@@ -61,7 +61,7 @@ def main(config: Config, seeds: Annotated[int, typer.Option(help="Seeds, from --
 
 
 def variant_of(config: Config, variant: str, seed: int, out: Path) -> Config:
-    """The settings of one run; it goes on where it was."""
+    """The settings of one run, which goes on where it was stopped."""
     model = {"model": f"plain-{config.model}"} if variant == "plain" else {}
     folder = out / variant / f"seed{seed}"
     paths = {"out": folder, "resume": (folder / "last.pt").exists(), "overwrite": False}
@@ -69,7 +69,7 @@ def variant_of(config: Config, variant: str, seed: int, out: Path) -> Config:
 
 
 def run(config: Config) -> list[Row]:
-    """Its epochs, of which none is done twice: resuming a finished run compares its flags, and does nothing."""
+    """The epochs of a run. None is done twice: resuming a finished run compares its flags, and does nothing more."""
     with join(config) as (processes, device):
         loop.train(config, processes, device)
     return read_log(config.folder / "log.jsonl").rows
@@ -92,7 +92,7 @@ def spread(values: Sequence[float], metric: Metric) -> str:
 
 
 def table(study: Study) -> str:
-    """Where each variant ends, and how far the curves of one seed lie apart that should be one."""
+    """The results of each variant at its end, and how far the curves of one seed lie apart that should be the same."""
     seeds = list(next(iter(study.values())))
     epochs = len(next(iter(study.values()))[seeds[0]])
     lines = [
@@ -139,7 +139,7 @@ def draw(study: Study) -> Figure:
                 statistics.pstdev(values) if len(values) == 1 else statistics.stdev(values) for values in by_epoch
             ]
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-            # What lies on one another shows through by shorter dashes.
+            # Dashes get shorter from curve to curve, so that one shows through where several lie on one another.
             style = ("-", "-", "--", ":", "-.")[number]
             axes.plot(epochs, means, style, color=f"C{number}", label=variant)
             axes.fill_between(epochs, low, high, color=f"C{number}", alpha=0.15, linewidth=0)

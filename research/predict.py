@@ -65,7 +65,7 @@ def main(
 def predict(
     trained: Trained, paths: list[Path], batch_size: int = 64, workers: int = 0, corrupt: CorruptName = "refuse"
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Each image that can be read, with the probability of each class: (classes,)."""
+    """Yields each image that can be read, with the probabilities of the classes, (classes,)."""
     numbers = torch.arange(len(paths))
     loader = DataLoader(
         # As label, each has its own number, so that one that is skipped leaves no doubt about the others.

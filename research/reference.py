@@ -69,14 +69,14 @@ def build(out: Path) -> None:
 
 
 def _unlink(path: Path) -> None:
-    """pdoc links what a class inherits from torch, too, which is on no page."""
+    """Remove links to what a class inherits from torch, which pdoc makes although no page has it."""
     ids = _Page(path).ids
     link = re.compile(r'<a href="#([^"]+)">(.*?)</a>')
     path.write_text(link.sub(lambda m: m[0] if m[1] in ids else m[2], path.read_text()))
 
 
 def markdown_tables(text: str) -> str:
-    """Simple tables of reStructuredText, between rows of ``=``, as those of Markdown."""
+    """Turn simple tables of reStructuredText, which stand between rows of ``=``, into those of Markdown."""
     lines, found, rulers = text.splitlines(), [], 0
     starts: list[int] = []
     for line in lines:
@@ -109,7 +109,7 @@ def public() -> Iterator[tuple[str, str]]:
 
 
 def _docstring(owner: type, member: str) -> str:
-    """The member's own, or that of the class in revlib that it overrides; what torch says of its Module is none."""
+    """The docstring of a member, or of what it overrides in a class of revlib. One of torch's Module does not count."""
     for base in owner.__mro__:
         if base.__module__.startswith("revlib"):
             text = vars(base).get(member).__doc__ if member in vars(base) else None

@@ -72,7 +72,7 @@ def render(root: Path) -> str:
 
 
 def summary(root: Path) -> str:
-    """What was written by hand, where there is such a file."""
+    """The summary that was written by hand, if there is one."""
     file = root / "summary.md"
     return f"{file.read_text()}\n" if file.exists() else ""
 
@@ -114,8 +114,8 @@ def usual(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command(config: Mapping[str, Any]) -> str:
-    """The call that had these settings."""
-    config = Config().as_json() | config  # an older log lacks flags made since, which were as if at their defaults
+    """The command line that has these settings."""
+    config = Config().as_json() | config  # flags that are newer than the log had the effect of their defaults
     before, found = usual(config), ["python -m research.train"]
     first = ["recipe"] if config.get("recipe") else ["dataset", "model"]
     names = [field.name for field in dataclasses.fields(Config) if field.name in config]
@@ -138,7 +138,7 @@ def study(root: Path, folder: Path) -> Iterator[str]:
 
 
 def places(folder: Path) -> str:
-    """What the study's files, or the first log below it, tell of its machine."""
+    """The machine of a study, as its files or the first log below it tell."""
     for file in [*sorted(folder.glob("*.json")), *sorted(folder.rglob("log.jsonl"))]:
         record = json.loads(file.read_text().splitlines()[0] if file.suffix == ".jsonl" else file.read_text())
         here = record.get("environment") or record.get("setting", {})

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
+from research.settings.flags import whole_numbers
 from research.shared.files import replacing
 from research.shared.machine import environment, pick_device
 from research.studies.footprints import CONTENDERS, MODELS, Point, Setting, count
@@ -36,7 +37,7 @@ VALIDATED = [  # models, pixels and dropout that a CPU runs in seconds
 
 
 class Line(NamedTuple):
-    """Through two points of a curve of bytes."""
+    """A straight line through two points of a curve of bytes."""
 
     x0: int
     y0: int
@@ -72,7 +73,7 @@ class Row:
 
 
 def solve(points: Sequence[Point], depth: int, batch: int, memory: Sequence[int]) -> Row:
-    """From one contender's points at (depth, batch), and at other batch sizes and depths, twice each among them."""
+    """The row of a contender, from its points at (depth, batch) and at other batch sizes and depths."""
     at = {(p.depth, p.batch): p for p in points}
     here, twice, deeper = at[depth, batch], at[depth, 2 * batch], at[2 * depth, batch]
     by_batch = Line(batch, here.total, 2 * batch, twice.total)
@@ -151,14 +152,14 @@ def draw(points: Sequence[Point], path: Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
-def listed(text: str, flag: str, allowed: Sequence[str] | None = None) -> list[Any]:
-    """What a comma-separated flag holds: names among those allowed, or sorted whole numbers from 1."""
+def listed(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
+    """The names in a comma-separated flag, each of which must be among those allowed."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        if not (part in allowed if allowed else part.isdecimal() and int(part)):
-            wanted = f"names among {', '.join(allowed)}" if allowed else "whole numbers such as 16,24"
+        if part not in allowed:
+            wanted = f"names among {', '.join(allowed)}"
             raise typer.BadParameter(f"expected {wanted}, separated by commas, got {part!r}", param_hint=flag)
-    return list(dict.fromkeys(parts)) if allowed else sorted({int(part) for part in parts})
+    return list(dict.fromkeys(parts))
 
 
 @app.command()
@@ -178,9 +179,9 @@ def main(
 ) -> None:
     """Size training steps without running them; write simulation.json, table.md and memory.png."""
     models, names = listed(model, "--model", list(MODELS)), listed(schedulers, "--schedulers", list(CONTENDERS))
-    budgets, plotted = listed(memory, "--memory", None), listed(depths, "--depths", None)
-    if not (models and names and budgets):
-        raise typer.BadParameter("expected at least one --model, one of --schedulers and one --memory")
+    budgets, plotted = whole_numbers(memory, "--memory"), whole_numbers(depths, "--depths") if depths else []
+    if not (models and names):
+        raise typer.BadParameter("expected at least one --model and one of --schedulers")
     for name, asked in [(m, depth or MODELS[m].depth) for m in models] + [(models[0], d) for d in plotted]:
         if img_size % MODELS[name].pixels:
             unit = f"a multiple of {MODELS[name].pixels} for {name}"

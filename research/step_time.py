@@ -34,7 +34,7 @@ app = typer.Typer(add_completion=False)
 
 
 def before(run: Run) -> Run:
-    """The same run, as it would go without what makes it faster."""
+    """The same run, without everything that makes it faster."""
     for module in run.model.modules():
         if isinstance(module, SelfAttention):
             module.__class__ = Attention
@@ -43,7 +43,7 @@ def before(run: Run) -> Run:
 
 
 def ways(config: Config) -> dict[str, Callable[[], object]]:
-    """A step of each way to run it."""
+    """A training step for each way of running it."""
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(256, (config.batch_size, 3, 32, 32), generator=draws, dtype=torch.uint8)
     split = Split(images, torch.randint(10, (config.batch_size,), generator=draws))

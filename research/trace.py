@@ -26,7 +26,7 @@ HOME = str(Path(revlib.__file__).parent)
 
 
 def traced(scheduler: Scheduler) -> tuple[Counter[str], int, int]:
-    """-> distinct lines of each file, functions, and crossings between files, of the second step."""
+    """Returns the distinct lines of each file, the functions, and the crossings between files, of the second step."""
     torch.manual_seed(0)
     stack = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], scheduler=scheduler)
     lines: set[tuple[str, int]] = set()

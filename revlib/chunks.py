@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, dtype, nn, slice_scatter
 
+from revlib._numbers import whole
 from revlib.couplings import Additive, Coupling
 from revlib.step import Step
 
@@ -80,7 +81,7 @@ class _Nothing(nn.Module):
 
 @dataclass(frozen=True)
 class _Turn(Coupling):
-    """Leaves the stream as it is, so that the two change places, and the next step merges into the same one again."""
+    """Leaves the stream as it is. The two streams change places, so the next step merges into the same one again."""
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return s
@@ -119,8 +120,7 @@ def positionwise(
         >>> all(torch.allclose(a, b) for a, b in zip(parts(x, x), whole(x, x)))
         True
     """
-    if not isinstance(chunks, int) or chunks < 1:
-        raise ValueError(f"positionwise(chunks=...) takes a whole number from 1 up, got {chunks!r}")
+    whole("positionwise(chunks=...)", chunks, 1)
     if chunks == 1:
         return [Step(fn, coupling)]
     steps = []

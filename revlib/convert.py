@@ -38,22 +38,42 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import torch
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
+from revlib._numbers import is_power_of_two, real, whole
 from revlib.couplings import Coupling, ExactAdditive
 from revlib.encoder import encoder_pair
 from revlib.schedulers import Scheduler
 from revlib.sequence import ReversibleSequence
 from revlib.step import Step
 
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
 __all__ = ["Momentum", "ReversibleResidual", "encoder_pair", "residual", "restore", "vit"]
 
 _DIGITS = 53  # of a float64
 Parts = Sequence[nn.Module]  # a residual branch: these modules one after the other
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Settings(TypedDict, total=False):
+    """The keyword arguments of :class:`ReversibleResidual` but for ``group``."""
+
+    momentum: float | None
+    limit: float
+    resolution: float
+    scheduler: Scheduler | None
+
+
+class Options(Settings, total=False):
+    """All keyword arguments of :class:`ReversibleResidual`."""
+
+    group: int
 
 
 def _grid(resolution: float) -> ExactAdditive:
@@ -86,10 +106,10 @@ class Momentum(Coupling):
     limit: float
     resolution: float
 
-    def merge(self, s: Tensor, f: Any) -> Tensor:
+    def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return _grid(self.resolution).merge(s * self.momentum, self._scaled(f, s))
 
-    def unmerge(self, merged: Tensor, f: Any) -> Tensor:
+    def unmerge(self, merged: Tensor, f: Tensor) -> Tensor:
         return _grid(self.resolution).unmerge(merged, self._scaled(f, merged)) * (1 / self.momentum)
 
     def limit_of(self, dtype: torch.dtype) -> float:
@@ -102,9 +122,8 @@ class Momentum(Coupling):
 class _Branch(nn.Sequential):
     """The function of a step: sums the position and the velocities before its own, in the precision of the input."""
 
-    def __init__(
-        self, parts: Parts, skip: int
-    ) -> None:  # skip: velocities of its own cycle to come
+    def __init__(self, parts: Parts, skip: int) -> None:
+        """Make the function; it leaves out the first ``skip`` velocities, whose turn in its cycle comes later."""
         super().__init__(*parts)
         self.skip = skip
 
@@ -145,7 +164,7 @@ class ReversibleResidual(nn.Sequential):
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        split: Callable[[Any], Sequence[Parts]],
+        split: Callable[[nn.Module], Sequence[Parts]],
         *,
         group: int = 2,
         momentum: float | None = None,
@@ -162,9 +181,12 @@ class ReversibleResidual(nn.Sequential):
         """Run the branches on ``x``: what the residual network would return, close to it or exactly as γ allows."""
         velocities = (x.new_zeros(x.shape, dtype=torch.float64) for _ in range(self.group))
         state = self.sequence(*velocities, x.double(), dtype=x.dtype)
-        return _sum(*state[-1 - (len(self._built[0]) - 1) % self.group - 1 :]).to(
-            x.dtype
-        )  # x and the last cycle's
+        latest = (len(self._built[0]) - 1) % self.group + 1  # velocities of the last cycle
+        return _sum(*state[-1 - latest :]).to(x.dtype)
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         """The momentum and the scheduler, as ``print`` shows them above the modules."""
@@ -176,9 +198,8 @@ class ReversibleResidual(nn.Sequential):
 
         It is built again when branches have been replaced, for example by adapters.
         """
-        if (
-            self._branches() != self._built[0]
-        ):  # compared by identity: adapters may have replaced some
+        # Modules are equal if they are the same; adapters may have replaced some.
+        if self._branches() != self._built[0]:
             self._build(self.momentum, self.scheduler)
         return self._built[1]
 
@@ -191,7 +212,11 @@ class ReversibleResidual(nn.Sequential):
     def scheduler(self, scheduler: Scheduler) -> None:
         self._built[1].scheduler = scheduler
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    def __getitem__(self, index: int | slice) -> nn.Module:
         if not isinstance(index, slice):
             return super().__getitem__(index)
         settings = {
@@ -213,10 +238,11 @@ class ReversibleResidual(nn.Sequential):
                 sequence.append(Step(_sum, ExactAdditive(self.limit)))
             branch = _Branch(parts, skip=self.group - 1 - i % self.group)
             sequence.append(Step(branch, first if i < self.group else later))
-        self._built = branches, sequence  # in a tuple: no submodule, its modules are here already
+        # In a tuple, the sequence is no submodule: its modules are among those of this stack already.
+        self._built = branches, sequence
 
 
-def residual(branches: Iterable[nn.Module], **options: Any) -> ReversibleResidual:
+def residual(branches: Iterable[nn.Module], **options: Unpack[Options]) -> ReversibleResidual:
     """The stack ``for f in branches: x = x + f(x)``, reversible; for ``options`` see :class:`ReversibleResidual`.
 
     Shapes and cost are those of :class:`ReversibleResidual`.
@@ -245,7 +271,9 @@ def residual(branches: Iterable[nn.Module], **options: Any) -> ReversibleResidua
     return ReversibleResidual(branches, _whole, **options)
 
 
-def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: Any) -> Any:
+def vit(
+    model: Model, *, inplace: bool = False, group: int = 4, **options: Unpack[Settings]
+) -> Model:
     """A timm VisionTransformer with reversible blocks: a copy, or ``model`` itself if ``inplace``.
 
     Features, pooling, class token and head are those of timm, and ``state_dict`` is the original's either way. A
@@ -279,7 +307,7 @@ def vit(model: nn.Module, *, inplace: bool = False, group: int = 4, **options: A
     return converted
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undo :func:`vit` in place: the ordinary network, with the weights as they are now.
 
     Cost: none; no weight is copied.
@@ -337,19 +365,14 @@ def _check_block(i: int, block: nn.Module) -> None:
 def _momentum(
     momentum: float | None, branches: int, group: int, limit: float, resolution: float
 ) -> float:
-    """The coefficient, checked; the smallest whose products fit into the digits of a float64 unless given."""
-    if not (isinstance(group, int) and group >= 1 and branches):
-        raise ValueError(
-            f"expected branches, and a group of one or more of them; got {branches} and group={group!r}"
-        )
-    values = {
-        "limit": limit,
-        "resolution": resolution,
-        "momentum": 0.5 if momentum is None else momentum,
-    }
+    """The momentum to use, checked: unless given, the smallest whose products fit into the digits of a float64."""
+    if not branches:
+        raise ValueError("expected branches, got none; a stack has at least one")
+    whole("group", group, 1, of="branches")
+    values = {"limit": limit, "resolution": resolution, "momentum": momentum}
     for name, value in values.items():
-        if not (value > 0 and math.frexp(value)[0] == 0.5):
-            raise ValueError(f"{name} must be a power of two, got {value!r}")
+        if value is not None:
+            real(name, value, is_power_of_two, "a power of two")
     undone = -(-branches // group) - 1  # products that must not be rounded
     room = _DIGITS - round(math.log2(limit / resolution))
     most = room // undone if undone else room

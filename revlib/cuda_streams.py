@@ -31,27 +31,27 @@ class CUDA:
     def __init__(self) -> None:
         # One side stream per main stream: its memory pool is then reused from pass to pass, and only ever by launches
         # that waited for that main stream.
-        self._sides: dict[Any, Any] = {}
+        self._sides: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
 
     def serves(self, t: Tensor) -> bool:
         """Whether work on the device of this tensor can overlap."""
         return t.is_cuda and not is_fake(t)
 
-    def current(self, device: torch.device) -> Any:
+    def current(self, device: torch.device) -> torch.cuda.Stream:
         """The stream on which the device gets its work now."""
         return torch.cuda.current_stream(device)
 
-    def side(self, main: Any) -> Any:
+    def side(self, main: torch.cuda.Stream) -> torch.cuda.Stream:
         """Another stream of the same device, always the same for the same main stream."""
         found = self._sides.get(main)
         if found is None:
             found = torch.cuda.Stream(main.device)
-            if found == main:  # streams come from a pool, and may come again
+            if found == main:  # torch's streams are a pool, and the same one may come again
                 found = torch.cuda.Stream(main.device)
             self._sides[main] = found
         return found
 
-    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    def on(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[None]:
         """A context in which the device gets its work on this stream."""
         return torch.cuda.stream(stream)
 
@@ -59,14 +59,14 @@ class CUDA:
         """Whether a CUDA graph is being captured: nothing may ask then whether an event has happened."""
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
-    def mark(self, device: torch.device) -> Any:
-        """An event on the current stream, now, that knows its time."""
+    def mark(self, device: torch.device) -> torch.cuda.Event:
+        """Record an event on the current stream, with the time at which the device comes to it."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(self.current(device))
         return event
 
 
-driver: Any = CUDA()
+driver: Any = CUDA()  # or a model of it, which has streams and events of its own
 
 
 class Launch:
@@ -77,7 +77,7 @@ class Launch:
         held: what the work reads, of main's memory (rule 3).
     """
 
-    def __init__(self, device: torch.device, work: Callable[[], None], held: Any) -> None:
+    def __init__(self, device: torch.device, work: Callable[[], None], held: object) -> None:
         self.device, self.held = device, held
         self.failure: Exception | None = None
         self.main = driver.current(device)
@@ -92,7 +92,7 @@ class Launch:
             self.event = side.record_event()
 
     def join(self) -> None:
-        """Make main, and the current stream, wait until the work is done; the host goes on."""
+        """Make main and the current stream wait until the work is done, without making the host wait."""
         for stream in {self.main, driver.current(self.device)}:
             stream.wait_event(self.event)
         self.held = None
@@ -111,15 +111,16 @@ def settle(launches: dict[int, Launch]) -> None:
 
 
 class LookAheadPolicy:
-    """What one backward pass through a stack does with the side stream, and is told."""
+    """Decides whether one backward pass through a stack looks ahead, and is told how it goes."""
 
-    ahead: bool = True  # recover the next step on it, while the gradients of this one run
+    # Whether the next step is recovered on the side stream while the gradients of this one are computed.
+    ahead: bool = True
 
     def started(self, device: torch.device) -> None:
         """The first step is about to be recovered."""
 
     def ended(self, device: torch.device) -> None:
-        """The last one has been."""
+        """The last step has been recovered."""
 
     def failed(self, failure: Exception) -> None:
         """A launch did not come to its end. Nothing is lost: its step is recovered on main when it is needed."""
@@ -135,10 +136,10 @@ class Arriving:
         self.event = driver.mark(t.device)
 
     def here(self) -> bool:
-        """Whether it has come."""
+        """Whether the copy is done."""
         return self.event.query()
 
     def get(self) -> Tensor:
-        """It; waits if it has not come."""
+        """The tensor on the host. Waits until the copy is done."""
         self.event.synchronize()
         return self.host

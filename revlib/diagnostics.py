@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from revlib import cuda_streams
+from revlib._numbers import whole
 from revlib._torch import in_transform, is_fake, tree_leaves, tree_map
 from revlib.core import Guards, StepGuard, StepView, first_run, repetition
 from revlib.guards import ModuleStates, Randomness, Settings
-from revlib.guards.modules import module_tree
+from revlib.guards.containers import same_contents
+from revlib.guards.modules import ModuleTree, module_tree
 from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import Comparison, default_tolerance, relative_errors
 from revlib.schedulers import Scheduler
@@ -34,7 +36,7 @@ _ADVICE = (
 
 
 class Drift(NamedTuple):
-    r"""How far the stream that a step merged away, as inverted from the states above, is from the one it was.
+    r"""The error of the stream that a step merged away, as inverted from the states above it.
 
     $$\mathrm{error} = \lVert \hat{s} - s \rVert / \lVert s \rVert$$
 
@@ -46,6 +48,7 @@ class Drift(NamedTuple):
         error: of the stream, or the largest where the step merges several away.
 
     Example:
+        >>> from torch import nn
         >>> stack = ReversibleSequence([(nn.Tanh(), nn.Tanh())])
         >>> monitor = DriftMonitor(stack)
         >>> ys = stack(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4))
@@ -65,10 +68,11 @@ class DriftMonitor:
 
     It runs that forward beforehand, without a graph and with the same random numbers, and inverts it as the scheduler's
     plan would in backward: the errors of the streams that the plan does not keep, built up from the nearest state above
-    that it keeps. Results, gradients, buffers, attributes and random generators are as without a monitor. What else
-    functions do (hooks, prints, a generator of their own) happens two times more. Cost where it measures: the time of
-    two forwards, memory for what the plan keeps, and 4096 elements a step. None at other forwards, in eval mode or
-    without gradients, nor where the plan inverts nothing (``Naive``, ``Checkpoint``).
+    that it keeps. Results, gradients, buffers, attributes, containers and random generators are as without a monitor.
+    What else functions do (hooks, prints, a generator of their own) happens two times more, and a function that edits
+    its own parameters edits them once more. Cost where it measures: the time of two forwards, memory for what the plan
+    keeps, and 4096 elements a step. None at other forwards, in eval mode or without gradients, nor where the plan
+    inverts nothing (``Naive``, ``Checkpoint``).
 
     Args:
         warn_above: warn where the error rises above it; a tenth of what backward tolerates, unless given.
@@ -81,6 +85,7 @@ class DriftMonitor:
         ValueError: ``every`` is no whole number from 1 up.
 
     Example:
+        >>> from torch import nn
         >>> stack = ReversibleSequence([(nn.Tanh(), nn.Tanh()) for _ in range(4)])
         >>> monitor = DriftMonitor(stack, every=100)
         >>> ys = stack(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4))
@@ -96,16 +101,12 @@ class DriftMonitor:
         warn_above: float | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(
-                f"DriftMonitor(every=...) takes a whole number from 1 up, got {every!r}"
-            )
+        whole("DriftMonitor(every=...)", every, 1)
         self.every, self.warn_above, self.scheduler = every, warn_above, scheduler
         self.history: list[Drift] = []
         self._forwards, self._above = 0, False
-        self._handle = stack.register_forward_pre_hook(
-            self._before, with_kwargs=True
-        )  # the stack owns us: no cycle
+        # The stack refers to the monitor, and the monitor does not refer to the stack, so that both can be freed.
+        self._handle = stack.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def remove(self) -> None:
         """Stop watching; the history stays."""
@@ -120,7 +121,7 @@ class DriftMonitor:
             lines.append(f"{k:>4}  {latest[k].error:>7.1e}  {error:>7.1e}  {forward:>10}  {name}")
         return "\n".join(lines if latest else [*lines, "nothing has been inverted yet"])
 
-    def _before(self, stack: Any, args: tuple[Any, ...], context: dict[str, Any]) -> None:
+    def _before(self, stack: ReversibleSequence, args: State, context: dict[str, Any]) -> None:
         transformed = in_transform()
         if (
             not (stack.training and torch.is_grad_enabled())
@@ -138,16 +139,15 @@ class DriftMonitor:
         worst = max(found, key=lambda f: f[2], default=(0, "", 0.0))
         was, self._above = self._above, worst[2] > threshold
         if self._above and not was:
-            warnings.warn(
-                _ADVICE.format(forward, *worst, threshold), stacklevel=6
-            )  # the call of the stack
+            # So many frames up, the user's code calls the stack.
+            warnings.warn(_ADVICE.format(forward, *worst, threshold), stacklevel=6)
 
 
 @torch.no_grad()
 def _measure(
     steps: list[BoundStep], given: State, context: Mapping[str, Any], scheduler: Scheduler
 ) -> tuple[list[tuple[int, str, float]], float]:
-    """-> step, name and error of each stream that backward would invert; and what it would tolerate."""
+    """Returns step, name and error of each stream that backward would invert, and the error that it would tolerate."""
     m, plan = len(given), scheduler.plan(len(steps))
     laid_out = layouts(steps, m)
     numbers = numbered(laid_out, m)
@@ -171,7 +171,7 @@ def _measure(
     streams, samples = dict[int, State](), dict[int, list[Tensor]]()
     runs, dtypes, errors = list[StepGuard](), set[torch.dtype](), list[Tensor]()
     fork = torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
-    with fork, _untouched(f for tree in trees for f in tree.modules):
+    with fork, _untouched(trees):
         for k, (step, layout) in enumerate(zip(steps[:top], laid_out, strict=False)):
             taken, others = apart(state, layout.taken)
             if k in inverted:
@@ -203,14 +203,16 @@ def _measure(
 
 
 def _sample(t: Tensor) -> Tensor:
-    """Evenly spaced elements; an odd number apart, or they would be of few channels."""
+    """Evenly spaced elements, an odd number apart: at an even distance they might come from few channels only."""
     return t.reshape(-1)[:: t.numel() // _SAMPLES | 1].clone()
 
 
 @contextlib.contextmanager
-def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules run on copies of their buffers; what they assign meanwhile is taken back."""
+def _untouched(trees: Sequence[ModuleTree]) -> Iterator[None]:
+    """Modules run on copies of their buffers. What they assign meanwhile, and put into containers, is taken back."""
+    modules = (f for tree in trees for f in tree.modules)
     before = [(f, f.__dict__.copy(), f._buffers.copy()) for f in modules]
+    containers = [(holder, holder.read()) for tree in trees for holder in tree.holders]
     copies: dict[int, Tensor] = {}  # modules may share a buffer
     try:
         for f, _, buffers in before:
@@ -228,3 +230,6 @@ def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
             for key in f.__dict__.keys() - attributes.keys():
                 delattr(f, key)
             f.__dict__.update(attributes)
+        for holder, contents in containers:
+            if not same_contents(holder.read(), contents):
+                holder.write(contents)

@@ -41,7 +41,7 @@ from revlib.guards.modules import parameters_of
 from revlib.guards.randomness import devices_of
 from revlib.guards.recovery_check import refuse_opaque
 from revlib.look_ahead import LookAheadTape
-from revlib.step import BoundStep, State, advance, layouts, route
+from revlib.step import BoundStep, State, advance, layouts, route, through_blocks
 
 __all__ = ["PassOptions", "Plan", "run"]
 
@@ -143,14 +143,13 @@ def _record(
     guard, recovery = _guards(len(steps), tensors, options)
     tape = _tape(steps, state, plan, guard, options)
     tape.recovery = recovery  # type: ignore[attr-defined]
-    # Containers of our own, since functions may append to the user's.
-    copies = [tree_map(lambda leaf: leaf, context) if context else context for context in contexts]
-    for step, context, copy in zip(steps, contexts, copies, strict=True):
-        if step.begins is not None and step.begins.is_hooked:
-            step.begins.entered(state)
-        state = tape.run(step, state, context, copy)
-        if step.ends is not None and step.ends.is_hooked:
-            step.ends.left(state)
+
+    def run_step(step: BoundStep, state: State, context: dict[str, Any]) -> State:
+        # A repetition gets containers as this step finds them: functions may append to the user's.
+        found = tree_map(lambda leaf: leaf, context) if context else context
+        return tape.run(step, state, context, found)
+
+    state = through_blocks(steps, state, contexts, run_step)
     tape.keep_state(state)
     guard.forward_done(state)
     return state

@@ -25,13 +25,14 @@ _DEEPEST = 16  # wrappers around one another
 
 
 class Keywords(NamedTuple):
-    """The names that a function takes besides its streams, and whether it takes any other name as well."""
+    """The names that a function takes besides its streams, and whether it takes any other name as well.
+
+    ``looked_through`` tells whether they are those of a function behind this one, which may be exchanged.
+    """
 
     names: frozenset[str]
     every: bool
-    looked_through: (
-        bool  # whether they belong to a function behind this one, which may be exchanged
-    )
+    looked_through: bool
 
 
 def keywords_of(target: Any, streams: int, depth: int = 0) -> Keywords:
@@ -67,8 +68,8 @@ class _Inner(NamedTuple):
 
 
 def _called(target: Any, streams: int) -> tuple[Any, int, bool]:
-    """What runs when ``target`` is called, as a function whose signature and source can be read; the streams that it
-    is given; and whether it lies in a wrapper."""
+    """The function that runs when ``target`` is called, whose signature and source can be read; how many streams it is
+    given; and whether it lies in a wrapper."""
     through = False
     while True:
         if isinstance(target, functools.partial):

@@ -35,9 +35,8 @@ class LookAheadTape(Tape):
     ) -> None:
         super().__init__(plan, layouts, m, guard)
         self.policy, self.device = policy, device
-        self.launches: dict[
-            int, cuda_streams.Launch
-        ] = {}  # the one that is under way, by the steps it recovers
+        # The launch that is under way, at each step that it recovers.
+        self.launches: dict[int, cuda_streams.Launch] = {}
 
     @bypass_compiler
     def unpack(self, placeholder: Placeholder) -> Tensor:
@@ -67,9 +66,8 @@ class LookAheadTape(Tape):
             if not self.records[k].repeated:
                 return
             lowest = k
-            while (
-                lowest > self.lowest and not self.records[lowest].placeholders
-            ):  # nobody will ask for that step
+            # Nobody asks for a step of which autograd has saved nothing.
+            while lowest > self.lowest and not self.records[lowest].placeholders:
                 lowest -= 1
             self.join_pass(graph_task(), SHARED)
             work = partial(self.undo_down_to, lowest, progress, SHARED, keeps=False)
@@ -77,9 +75,8 @@ class LookAheadTape(Tape):
                 self.device, work, held=(progress.state, self.records[lowest : k + 1])
             )
             self.launches.update(dict.fromkeys(range(lowest, k + 1), launch))
-            if (
-                launch.failure is not None
-            ):  # whoever needs the step recovers it again, and meets the failure then
+            if launch.failure is not None:
+                # Whoever needs the step recovers it once more, and meets the failure then.
                 self.policy.failed(launch.failure)
 
     def join_pass(self, task: int, key: Key) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revlib._numbers import real
 from revlib.couplings import Additive, Coupling, ExactAdditive, Scaled
 from revlib.step import Step
 
@@ -35,11 +36,13 @@ def _plus(exact: float | None) -> Coupling:
     return Additive() if exact is None else ExactAdditive(exact)
 
 
-def _size(name: str, h: Any) -> None:
-    if isinstance(h, bool) or not isinstance(h, (int, float)) or not math.isfinite(h) or h == 0:
-        raise ValueError(
-            f"{name}(h=...) takes a step size, a finite number other than 0 such as 0.1, got {h!r}"
-        )
+def _size(name: str, h: float) -> None:
+    real(
+        f"{name}(h=...)",
+        h,
+        lambda h: math.isfinite(h) and h != 0,
+        "a step size, a finite number other than 0 such as 0.1",
+    )
 
 
 def midpoint(fns: Iterable[Function], h: float = 1.0, exact: float | None = None) -> list[Step]:
@@ -122,11 +125,13 @@ def momentum(fns: Iterable[Function], gamma: float = 0.9) -> list[Step]:
         >>> last.shape
         torch.Size([2, 4])
     """
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < 1:
-        raise ValueError(
-            f"momentum(gamma=...) takes a number between 0 and 1, such as 0.9, got {gamma!r}: at 0 the network is a "
-            "residual one and does not invert, and at 1 its functions have no effect"
-        )
+    real(
+        "momentum(gamma=...)",
+        gamma,
+        lambda gamma: 0 < gamma < 1,
+        "a number between 0 and 1, such as 0.9",
+        advice=": at 0 the network is a residual one and does not invert, and at 1 its functions have no effect",
+    )
     return [
         step
         for fn in fns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,18 @@ from revlib.schedulers.base import checked as _checked_scheduler
 from revlib.step import BoundStep, Pair, State, Step, apart, layouts, numbered
 from revlib.step import checked as _checked_coupling
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["ReversibleSequence", "invert", "reversible"]
 
-Functions = Iterable[Any]  # of (F, G) pairs, Steps and Bijections
+# What a sequence holds, what may be made of modules, and what may be made of any functions.
+Item = Step | Pair | Bijection
+Modules = Item | tuple[nn.Module, nn.Module]
+Functions = Item | tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def _bind(items: Iterable[Any], coupling: Coupling) -> list[BoundStep]:
+def _bind(items: Iterable[Functions], coupling: Coupling) -> list[BoundStep]:
     steps = []
     for i, item in enumerate(items):
         if isinstance(item, Step):
@@ -40,7 +46,8 @@ def _bind(items: Iterable[Any], coupling: Coupling) -> list[BoundStep]:
 
 
 def _refuse_sharded(pair: Pair, i: int) -> None:
-    if any(kind.__name__ == "FSDPModule" for kind in type(pair).__mro__):  # which few have imported
+    # The class is known by its name, since few have imported it.
+    if any(kind.__name__ == "FSDPModule" for kind in type(pair).__mro__):
         raise TypeError(
             f"block {i} was given to fully_shard, but a pair is never called, only its F and G, so nothing would "
             "gather its parameters; use fully_shard(pair.F) and fully_shard(pair.G), or both as one: "
@@ -56,7 +63,7 @@ def _name(fn: Callable[..., Any]) -> str:
     )
 
 
-def checked_streams(streams: tuple[Any, ...], least: int = 2) -> State:
+def checked_streams(streams: State, least: int = 2) -> State:
     for i, stream in enumerate(streams):
         if not isinstance(stream, Tensor):
             raise TypeError(
@@ -81,8 +88,8 @@ def checked_streams(streams: tuple[Any, ...], least: int = 2) -> State:
     return streams
 
 
-def _instead_of(stream: Any) -> str:
-    """What to do with something that is no tensor."""
+def _instead_of(stream: object) -> str:
+    """Advice on what to pass instead of something that is no tensor."""
     if isinstance(stream, (tuple, list)):
         return "unpack the streams, as in seq(*streams), and pass context by keyword"
     if type(stream).__module__ == "torch.fx.proxy":
@@ -94,7 +101,7 @@ def _instead_of(stream: Any) -> str:
 
 def _check_kind(i: int, stream: Tensor) -> None:
     if stream.layout is torch.strided and type(stream) is Tensor and not stream.is_nested:
-        return  # as nearly always
+        return  # nearly always
     if stream.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"stream {i} must be dense, got {stream.layout}; call its to_dense() first")
     if stream.is_nested and stream.layout is torch.strided:
@@ -128,13 +135,13 @@ def entered(steps: list[BoundStep], streams: State) -> tuple[list[BoundStep], St
 
 
 def _left(steps: list[BoundStep], streams: State, state: State) -> State:
-    """The streams as they leave: in the dtype in which they entered, if a coupling widened them unasked."""
+    """The streams as they leave the sequence: in their own dtype, if a coupling widened them unasked."""
     if not any(step.leaves_as_entered for step in steps):
         return state
     return tuple(s.to(streams[0].dtype) for s in state)
 
 
-def _pair(item: Any) -> tuple[Any, Any]:
+def _pair(item: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     try:
         if isinstance(item, nn.Sequential):
             raise TypeError  # of two layers, one function: the second sees what the first returns
@@ -151,17 +158,20 @@ def _pair(item: Any) -> tuple[Any, Any]:
     return F, G
 
 
-def _item(item: Any) -> Step | Pair | Bijection:
+def _item(item: Modules) -> Item:
     if isinstance(item, (Step, Pair, Bijection)):
         return item
     F, G = _pair(item)
-    for name, fn in (("F", F), ("G", G)):
-        if not isinstance(fn, nn.Module):
-            raise TypeError(
-                f"{name} of a pair must be an nn.Module, got {type(fn).__name__}; "
-                "for plain functions use revlib.reversible(...)"
-            )
-    return Pair(F, G)
+    return Pair(_module("F", F), _module("G", G))
+
+
+def _module(name: str, fn: Callable[..., Any]) -> nn.Module:
+    if not isinstance(fn, nn.Module):
+        raise TypeError(
+            f"{name} of a pair must be an nn.Module, got {type(fn).__name__}; "
+            "for plain functions use revlib.reversible(...)"
+        )
+    return fn
 
 
 class ReversibleSequence(nn.Module):
@@ -213,7 +223,7 @@ class ReversibleSequence(nn.Module):
 
     def __init__(
         self,
-        items: Functions = (),
+        items: Iterable[Modules] = (),
         coupling: Coupling | None = None,
         scheduler: Scheduler | None = None,
     ) -> None:
@@ -228,7 +238,7 @@ class ReversibleSequence(nn.Module):
         for item in items:
             self.append(item)
 
-    def append(self, item: Any) -> ReversibleSequence:
+    def append(self, item: Modules) -> Self:
         """Add a pair ``(F, G)``, a Step or a Bijection at the end, and return the stack.
 
         Raises:
@@ -237,13 +247,13 @@ class ReversibleSequence(nn.Module):
         self.add_module(str(len(self)), _item(item))
         return self
 
-    def extend(self, items: Functions) -> ReversibleSequence:
+    def extend(self, items: Iterable[Modules]) -> Self:
         """Add several items at the end, and return the stack."""
         for item in list(items):
             self.append(item)
         return self
 
-    def insert(self, index: int, item: Any) -> ReversibleSequence:
+    def insert(self, index: int, item: Modules) -> Self:
         """Add an item before the one at ``index``, and return the stack. Items behind it are numbered anew.
 
         Raises:
@@ -255,7 +265,7 @@ class ReversibleSequence(nn.Module):
         items.insert(index, _item(item))
         return self._hold(items)
 
-    def pop(self, index: int = -1) -> Any:
+    def pop(self, index: int = -1) -> Item:
         """Take an item out, the last unless given, and return it. Items behind it are numbered anew."""
         item = self[index]
         del self[index]
@@ -266,7 +276,7 @@ class ReversibleSequence(nn.Module):
         del items[index]
         self._hold(items)
 
-    def __add__(self, other: Any) -> ReversibleSequence:
+    def __add__(self, other: ReversibleSequence) -> Self:
         """A stack of the items of both, under the coupling and the scheduler of the first."""
         if not isinstance(other, ReversibleSequence):
             return NotImplemented
@@ -277,7 +287,7 @@ class ReversibleSequence(nn.Module):
             )
         return type(self)([*self, *other], self.coupling, self.scheduler)
 
-    def _hold(self, items: list[Any]) -> ReversibleSequence:
+    def _hold(self, items: list[Item]) -> Self:
         self._modules.clear()
         return self.extend(items)
 
@@ -309,7 +319,7 @@ class ReversibleSequence(nn.Module):
     @property
     def bound_steps(self) -> list[BoundStep]:
         """The steps as the engine sees them. They are made again only when the items or the couplings have changed."""
-        if torch.compiler.is_compiling():  # which would have to guard what is remembered
+        if torch.compiler.is_compiling():  # compiled code would have to guard what is remembered
             return _bind(self, self.coupling)
         key: list[Any] = [self.coupling]
         for item in self:
@@ -325,7 +335,7 @@ class ReversibleSequence(nn.Module):
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is remembered of functions, which a copy finds out for itself."""
+        """The state to copy: without what is remembered of functions, which a copy finds out for itself."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_bound", "_backwards")}
 
     def forward(self, *streams: Tensor, **context: Any) -> State:
@@ -347,6 +357,10 @@ class ReversibleSequence(nn.Module):
         """
         steps, state = entered(self.bound_steps, streams)
         return _left(steps, streams, self.scheduler.run(steps, state, context))
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self, *streams: Tensor, **context: Any) -> State: ...
 
     def inverse(self, *streams: Tensor, **context: Any) -> State:
         """The inputs that give these outputs, by undoing the steps in reverse order.
@@ -379,14 +393,15 @@ class ReversibleSequence(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(list(self._modules.values()))
+    def __iter__(self) -> Iterator[Item]:
+        items: Any = self._modules.values()
+        return iter(list(items))
 
     @overload
-    def __getitem__(self, index: int) -> Any: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> ReversibleSequence: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Item | Self:
         items = list(self)
         return (
             type(self)(items[index], self.coupling, self.scheduler)
@@ -415,7 +430,7 @@ def _backwards(steps: list[BoundStep]) -> list[BoundStep]:
 
 
 def reversible(
-    functions: Functions,
+    functions: Iterable[Functions],
     *streams: Tensor,
     coupling: Coupling | None = None,
     scheduler: Scheduler | None = None,
@@ -451,7 +466,7 @@ def reversible(
 
 
 def invert(
-    functions: Functions,
+    functions: Iterable[Functions],
     *streams: Tensor,
     coupling: Coupling | None = None,
     scheduler: Scheduler | None = None,

@@ -6,14 +6,18 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from revlib._torch import tree_leaves, versions_of
+from revlib._numbers import whole
+from revlib._torch import tree_leaves, version_of, versions_of
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.keywords import Keywords, keywords_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 __all__ = [
     "BoundStep",
@@ -27,6 +31,7 @@ __all__ = [
     "layouts",
     "numbered",
     "route",
+    "through_blocks",
     "together",
 ]
 
@@ -174,7 +179,7 @@ class BoundStep:
 
     def unmerge(self, made: State, f: Any) -> State:
         """The streams that were taken away, from the new ones."""
-        return (self.coupling.unmerge(made[-1], f),)
+        return (_unmerged(self, made[-1], f),)
 
     # ------------------------------------------------------------------------------------------ exactness
     def enter(self, s: Tensor) -> Tensor:
@@ -286,8 +291,8 @@ class Step(nn.Module):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
-        if streams is not None and (type(streams) is not int or streams < 2):
-            raise ValueError(f"Step(streams=...) takes a whole number from 2 up, got {streams!r}")
+        if streams is not None:
+            whole("Step(streams=...)", streams, 2)
         self.fn = fn
         self.coupling = checked(coupling or DefaultAdditive())
         self.streams = streams
@@ -299,6 +304,10 @@ class Step(nn.Module):
     def forward(self, *streams: Tensor, **context: Any) -> Any:
         """What the function returns for the other streams, before it is merged."""
         return self.fn(*streams, **context)
+
+    if TYPE_CHECKING:  # so that F and G are modules in `for F, G in seq`, which raises at a Step
+
+        def __iter__(self) -> Iterator[Never]: ...
 
     def extra_repr(self) -> str:
         """The coupling, as ``print(step)`` shows it above the function."""
@@ -333,12 +342,9 @@ class Pair(nn.Module):
         for key, hook in list(self._forward_pre_hooks.items()):
             extra: tuple[Any, ...] = ({},) if key in self._forward_pre_hooks_with_kwargs else ()
             self._only_looks(hook(self, state, *extra))
-        if self._forward_hooks:
-            self.__dict__["_given"] = state
 
-    def left(self, state: State) -> None:
+    def left(self, given: State, state: State) -> None:
         """Call the forward hooks, which may look at the streams that enter the block and at those that leave it."""
-        given = self.__dict__.pop("_given", ())
         for key, hook in list(self._forward_hooks.items()):
             extra: tuple[Any, ...] = ({},) if key in self._forward_hooks_with_kwargs else ()
             self._only_looks(hook(self, given, *extra, state))
@@ -443,6 +449,7 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
             raise TypeError(
                 f"{step.name} must return floating-point tensors, got {[t.dtype for t in leaves]}; cast its result."
             )
+    version = -1 if torch.compiler.is_compiling() else version_of(s)
     try:
         merged = step.coupling.merge(s, f)
     except torch.OutOfMemoryError:
@@ -464,6 +471,10 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
         )
     if torch.compiler.is_compiling():
         return merged
+    if version_of(s) != version:
+        raise RuntimeError(
+            f"{step.coupling}.merge edited its stream in place, so the step cannot be inverted; return a new tensor"
+        )
     same = merged.dtype is s.dtype
     if not same and (
         merged.is_complex() != s.is_complex() or not torch.can_cast(s.dtype, merged.dtype)
@@ -475,20 +486,47 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
     return merged
 
 
+def _unmerged(step: BoundStep, made: Tensor, f: Any) -> Tensor:
+    s = step.coupling.unmerge(made, f)
+    if not isinstance(s, Tensor) or s.shape != made.shape:
+        came = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+        raise TypeError(
+            f"{step.coupling}.unmerge must return the stream that merge was given, a tensor of shape "
+            f"{tuple(made.shape)}, got {came}"
+        )
+    return s
+
+
 def _shapes(f: Any) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in tree_leaves(f)]
 
 
 def advance(steps: Sequence[BoundStep], state: State, contexts: Sequence[dict[str, Any]]) -> State:
     """All steps in order, as an ordinary differentiable function."""
+    return through_blocks(steps, state, contexts, _advanced)
+
+
+def _advanced(step: BoundStep, state: State, context: dict[str, Any]) -> State:
+    layout = step.layout(len(state))
+    taken, others = apart(state, layout.taken)
+    step.prepare(taken)
+    made = step.merge(taken, step.evaluate(others, context))
+    return together(made, layout.made, others)
+
+
+def through_blocks(
+    steps: Sequence[BoundStep],
+    state: State,
+    contexts: Sequence[T],
+    run: Callable[[BoundStep, State, T], State],
+) -> State:
+    """``run`` on one step after the other, with the hooks of the blocks to which the steps belong called in between."""
+    entered: dict[Pair, State] = {}  # what the blocks were given that somebody wants to see
     for step, context in zip(steps, contexts, strict=True):
         if step.begins is not None and step.begins.is_hooked:
             step.begins.entered(state)
-        layout = step.layout(len(state))
-        taken, others = apart(state, layout.taken)
-        step.prepare(taken)
-        made = step.merge(taken, step.evaluate(others, context))
-        state = together(made, layout.made, others)
+            entered[step.begins] = state
+        state = run(step, state, context)
         if step.ends is not None and step.ends.is_hooked:
-            step.ends.left(state)
+            step.ends.left(entered.pop(step.ends, ()), state)
     return state

@@ -14,7 +14,8 @@ from revlib.schedulers.base import Scheduler
 __all__ = ["run_functional_uncompiled", "run_uncompiled"]
 
 run_uncompiled = torch.compiler.disable(Scheduler.record)
-run_functional_uncompiled = torch.compiler.disable(  # the compiler prints the reason with its graph break
+# The compiler prints the reason with its graph break.
+run_functional_uncompiled = torch.compiler.disable(
     run_eagerly,
     reason="Functional() goes into a whole graph, with torch 2.14, where functions are modules, draw no random numbers "
     "(dropout, drop path: compiled code would draw others in the repetition), update no statistics, and hold tensors "

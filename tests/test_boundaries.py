@@ -12,7 +12,7 @@ from revlib import _torch
 ROOT = Path(__file__).parent.parent / "revlib"
 # What stands lower may be imported by what stands higher. A folder is one entry.
 LAYERS = [
-    ["_torch"],
+    ["_torch", "_numbers"],
     ["tensors", "couplings", "keywords"],
     ["step", "cuda_streams"],
     ["core", "bijections"],

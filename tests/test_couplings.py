@@ -426,7 +426,7 @@ def test_leapfrog_with_a_velocity_drifts_less_than_with_two_positions():
         (lambda: Scaled(add=True), r"Scaled\(add=...\) takes a finite number, got True"),
         (lambda: Scaled(plus=Affine()), r"takes Additive\(\) or ExactAdditive\(limit\), got Affine"),
         (lambda: Scaled(0.9, plus=ExactAdditive()), "is not exact: only keep=1 and keep=-1 stay on the grid"),
-        (lambda: Affine(0), r"takes a number above 0, got 0: scales lie between .* use Additive\(\)"),
+        (lambda: Affine(0), r"takes a finite number above 0, got 0: scales lie between .* use Additive\(\)"),
         (lambda: Affine(math.inf), r"Affine\(bound=...\) takes a finite number"),
         (lambda: midpoint([], h=0), r"midpoint\(h=...\) takes a step size"),
         (lambda: leapfrog([], h=math.inf), r"leapfrog\(h=...\) takes a step size"),

@@ -265,6 +265,29 @@ def test_it_takes_back_attributes_that_were_not_there():
     assert torch.equal(stack(x1, x2)[0], x1 + 2 * x2)
 
 
+class Counting(nn.Module):
+    """Keeps state in containers, and computes with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seen = {"calls": 0}, []
+
+    def forward(self, x):
+        self.calls["calls"] += 1
+        self.seen.append(self.calls["calls"])
+        return x * self.calls["calls"]
+
+
+def test_it_takes_back_what_functions_put_into_containers():
+    stack = ReversibleSequence([(Counting(), Counting())])
+    monitor = DriftMonitor(stack, every=1)
+    for call in (1, 2):
+        x1, x2 = leaves()
+        assert torch.equal(stack(x1, x2)[0], x1 + call * x2)
+        assert all(f.calls == {"calls": call} and f.seen == [*range(1, call + 1)] for f in stack[0])
+    assert {d.forward for d in monitor.history} == {0, 1}
+
+
 def test_weights_that_it_casts_are_not_used_by_the_forward():
     stack = vit(scheduler=Naive())
     DriftMonitor(stack, warn_above=math.inf, scheduler=Reversible())

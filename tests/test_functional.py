@@ -310,6 +310,29 @@ def test_a_captured_tensor_edited_by_less_than_the_tolerance():
             total.backward()
 
 
+@pytest.mark.parametrize("how", ["attribute", "context"])
+def test_a_captured_tensor_that_a_later_call_first_reads(how):
+    class Switched(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.layer, self.on, self.read = nn.Linear(4, 4), False, lambda: mask
+
+        def forward(self, x, on=False):
+            return (self.layer(x) * self.read()).sin() if on or self.on else self.layer(x)
+
+    mask = torch.ones(4)
+    stack = ReversibleSequence([(Switched(mask), nn.Linear(4, 4))], scheduler=Functional())
+    xs = leaves(dtype=torch.float32)
+    for _ in range(2):
+        loss(stack(*xs)).backward()
+    if how == "attribute":
+        stack[0].F.on = True
+    total = loss(stack(*xs, **({"on": True} if how == "context" else {})))
+    mask.mul_(1.0005)
+    with pytest.raises(RuntimeError, match=r"shape \(4,\) that .* reads was modified by an inplace"):
+        total.backward()
+
+
 def test_a_function_that_does_not_repeat():
     counts = itertools.count().__next__  # where no guard sees it
     stack = ReversibleSequence([(Lambda(lambda x: x * counts()), nn.Linear(4, 4))], scheduler=Functional())
@@ -688,17 +711,44 @@ def test_without_fullgraph_functions_that_draw_are_replayed(name):
 
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
-def test_without_fullgraph_a_graph_break_within_a_function_is_refused():
+def test_without_fullgraph_a_graph_break_within_a_function_leaves_the_stack_uncompiled():
     def broken(h, training):
         torch._dynamo.graph_break()
         return h.tanh()
 
-    with pytest.raises(RuntimeError, match="fullgraph=True says where"):
-        torch.compile(Model(partial(Drawing, broken)), backend="aot_eager")(torch.randn(6, 4))
+    def gradients(compiled):
+        torch.manual_seed(0)
+        model, x = Model(partial(Drawing, broken)), torch.randn(6, 4, requires_grad=True)
+        y = (torch.compile(model, backend="aot_eager") if compiled else model)(x)
+        loss((y,)).backward()
+        return [y, x.grad, *grads(model)]
+
+    assert error(gradients(True), gradients(False)) < 1e-5
 
 
-def test_what_was_made_for_a_graph_does_not_run_without_one():
-    stack = net(Functional())
+def test_what_was_made_for_a_graph_runs_without_one():
+    def gradients(scheduler):
+        torch.manual_seed(0)
+        stack, xs = net(scheduler), leaves()
+        steps = stack.bound_steps
+        run = functional.autograd_function._apply
+        ys = run(steps, tuple(xs), [{}] * 6, None, None, buffers=True) if scheduler == Functional() else stack(*xs)
+        loss(ys).backward()
+        return [*ys, *grads(*xs, stack)]
+
+    assert error(gradients(Functional()), gradients(Naive())) < 1e-10
+
+
+def test_what_was_made_for_a_graph_and_reads_more_does_not_run_without_one():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4)]
+
+        def forward(self, x):
+            return self.layers[0](x)
+
+    stack = ReversibleSequence([(Listed(), Listed()) for _ in range(3)], scheduler=Functional()).double()
     with pytest.raises(RuntimeError, match="did not fit into one graph"):
         functional.autograd_function._apply(stack.bound_steps, tuple(leaves()), [{}] * 6, None, None, buffers=True)
 

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,120 @@ def test_a_random_leaky_relu_alone_in_a_branch(stage: Stage):
         return m(x).tanh() + F.rrelu(x, 0.1, 0.9, training=True)
 
     return train(stage.stack(lambda: Lambda(branches, nn.Linear(4, 4))), 16, 4)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@scene("8", refusal="recovered what enters")
+def test_a_random_leaky_relu_beside_numbers_of_the_functions_own(stage: Stage, elsewhere: bool):
+    """What the operation leaves unwritten is not compared, and all the rest is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(m, x):
+        numbers = torch.rand(x.shape, generator=generator)
+        return m(x) * numbers + F.rrelu(x, training=True) if elsewhere else F.rrelu(m(x), training=True) * numbers
+
+    return train(stage.stack(lambda: Lambda(noisy, nn.Linear(4, 4))), 16, 4)
+
+
+# ---------------------------------------------------------------------------------------------- before an edit
+class Editing(nn.Module):
+    """Edits what autograd has saved, without a trace, after the last tensor is saved: backward sees the edit."""
+
+    def __init__(self, edit: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+        self.register_buffer("scale", torch.ones(4))
+        self.edit = edit
+
+    def forward(self, x):
+        h = self.first(x) * self.scale
+        y = self.third(self.second(h).tanh())
+        self.edit(self, h)
+        return y
+
+
+def statistics(m: Any, h: Tensor) -> None:
+    m.scale.data.lerp_(1 / h.detach().std(0), 0.1)
+
+
+def decay(m: Any, h: Tensor) -> None:
+    m.second.weight.data.mul_(0.9)
+
+
+def intermediate(m: Any, h: Tensor) -> None:
+    h.data[0] = 0
+
+
+def by_numpy(m: Any, h: Tensor) -> None:
+    m.scale.numpy()[0] *= 0.9
+
+
+@pytest.mark.parametrize("edit", [statistics, decay, intermediate, by_numpy])
+@scene("8")
+def test_what_was_saved_is_edited_at_the_end(stage: Stage, edit: Any):
+    return train(stage.stack(lambda: Editing(edit)), 16, 4)
+
+
+@scene("8")
+def test_a_codebook_whose_distances_are_differentiated(stage: Stage):
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("codes", torch.randn(6, 4))
+
+        def forward(self, x):
+            z = self.layer(x)
+            q = self.codes[torch.cdist(z, self.codes).argmin(-1)]
+            with torch.no_grad():
+                self.codes.mul_(0.9).add_(0.1 * z.mean(0))
+            return z + (q - z).detach()
+
+    return train(stage.stack(Quantised), 16, 4)
+
+
+# ---------------------------------------------------------------------------------------------- before it is given back
+class Restoring(nn.Module):
+    """Sets something while it runs, and back again, without ``finally``."""
+
+    def __init__(self, on: Callable[[Any], None], off: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.switch = nn.Linear(4, 4), nn.Dropout(0.5), False
+        self.box, self.on, self.off = {"on": False}, on, off
+
+    def forward(self, x):
+        self.on(self)
+        y = self.layer(self.dropout(x))
+        self.off(self)
+        return y
+
+
+LOCK = threading.Lock()
+
+
+def take_lock(m: Any) -> None:
+    assert LOCK.acquire(timeout=1), "nobody has given it back"
+
+
+@pytest.mark.parametrize(
+    ("on", "off"),
+    [
+        (lambda m: m.dropout.eval(), lambda m: m.dropout.train()),
+        (lambda m: setattr(m, "switch", True), lambda m: setattr(m, "switch", False)),
+        (lambda m: m.box.update(on=True), lambda m: m.box.update(on=False)),
+        (lambda m: torch.use_deterministic_algorithms(True), lambda m: torch.use_deterministic_algorithms(False)),
+        (take_lock, lambda m: LOCK.release()),
+    ],
+    ids=["mode", "attribute", "dict", "setting", "lock"],
+)
+@scene("8")
+def test_what_a_function_sets_is_set_back(stage: Stage, on: Any, off: Any):
+    stack, xs = stage.stack(lambda: Restoring(on, off)), leaves(16, 4)
+    outputs = stack(*xs)
+    loss(outputs).backward()
+    states = [(m.switch, m.box["on"]) for m in stack.modules() if isinstance(m, Restoring)]
+    now = [m.training for m in stack.modules()], states, torch.are_deterministic_algorithms_enabled(), LOCK.locked()
+    return [*outputs, *grads(*xs, stack), *now]
 
 
 def temporal(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import timm
 import torch
-from common import ByHand, error, grads, leaves, loss, mlp, vit_block
+from common import ByHand, Lambda, error, grads, leaves, loss, mlp, vit_block
 from scenes import Foreign, Stage, Unlike, scene
 from situations.base import SCHEDULERS, raised_by_revlib
 from torch import Tensor, nn
@@ -119,6 +121,22 @@ def test_a_hook_on_a_block_of_a_model():
         return
     if "out" not in seen:
         raise Unlike("the hook was never called")
+
+
+def test_a_hooked_block_keeps_no_streams_after_an_error():
+    """A block can be copied and pickled after a pass that failed within it, and holds nothing of that pass."""
+    fails = Lambda(lambda m, x: m(x) if x.shape[0] < 5 else 1 / 0, nn.Linear(4, 4))
+    for scheduler in (Reversible(), Naive()):
+        stack = ReversibleSequence([(nn.Linear(4, 4), fails)], scheduler=scheduler)
+        stack[0].register_forward_hook(lambda m, args, out: None)
+        before = set(vars(stack[0]))
+        x = torch.randn(6, 4, requires_grad=True)
+        held = weakref.ref(y := x * 1)
+        with pytest.raises(ZeroDivisionError):
+            stack(y, y)
+        del y
+        gc.collect()
+        assert held() is None and set(vars(stack[0])) == before
 
 
 def hooked(stage: Stage, keep: Any) -> list[Any]:

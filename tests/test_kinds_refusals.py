@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 import torch
 from common import ByHand, Lambda, grads, leaves, loss, mlp
 from scenes import Foreign, Refused, Stage, scene
-from situations.base import raised_by_revlib, train
+from situations.base import everything, raised_by_revlib, train
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from revlib import Checkpoint, Coupling, ExactAdditive, Functional, Reversible, ReversibleSequence
+from revlib import Additive, Checkpoint, Coupling, ExactAdditive, Functional, Reversible, ReversibleSequence
 from revlib.schedulers import Scheduler
 
 
@@ -286,7 +287,7 @@ def test_a_log_determinant_that_is_differentiated(stage: Stage):
     return grads(*xs, stack)
 
 
-@scene("14", refused="Functional", marks=[pytest.mark.slow])
+@scene("14", marks=[pytest.mark.slow])
 def test_a_graph_break_without_fullgraph(stage: Stage):
     """torch.compile of a model, without fullgraph: a function with a break runs, in parts."""
 
@@ -311,7 +312,7 @@ def test_a_graph_break_without_fullgraph(stage: Stage):
         torch._dynamo.reset()
 
 
-@scene("14", refused="Functional", marks=[pytest.mark.slow])
+@scene("14", marks=[pytest.mark.slow])
 def test_a_print_in_a_compiled_function(stage: Stage):
     class Printing(nn.Module):
         def __init__(self):
@@ -331,6 +332,47 @@ def test_a_print_in_a_compiled_function(stage: Stage):
         outputs = run(*xs)
         loss(outputs).backward()
         return [*outputs, *grads(*xs, stack)]
+    finally:
+        torch._dynamo.reset()
+
+
+class Kept(nn.Module):
+    """Everything that a function may read and update, and a break of the compiler's graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.tied = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.linear.weight
+        self.register_buffer("calls", torch.zeros(()))
+        self.count = 0
+
+    def forward(self, x, c=None):
+        self.calls += 1
+        self.count += 1
+        h = self.tied(self.linear(self.norm(x)).sin()) + (0 if c is None else c)
+        torch._dynamo.graph_break()
+        return h.tanh() * self.linear.bias
+
+
+@pytest.mark.parametrize("training", [False, True])
+@scene("14", marks=[pytest.mark.slow])
+def test_graph_breaks_over_several_steps(stage: Stage, training: bool):
+    """With buffers, shared weights, counts and a context, called twice, in one compiled function with the loss."""
+    torch._dynamo.reset()
+    stack, xs, c = stage.stack(Kept, depth=2).train(training), leaves(), leaves()[0]
+
+    def total(*streams):
+        return loss(stack(*streams, c=c))
+
+    run = total if isinstance(stage.scheduler, ByHand) else torch.compile(total, backend="aot_eager")
+    found: list[Any] = []
+    try:
+        for _ in range(2):
+            for t in (*xs, c, *stack.parameters()):
+                t.grad = None
+            run(*xs).backward()
+            found += [*grads(*xs, stack), c.grad]
+        return [*found, *everything(stack)]
     finally:
         torch._dynamo.reset()
 
@@ -717,3 +759,63 @@ def test_an_exact_stack_within_two_checkpoints(stage: Stage):
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_an_inexact_one(stage: Stage):
     return within(stage, 4, no_checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------- couplings
+@dataclasses.dataclass(frozen=True)
+class Pairing(Additive):
+    def unmerge(self, merged, f):
+        return merged - f, f
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattening(Additive):
+    def unmerge(self, merged, f):
+        return (merged - f).flatten()
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace(Additive):
+    def merge(self, s, f):
+        return s.detach().add_(f)
+
+
+@pytest.mark.parametrize("scheduler", [Reversible(), Functional()])
+@pytest.mark.parametrize(
+    ("coupling", "told"),
+    [
+        (Pairing(), r"Pairing.*unmerge must return the stream .* shape \(3, 4\), got tuple"),
+        (Flattening(), r"Flattening.*unmerge must return the stream .* shape \(3, 4\), got shape \(12,\)"),
+        (InPlace(), r"InPlace.*merge edited its stream in place"),
+    ],
+)
+def test_couplings_that_are_no_couplings(coupling: Coupling, told: str, scheduler: Scheduler):
+    stack = ReversibleSequence([(mlp(), mlp()) for _ in range(2)], coupling, scheduler)
+    with pytest.raises((TypeError, RuntimeError), match=told):
+        loss(stack(*(x * 1 for x in leaves(3, 4, dtype=torch.float32)))).backward()
+
+
+# ---------------------------------------------------------------------------------------------- a stack within another
+class Inner(nn.Module):
+    """A Functional stack within a function, whose results are saved by whoever is around."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        parts = (nn.Linear(2, 2), activation()), (activation(), nn.Sequential(nn.Linear(2, 2), activation()))
+        self.stack = ReversibleSequence(parts, scheduler=Functional())
+
+    def forward(self, x):
+        return torch.cat(self.stack(*x.chunk(2, -1)), -1)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, functools.partial(nn.Softmax, -1)])
+@scene("14")
+def test_a_functional_stack_within_a_function(stage: Stage, activation: Any):
+    return train(stage.stack(lambda: Inner(activation)), 3, 4)
+
+
+@pytest.mark.parametrize("around", [lambda: saved_tensors_hooks(lambda t: [t], lambda held: held[0]), save_on_cpu])
+@scene("14")
+def test_saved_tensor_hooks_around(stage: Stage, around: Any):
+    with around():
+        return train(stage.stack(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())), 3, 4)

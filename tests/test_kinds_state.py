@@ -1205,7 +1205,7 @@ def test_weights_whose_data_is_replaced(stage: Stage):
     return train(stage.stack(Orthogonal))
 
 
-@scene("10", refused="Functional")
+@scene("10")
 def test_a_shared_weight_that_every_step_edits(stage: Stage):
     class Clamped(nn.Module):
         def __init__(self, linear):
@@ -1219,3 +1219,22 @@ def test_a_shared_weight_that_every_step_edits(stage: Stage):
 
     linear = nn.Linear(4, 4)
     return train(stage.sequence((Clamped(linear), Clamped(linear)), (Clamped(linear), Clamped(linear))))
+
+
+@scene("10", refusal="edits its own parameters", refusing="Functional")
+def test_second_derivatives_of_functions_that_edit_their_weights(stage: Stage):
+    class Shrinking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.linear.weight.mul_(0.9)
+            return self.linear(x.sin()).tanh()
+
+    stack, xs = stage.stack(Shrinking), leaves()
+    learned = [*xs, *stack.parameters()]
+    first = torch.autograd.grad(loss(stack(*xs)), learned, create_graph=True)
+    sum(g.square().sum() for g in first).backward()
+    return [*first, *grads(*xs, stack)]

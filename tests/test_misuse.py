@@ -4,6 +4,7 @@ import importlib
 import itertools
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass
 
@@ -27,7 +28,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 import revlib.testing
-from revlib import Additive, Checkpoint, Naive, Reversible, ReversibleSequence, Step, invert, reversible
+from revlib import (
+    Additive,
+    Anchored,
+    Budget,
+    Checkpoint,
+    KeepLast,
+    Naive,
+    PaReprop,
+    Reversible,
+    ReversibleSequence,
+    Step,
+    invert,
+    positionwise,
+    reversible,
+)
+from revlib.bijections import ActNorm, Rearrange, Split
+from revlib.diagnostics import DriftMonitor
 from revlib.schedulers import Plan, Scheduler
 
 
@@ -446,6 +463,28 @@ def test_an_item_of_the_functional_form_that_is_neither_pair_nor_step(item):
 def test_a_step_of_something_that_cannot_be_called():
     with pytest.raises(TypeError, match=r"Step\(fn=...\) takes a module or a function, got int"):
         Step(3)
+
+
+@pytest.mark.parametrize("given", [True, 2.5, "2", -3])
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (lambda n: Step(torch.sin, streams=n), "Step(streams=...) takes a whole number from 2 up"),
+        (lambda n: Split(n), "Split(streams=...) takes a whole number from 2 up"),
+        (lambda n: Rearrange("b c -> c b").on_last(n), "on_last(...) takes a whole number from 1 up"),
+        (lambda n: ActNorm(n), "ActNorm takes a whole number of channels from 1 up"),
+        (lambda n: positionwise(torch.sin, n), "positionwise(chunks=...) takes a whole number from 1 up"),
+        (lambda n: DriftMonitor(ReversibleSequence(), n), "DriftMonitor(every=...) takes a whole number from 1 up"),
+        (lambda n: Checkpoint(n), "Checkpoint(every=...) takes a whole number from 1 up"),
+        (lambda n: Anchored(n), "Anchored(every=...) takes a whole number from 1 up"),
+        (lambda n: KeepLast(n), "KeepLast(steps=...) takes a whole number from 0 up"),
+        (lambda n: PaReprop(trials=n), "PaReprop(trials=...) takes a whole number of backward passes from 0 up"),
+        (lambda n: Budget(n), "Budget(bytes=...) takes a whole number of bytes from 0 up"),
+    ],
+)
+def test_a_number_that_is_no_whole_number_or_too_small(make, argument, given):
+    with pytest.raises(ValueError, match=re.escape(f"{argument}, got {given!r}")):
+        make(given)
 
 
 @dataclass(frozen=True)

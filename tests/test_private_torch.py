@@ -71,6 +71,27 @@ def test_a_backward_pass_has_a_number_an_end_and_a_flag(keep):
     assert seen == [(True, keep), "end"] and _torch.graph_task() == -1
 
 
+def test_what_operations_leave_unwritten_is_found():
+    packed = []
+
+    def pack(t):
+        packed.append([t])
+        return packed[-1]
+
+    with saved_tensors_hooks(pack, lambda held: held[0]):
+        x = torch.randn(6, 2, 4, requires_grad=True)
+        for training in (False, True):
+            y = torch.nn.functional.rrelu(x * 2, training=training)
+            assert not training or any(_torch.saved_unwritten(y.grad_fn) is held for held in packed)
+        z = torch.nn.functional.rrelu_(x * 2, training=True)
+        assert any(_torch.saved_unwritten(z.grad_fn) is held for held in packed)
+        targets = torch.ones(2, 3, dtype=torch.long)
+        c = torch.nn.functional.ctc_loss(x.log_softmax(-1), targets, (6, 6), (2, 2), reduction="none")
+        found = _torch.saved_unwritten(c.grad_fn)
+        assert any(found is held for held in packed) and found[0].shape[:2] == (2, 6)
+        assert _torch.saved_unwritten((x * 2).grad_fn) is None
+
+
 def test_saved_tensor_hooks_are_seen():
     assert _torch.saved_tensor_hooks() is None and _torch.saved_tensor_hooks_allowed()
     pack = lambda t: t  # noqa: E731

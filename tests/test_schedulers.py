@@ -208,9 +208,8 @@ def test_a_number_of_bytes(share):
     stack, x = vits(9), stream()
     naive, (held, _) = units(stack, x, Naive()), units(stack, x, Budget(bytes=share * x.nbytes))
     outputs, step = 2, 9  # one output is what the last G has saved, and counts in both
-    slack = (
-        step if share > 110 else 2
-    )  # where hardly any step is left to keep the stream of, a whole one may be missing
+    # Where hardly any step is left to keep the stream of, a whole one may be missing.
+    slack = step if share > 110 else 2
     assert min(share, naive[0] - outputs) * 0.95 - slack <= held - outputs <= share * 1.02
 
 
@@ -393,10 +392,13 @@ def test_new_ones_are_values_too(scheduler):
         (lambda: KeepLast(-1), r"KeepLast\(steps=...\) takes a whole number from 0 up, got -1"),
         (lambda: Budget(), "either bytes=..., or fraction=..."),
         (lambda: Budget(bytes=1, fraction=0.5), "either bytes=..., or fraction=..."),
-        (lambda: Budget(bytes=1.5), r"a whole number of bytes, such as 2 \* 2\*\*30, got 1.5"),
+        (lambda: Budget(bytes=1.5), r"a whole number of bytes from 0 up, got 1.5; 2 \* 2\*\*30 is"),
         (lambda: Budget(fraction=50), "a number from 0 to 1, got 50"),
         (lambda: Budget(fraction=0.5, below=Naive()), "keeps no activations itself, got Naive"),
-        (lambda: PaReprop(trials=-1), r"PaReprop\(trials=...\) takes a number of backward passes from 0 up, got -1"),
+        (
+            lambda: PaReprop(trials=-1),
+            r"PaReprop\(trials=...\) takes a whole number of backward passes from 0 up, got -1",
+        ),
     ],
 )
 def test_wrong_numbers(make, message):

@@ -145,7 +145,7 @@ def test_the_command_line(tmp_path):
     ("flags", "message"),
     [(["--model", "xl"], "tiny, s, b, l, tiny-swin"), (["--schedulers", "none"], "naive, reversible"),
      (["--memory", "16GB"], "whole numbers"), (["--depths", "0"], "whole numbers"),
-     (["--img-size", "100"], "multiple of 16"), (["--memory", ""], "one --memory"),
+     (["--img-size", "100"], "multiple of 16"), (["--memory", ""], "whole numbers"),
      (["--model", "mvit-b", "--img-size", "112"], "multiple of 32 for mvit-b"),
      (["--model", "swin-t", "--depths", "6"], "at least 7 blocks for swin-t")],
 )  # fmt: skip

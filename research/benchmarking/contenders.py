@@ -67,7 +67,7 @@ def mvits(depth: int, width: int, heads: int, tokens: int) -> list[Block]:
 
 
 def side_of(tokens: int) -> int:
-    """Of a square map."""
+    """The side of a square map of so many tokens."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"tokens must be a square number, as blocks see maps, got {tokens}; try {side * side}")

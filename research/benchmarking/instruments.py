@@ -46,12 +46,12 @@ def loss_of(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def eager(run: Run) -> Step:
-    """A step, one operation after another."""
+    """A step that runs one operation after another."""
     return lambda x: loss_of(run(x)).backward()
 
 
 def cost(run: Run, x: Tensor, parameters: Sequence[Tensor]) -> Cost:
-    """Of one step from zero gradients, which are allocated beforehand, so that they do not mix with activations."""
+    """The cost of one step. Gradients are allocated beforehand, as zeros, so that they do not count as activations."""
     for t in (x, *parameters):
         t.grad = torch.zeros_like(t)
     gc.collect()
@@ -91,7 +91,7 @@ def _cuda_cost(run: Run, x: Tensor) -> Cost:
 
 
 class Replay:
-    """A step as a CUDA graph, after steps on a side stream that warm up. It reads this ``x`` alone.
+    """A step as a CUDA graph, captured after steps on a side stream that warm up. It always reads the same ``x``.
 
     Args:
         warm_up: number of those steps.
@@ -120,7 +120,7 @@ class Replay:
 
 
 def step_seconds(step: Step, x: Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
-    """One forward and backward pass."""
+    """The seconds of one forward and backward pass."""
     if x.is_cuda:
         torch.cuda.synchronize()
     began = clock()

@@ -20,7 +20,7 @@ Limit = Callable[[float], float]  # bytes -> how many blocks, or images, fit
 
 
 def _most(values: Sequence[tuple[int, int]]) -> int:
-    """Of (a, b) pairs, the a with most different b; the largest of those."""
+    """Of pairs (a, b), the a that has the most different b; if several have as many, the largest."""
     return max(values, key=lambda pair: (len({b for a, b in values if a == pair[0]}), pair[0]))[0]
 
 
@@ -45,7 +45,8 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 # ---------------------------------------------------------------------------------------------- what fits
 def _limit(line: Sequence[tuple[int, int]], fixed_bytes: float, bytes_each: float) -> Limit:
-    """From (number, peak bytes), by a straight line; parameters take ``fixed_bytes``, and ``bytes_each`` a number."""
+    """How many fit into a memory, by a straight line through pairs (number, peak bytes). Parameters take
+    ``fixed_bytes``, and ``bytes_each`` for each."""
     slope, intercept = statistics.linear_regression(*zip(*line, strict=True))
     each = slope + bytes_each
 

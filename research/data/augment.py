@@ -25,7 +25,7 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels -> ima
 
 @contextmanager
 def drawing_from(draws: torch.Generator) -> Iterator[None]:
-    """Torch's global numbers on the CPU, which torchvision takes, are those of `draws` inside the block."""
+    """Inside the block, torch's global random numbers on the CPU, which torchvision takes, are those of `draws`."""
     outside = torch.get_rng_state()
     torch.set_rng_state(draws.get_state())
     try:
@@ -83,7 +83,7 @@ class Moves:
 
 
 def mixer(mixup: float, cutmix: float, classes: int) -> Mix | None:
-    """What is made of a batch by these alphas: mixup or cutmix, one of them at random where neither is 0."""
+    """Makes mixup or cutmix of a batch, with these alphas: one of them at random if neither is 0."""
     both = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
     chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
     return v2.RandomChoice(chosen) if chosen else None

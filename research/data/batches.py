@@ -38,7 +38,7 @@ class Batches:
     ) -> None:
         self.data, self.size, self.normalize = data, size, normalizer(data.train, statistics)
         self.moves, self.mix = Moves(data.crop_padding, data.flip, magnitude), mix
-        self.quiet = quiet or None  # None: only on a terminal
+        self.quiet = quiet or None  # None makes tqdm quiet unless it writes to a terminal
 
     def train(self, draws: torch.Generator, label: str) -> Iterator[Batch]:
         """Every training image once, in random order, moved about as the data set allows."""
@@ -53,7 +53,7 @@ class Batches:
 
     def test(self, label: str) -> Iterator[Batch]:
         """Every test image once, as it is."""
-        test, size = self.data.test, 2 * self.size  # backward needs more
+        test, size = self.data.test, 2 * self.size  # without a backward, twice as many fit
         yield from self._shown(test.ordered(size), len(test), size, label)
 
     def _shown(self, pairs: Iterator[tuple[Tensor, Tensor]], count: int, size: int, label: str) -> Iterator[Batch]:
@@ -66,7 +66,7 @@ class Batches:
 class Normalizer:
     """uint8 -> float32, minus a mean and over a standard deviation per channel, both of values from 0 to 1."""
 
-    # Tensors on the device, where torchvision's Normalize would copy a list there with each batch.
+    # They are tensors on the device. torchvision's Normalize would copy a list there with each batch.
     mean: Tensor  # (C, 1, 1), as std
     std: Tensor
 
@@ -75,13 +75,13 @@ class Normalizer:
 
     @classmethod
     def of(cls, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None) -> "Normalizer":
-        """From plain numbers, a channel each."""
+        """A normalizer of these means and deviations, a number for each channel."""
         both = torch.tensor([list(mean), list(std)], dtype=torch.float32, device=device)
         return cls(*both.view(2, -1, 1, 1))
 
 
 def normalizer(train: Images, statistics: StatisticsName = "measured") -> Normalizer:
-    """By the mean and standard deviation of the training images, or by minREV's."""
+    """A normalizer by the mean and standard deviation of the training images, or by minREV's."""
     if statistics == "minrev":
         if train.shape[0] != len(MINREV_STATISTICS[0]):
             raise typer.BadParameter(

@@ -95,7 +95,7 @@ def in_memory(
     cached = cache_dir.expanduser() / f"{name}-{_fingerprint(root, tree.samples)}.pt"
     if cached.exists():
         kept = torch.load(cached, weights_only=True)
-        for path, reason in kept.get("broken", {}).items():  # caches of earlier versions have none
+        for path, reason in kept.get("broken", {}).items():  # caches of earlier versions have no such entry
             corrupt(path, reason)
         return _kept(tree, kept)
     images: Tensor | None = None

@@ -29,7 +29,7 @@ class Images(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, C, H, W); labels: int64 (N,)."""
+    """Images in memory, uint8 (N, C, H, W), and their labels, int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image: (C, H, W)."""
+        """The shape of an image: (C, H, W)."""
         return tuple(self.images.shape[1:])  # type: ignore[return-value]
 
     @property
@@ -54,7 +54,7 @@ class Split:
         return self.part(chosen)
 
     def part(self, chosen: Tensor) -> "Split":
-        """Those at some indices, or where a mask is true."""
+        """The images at some indices, or where a mask is true."""
         return Split(self.images[chosen], self.labels[chosen])
 
     def to(self, device: torch.device) -> "Split":

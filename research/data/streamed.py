@@ -56,7 +56,7 @@ class Streamed:
         return self.part(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:limit])
 
     def part(self, chosen: Tensor) -> "Streamed":
-        """Those at some indices, or where a mask is true."""
+        """The images at some indices, or where a mask is true."""
         return dataclasses.replace(self, chosen=self.chosen[chosen])
 
     def to(self, device: torch.device) -> "Streamed":
@@ -94,7 +94,7 @@ class Streamed:
             num_workers=self.reading.workers,
             collate_fn=together,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from torch's own, which dropout goes on with
+            generator=torch.Generator(),  # or it would draw from torch's global one, and change what dropout draws
         )
         for images, labels, broken in loader:
             for path, reason in broken:

@@ -19,7 +19,7 @@ from revlib.bijections import with_losses
 
 
 class Experts(nn.Module):
-    """Returns what is merged, and the loss that is least if every expert gets as many positions."""
+    """Returns what is merged, and a loss, which is least if all experts get equally many positions."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Experts(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Across positions; no loss of its own."""
+    """A mixing of positions, which has no loss of its own."""
 
     def __init__(self, positions: int, width: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Mixing(nn.Module):
 
 
 def stack(positions: int = 8, width: int = 32, experts: int = 4, depth: int = 6) -> ReversibleSequence:
-    """On (losses, x1, x2), where the first is a scalar and the others are (batch, positions, width)."""
+    """A stack on (losses, x1, x2), where the first is a scalar and the others are (batch, positions, width)."""
     functions = [f for _ in range(depth) for f in (Mixing(positions, width), Experts(width, experts))]
     return ReversibleSequence(with_losses(Step(f, ExactAdditive()) for f in functions))
 

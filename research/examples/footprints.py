@@ -53,7 +53,8 @@ Row = tuple[str, str, int, float, float]  # network, way, depth, held and peak
 
 
 def measure(depths: Sequence[int], size: int, width: int, batch: int) -> list[Row]:
-    """In units of the input: a batch of ``width`` channels at ``size`` by ``size``, or a volume of about as many."""
+    """The memory of a step in units of its input: a batch of ``width`` channels at ``size`` by ``size``, or a volume of
+    about as many elements."""
     edge = round(size ** (2 / 3)) // 4 * 4
     networks = {
         "RevNet": ((size, size), lambda depth: revnet.items(width, (depth,) * 3, groups=4)),
@@ -69,7 +70,7 @@ def measure(depths: Sequence[int], size: int, width: int, batch: int) -> list[Ro
 
 
 def table(rows: Sequence[Row], command: str) -> str:
-    """As markdown: a line for each network and way, a column for each depth."""
+    """The table in Markdown: a line for each network and way, a column for each depth."""
     depths = sorted({row[2] for row in rows})
     head = ["network", "run as", *(f"held, {d}" for d in depths), *(f"peak, {d}" for d in depths)]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (2 * len(depths))]

@@ -20,7 +20,7 @@ def model() -> nn.Module:
 
 
 def data(count: int = 128) -> DataLoader:
-    """Images that are bright, or dark, on the whole."""
+    """Images that are bright or dark on the whole, and labels that say which."""
     labels = torch.randint(2, (count,))
     return DataLoader(TensorDataset(torch.randn(count, 1, 8, 8) + labels[:, None, None, None], labels), 32)
 

@@ -24,7 +24,7 @@ HALVE = "b c (h p) (w q) -> b (c p q) h w"
 
 
 def branch(width: int, groups: int) -> nn.Module:
-    """A bottleneck, pre-activated, with batch norm: of one stream for the other."""
+    """A function of one stream for the other: a pre-activated bottleneck with batch norm."""
     inner = max(width // 4, 8)
     return nn.Sequential(
         *(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, inner, 1, bias=False)),

@@ -25,7 +25,7 @@ HALVE = {
 
 
 def branch(width: int, dims: int) -> nn.Module:
-    """Of one stream for the other; the convolution over positions is depthwise."""
+    """A function of one stream for the other. Its convolution over positions is depthwise."""
     conv = (nn.Conv2d, nn.Conv3d)[dims - 2]
     return nn.Sequential(
         nn.GroupNorm(1, width), conv(width, width, 3, padding=1, groups=width), nn.GELU(), conv(width, width, 1)
@@ -53,7 +53,7 @@ def items(width: int, depth: int, levels: int, dims: int) -> list:
 
 
 class UNet(nn.Module):
-    """From ``channels`` to as many, at the same resolution, which must be a multiple of ``2 ** levels``."""
+    """Maps ``channels`` to as many at the same resolution, which must be a multiple of ``2 ** levels``."""
 
     def __init__(self, channels: int = 1, width: int = 16, depth: int = 2, levels: int = 2, dims: int = 2) -> None:
         super().__init__()

@@ -23,8 +23,8 @@ OptimizerName = Literal["adam", "adamw"]
 AmpDtypeName = Literal["bfloat16", "float16"]
 VariantName = Literal["default", "minrev"]
 
-# Defaults that a data set changes. Config's own are those of digits. Those of cifar10 are minREV's in every respect, so
-# that its own command lines train its networks; the others have its sizes.
+# Defaults that depend on the data set. Those in Config are for digits. With those of cifar10, which are minREV's in
+# every respect, minREV's own command lines train its networks. The others have the sizes of minREV.
 _SIZES: dict[str, Any] = {
     "patch_size": 4,
     "embed_dim": 128,
@@ -41,7 +41,7 @@ DATASET_DEFAULTS: dict[DatasetName, dict[str, Any]] = {
     "fashion-mnist": _SIZES | {"epochs": 30},
     "folder": _SIZES | {"epochs": 30, "batch_size": 32},
 }
-# And those that a model changes, on every data set and on one.
+# Defaults that depend on the model: on every data set, and on CIFAR-10 alone.
 _MVIT: dict[str, Any] = {"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 1}
 MODEL_DEFAULTS: dict[ModelName, dict[str, Any]] = {"mvit": _MVIT, "plain-mvit": _MVIT}
 _SWIN: dict[str, Any] = {"depth": 4, "num_heads": 4, "drop_path": 0.2}
@@ -49,7 +49,7 @@ CIFAR10_MODEL_DEFAULTS: dict[ModelName, dict[str, Any]] = {"swin": _SWIN, "plain
 
 
 def defaults(dataset: DatasetName, model: ModelName) -> dict[str, Any]:
-    """What a call that names a data set and a model changes of Config's own defaults."""
+    """The settings whose defaults are not Config's in a call that names this data set and this model."""
     only = CIFAR10_MODEL_DEFAULTS.get(model, {}) if dataset == "cifar10" else {}
     return DATASET_DEFAULTS[dataset] | MODEL_DEFAULTS.get(model, {}) | only
 

@@ -1,4 +1,4 @@
-"""Fields of a dataclass as command-line flags, and rules for their values that say what came."""
+"""Fields of a dataclass as command-line flags, and rules for their values, whose errors show what was given."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ def flag(panel: str, text: str, *names: str, **rules: Any) -> Any:
 
 
 def whole(low: int, high: int | None = None) -> dict[str, Any]:
-    """Rules of a flag that takes a whole number: typer's own message would not tell what came."""
+    """Rules of a flag that takes a whole number. typer's own message would not show what was given."""
     wanted = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
 
     def parse(text: str) -> int:
@@ -57,8 +57,8 @@ def whole_numbers(text: str, flag: str) -> list[int]:
 
 
 def keywords(function: Callable[..., Any], kind: type) -> Callable[..., Any]:
-    """Of `function(config, ...)`, make one that takes a keyword per field of config, a `kind`, beside its others: the
-    signature that typer turns into flags."""
+    """Make a command of `function(config, ...)`: it takes a keyword for each field of config, which is of the class
+    `kind`, and the other arguments of the function. typer turns these into flags."""
     own = list(inspect.signature(function).parameters.values())[1:]
 
     def command(**values: Any) -> Any:

@@ -14,7 +14,7 @@ from revlib.schedulers import (
     Scheduler,
 )
 
-# Those that take no number, and those that do: what it counts, and how it is written.
+# The schedulers that take no number, and those that do, with an example of each.
 PLAIN: dict[str, Scheduler] = {
     "naive": Naive(),
     "reversible": Reversible(),

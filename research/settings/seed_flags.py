@@ -12,7 +12,7 @@ RENAMED = {
     "--n_head": "--num-heads",
     "--patch_size": "--patch-size",
 }
-# Those whose value argparse there takes for true unless it is empty. Here "False" means false.
+# Flags with a value that minREV's argparse takes for true unless it is empty. Here "False" means false.
 SWITCHES: dict[str, dict[bool, list[str]]] = {
     "--vanilla_bp": {True: ["--scheduler", "naive"], False: []},
     "--pareprop": {True: ["--scheduler", "pareprop"], False: []},

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from revlib import raise_pending
 
-WARM_UPS = 3  # by then libraries have chosen their kernels, and the optimizer has its state
+WARM_UPS = 3  # after so many steps libraries have chosen their kernels, and the optimizer has its state
 
 Step = Callable[[Tensor, Tensor], Tensor]  # images, labels -> scores
 
 
 class CUDA:
-    """What the device does for this. A test on the CPU puts another in its place."""
+    """What a CUDA device does for a capture. Tests on a CPU put another class in its place."""
 
     def warm_up(self, work: Callable[[], object], times: int = WARM_UPS) -> None:
         """Do the work on a side stream, as torch asks before a capture."""
@@ -32,7 +32,7 @@ class CUDA:
         raise_pending()
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Note what the work would do. -> a function that does it, and where it leaves its result."""
+        """Note what the work would do. Returns a function that does it, and the place where it leaves its result."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = work()

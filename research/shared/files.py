@@ -15,7 +15,7 @@ def replacing(path: Path) -> Iterator[Path]:
     The data reach the disk before the move, so that not even a loss of power leaves half a file under the name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix, which savefig goes by
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # with its suffix, which tells savefig the format
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -9,7 +9,7 @@ import typer
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a name stands for, once it is known to work."""
+    """The device that a name stands for. An error says so if it does not work here."""
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -25,13 +25,13 @@ def pick_device(name: str) -> torch.device:
 def make_reproducible(seed: int, deterministic: bool) -> None:
     """Seed torch, and keep it to kernels that give the same bits in every run."""
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it before it is deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is slow
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a log must tell beside its settings: where all of it is equal, the numbers are."""
+    """What a log must tell besides its settings. Runs of equal settings that agree in it have equal numbers."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

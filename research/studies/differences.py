@@ -25,5 +25,5 @@ def largest_differences(runs: Runs) -> dict[Metric, tuple[float, int, tuple[str,
 
 
 def show(metric: Metric, value: float) -> str:
-    """As a reader expects it: accuracies in per cent."""
+    """A value as a reader expects it, such as accuracies in per cent."""
     return f"{value:.2%}" if metric.endswith("accuracy") else f"{value:.4f}"

@@ -76,11 +76,12 @@ def _apart(heights: Sequence[float], factor: float = 1.28) -> list[float]:
 def draw_time(points: Sequence[Point], path: Path) -> None:
     """Time over that of plain autograd against memory, at the greatest depth; those on the Pareto front by name."""
     depth = max(p.depth for p in points)
+    # The plain network of one stream is left out, since it lies where the plain one of two streams does.
     spots = {
         p.contender: (p.peak / 1e6, p.to_naive)
         for p in points
         if p.depth == depth and p.peak is not None and p.to_naive is not None and p.contender != "one-stream"
-    }  # One stream, plain, lies where two streams, plain, do.
+    }
     figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     axes = figure.subplots()
     for x, y in spots.values():

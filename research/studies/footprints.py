@@ -40,27 +40,27 @@ class Model:
 
     @property
     def stages(self) -> tuple[int, ...] | None:
-        """Blocks of each, if it has any."""
+        """The blocks of each stage; empty for a model without stages."""
         return (presets.SIZES[self.preset][1] | self.sizes).get("depths")
 
     @property
     def depth(self) -> int:
-        """Its own number of blocks."""
+        """The number of blocks that the preset has."""
         sizes = presets.SIZES[self.preset][1] | self.sizes
         return sum(self.stages) if self.stages else sizes["depth"]
 
     @property
     def least(self) -> int:
-        """The smallest depth."""
+        """The smallest depth that the model can have."""
         return sum(self.stages) - max(self.stages) + 1 if self.stages else 1
 
     @property
     def pixels(self) -> int:
-        """Heights and widths of images are multiples of it."""
+        """The number of which heights and widths of images must be multiples."""
         return 32 if self.stages else 16
 
     def at(self, depth: int) -> dict[str, Any]:
-        """The arguments that make it this deep."""
+        """The arguments that give the model this depth."""
         if not self.stages:
             return {"depth": depth}
         if depth < self.least:
@@ -130,7 +130,7 @@ class Point:
 
 
 class KernelLayouts(TorchDispatchMode):
-    """Layer norm's gradient is contiguous, as its kernels return it. Fake tensors give it the strides of what came in,
+    """Makes the gradient of layer norm contiguous, as kernels do. Fake tensors give it the strides of the incoming one,
     and the next linear layer would copy it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -31,7 +31,7 @@ WIDTHS = {
 
 
 def jobs(device: str, data: Path | None, out: Path, tiny: bool) -> list[Job]:
-    """All of them; training on CIFAR-10 only where there is data."""
+    """All jobs; those that train on CIFAR-10 only if its data are there."""
 
     def benchmark(name: str, contenders: str, sizes: list[str], *flags: str) -> Job:
         rest = ["--device", device, "--contenders", contenders, *flags, "--out", str(out / name)]

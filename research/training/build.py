@@ -77,7 +77,7 @@ def build(config: Config, data: Dataset, device: torch.device) -> Run:
 
 
 def schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup: int, lag: int = 0) -> LRScheduler:
-    """Up on a line in the first epochs, then down to 0 on a cosine; or at once down on a cosine that is late."""
+    """It rises linearly in the first epochs, then falls to 0 on a cosine; or falls at once on a late cosine."""
     if lag:
         # In the first epoch the highest rate, then the cosine from -lag + 1 on, where it is the same as at lag - 1.
         return LambdaLR(optimizer, lambda epoch: 0.5 + math.cos(math.pi * (epoch and epoch - lag) / epochs) / 2)
@@ -89,7 +89,8 @@ def schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup: int, lag: in
 
 
 def compile_functions(model: nn.Module) -> None:
-    """F and G of every step, in place: stacks themselves are breaks in torch's graphs. Without stacks, the whole."""
+    """Compile F and G of every step in place, since a stack itself breaks torch's graphs. A model without stacks is
+    compiled as a whole."""
     stacks = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
     for module in [f for stack in stacks for step in stack for f in step] or [model]:
         module.compile()

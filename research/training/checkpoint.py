@@ -22,7 +22,7 @@ FREE |= {"stream_above", "workers", "corrupt"}  # and those that say how files a
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that changes while training, torch's global random streams aside."""
+    """All that changes while training, except for torch's global random generators."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -48,7 +48,7 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        for group in self.optimizer.param_groups:  # torch moves an optimizer's state to the device, but not this
+        for group in self.optimizer.param_groups:  # torch moves an optimizer's state to the device, but not its rates
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"] = group["lr"].to(group["params"][0].device)
         self.draws.set_state(state["draws"])
@@ -79,7 +79,7 @@ def make_room(config: Config, run: Run) -> None:
 
 
 def unwritten(config: Config, epoch: int, error: Exception) -> SystemExit:
-    """What ends a run that could not write an epoch, and says what it has and how to go on."""
+    """The error that ends a run which could not write an epoch. It says what is there, and how to go on."""
     kept = "last.pt there has the epochs before it" if epoch > 1 else "nothing of the run is kept"
     how = "repeat the flags and add --resume" if epoch > 1 else "start it again"
     return SystemExit(
@@ -95,8 +95,9 @@ def resume(
     environment: dict[str, Any],
     say: Callable[[str], None] = typer.echo,
 ) -> Log:
-    """Put `run` back to where `path` left it, after checking that `config` is still the same. -> its log, which tells
-    of ``inputs`` even if an earlier version wrote it."""
+    """Put `run` back to where `path` left it, after checking that `config` is still the same.
+
+    Returns its log, which has ``inputs`` even if an earlier version wrote it."""
     if not path.is_file():
         raise typer.BadParameter(
             f"expected a checkpoint {path}, found none; name the run's folder with --out, "
@@ -124,8 +125,8 @@ def resume(
 
 
 def check_inputs(then: Inputs | None, now: Inputs, path: Path, say: Callable[[str], None]) -> None:
-    """That a run goes on with the images it was begun with. A checkpoint of an earlier version, whose images were in
-    memory, does not tell which they were."""
+    """Check that a run goes on with the images it was begun with. A checkpoint of an earlier version, whose images
+    were in memory, does not tell which they were."""
     if now.streamed != (then is not None and then.streamed):
         was, is_ = ("held in memory", "read from disk") if now.streamed else ("read from disk", "held in memory")
         raise typer.BadParameter(

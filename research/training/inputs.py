@@ -50,7 +50,7 @@ class Inputs:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of an image: (C, H, W)."""
+        """The shape of an image: (C, H, W)."""
         return self.channels, self.image_size, self.image_size
 
     def normalizer(self, device: torch.device) -> Normalizer:

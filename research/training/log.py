@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 @dataclasses.dataclass
 class Log:
-    """What log.jsonl holds."""
+    """The contents of log.jsonl."""
 
     header: dict[str, Any]
     rows: list[Row]
@@ -45,12 +45,12 @@ class Log:
 
     @property
     def resumed(self) -> list[int]:
-        """The last epochs before the run was stopped and resumed."""
+        """The epochs after which the run was stopped, and later resumed."""
         return list(self.header.get("resumed", []))
 
 
 def read_log(path: Path) -> Log:
-    """Read a log.jsonl; ValueError names the line that is none."""
+    """Read a log.jsonl. Raises: ValueError, which names the line that is wrong."""
     header: dict[str, Any] = {}
     rows: list[Row] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -70,7 +70,7 @@ def read_log(path: Path) -> Log:
 
 
 def duration(seconds: float) -> str:
-    """Such as 2 h 05 min, or 12 s."""
+    """A duration in words, such as 2 h 05 min, or 12 s."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"

@@ -98,7 +98,7 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
 def train_step(
     run: Run, amp: torch.autocast, processes: Processes = ALONE, smoothing: float = 0.0, longest: float = 0.0
 ) -> Step:
-    """A function that takes one optimizer step on a batch. -> the score of this process's part of it."""
+    """Returns a function that takes one optimizer step on a batch and returns the score of this process's part."""
     model = run.model if processes.count == 1 else DistributedDataParallel(run.model)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ def train_step(
 
 
 def train_epoch(run: Run, batches: Iterable[Batch], step: Step, processes: Processes = ALONE) -> tuple[float, float]:
-    """One step per batch. -> mean loss and accuracy over the images."""
+    """Take one step for each batch. Returns mean loss and accuracy over the images."""
     run.model.train()
     sums = [step(images, labels) for images, labels in batches]
-    raise_pending()  # a GPU tells late of streams that came back wrong: before the epoch counts
+    raise_pending()  # a GPU reports streams that were recovered wrongly only later; the epoch must not count then
     run.schedule.step()
     return mean(sums, processes)
 
@@ -133,7 +133,7 @@ def train_epoch(run: Run, batches: Iterable[Batch], step: Step, processes: Proce
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], amp: torch.autocast, processes: Processes = ALONE
 ) -> tuple[float, float]:
-    """-> mean loss and accuracy over the images."""
+    """Returns mean loss and accuracy over the images."""
     model.eval()
     sums = []
     for images, labels in batches:
@@ -145,8 +145,9 @@ def evaluate(
 
 
 def score(logits: Tensor, loss: Tensor, labels: Tensor) -> Tensor:
-    """Of a summed loss: (loss, correct answers, images). -> (3,), on the device: nothing waits for it."""
-    hits = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))  # of a mixture, the larger part
+    """The score of a batch, (summed loss, correct answers, images): a tensor on the device, which nobody waits for."""
+    # A mixture of two images counts as right by the label of its larger part.
+    hits = logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
     return torch.stack([loss, hits.sum(), torch.ones_like(loss) * len(labels)])
 
 

@@ -79,7 +79,7 @@ def plain_swin(
 
 
 def three_stages(depth: int) -> tuple[int, ...]:
-    """minREV's: 1 block, 2, and all others."""
+    """The depths of minREV's stages: 1 block, 2 blocks, and all others."""
     return tuple(blocks for blocks in (1, min(depth - 1, 2), depth - 3) if blocks > 0)
 
 

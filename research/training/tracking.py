@@ -13,7 +13,7 @@ Tell = Callable[[Row], None]
 
 
 def trackers(config: Config, log: Log) -> list[Tell]:
-    """A function for each that the flags ask for, which takes the epochs to come."""
+    """A function for each tracker that the flags ask for. It is called with each epoch to come."""
     wanted = ((config.tensorboard, tensorboard), (config.wandb, wandb))
     return [open_(config, log) for asked, open_ in wanted if asked]
 

@@ -79,14 +79,14 @@ def load(
 
 
 def config_of(told: dict[str, Any]) -> Config:
-    """Settings as a log tells them; flags that were made since are at their defaults."""
+    """The settings that a log tells. Flags that are newer than the log have their defaults."""
     known = {field.name for field in dataclasses.fields(Config)}
     paths = {name: told[name] and Path(told[name]) for name in ("data_dir", "cache_dir", "out") if name in told}
     return Config(**{name: value for name, value in (told | paths).items() if name in known})
 
 
 def inputs_of(config: Config, path: Path, data_dir: Path | None, say: Callable[[str], None]) -> Inputs:
-    """What a network was trained on, if its checkpoint does not tell: by reading its data set again."""
+    """What a network was trained on, of which its checkpoint tells nothing: its data set is read again."""
     say(f"note: {path} does not tell its classes and normalisation, an earlier version wrote it; reading the data set")
     all_in_memory = {"stream_above": 1e9} if config.dataset == "folder" else {}  # as earlier versions had them
     config = dataclasses.replace(config, data_dir=data_dir or config.data_dir, **all_in_memory)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from revlib._numbers import whole
 from revlib._torch import in_transform
 from revlib.couplings import Additive
 from revlib.step import NEEDS_DATA, BoundStep, Layout, State
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Never, Self
 
 __all__ = ["Bijection", "Inverse"]
 
@@ -68,17 +69,25 @@ class Bijection(nn.Module, ABC):
     initialised: bool = True
 
     @abstractmethod
-    def forward(self, *streams: Any, **context: Any) -> Any:
-        """The new streams."""
+    def forward(self, *streams: Any, **context: Any) -> Tensor | State:
+        """The streams that this map makes of the given ones."""
 
     @abstractmethod
-    def inverse(self, *streams: Any, **context: Any) -> Any:
+    def inverse(self, *streams: Any, **context: Any) -> Tensor | State:
         """The streams that forward maps to these."""
 
+    # nn.Module declares that a call returns Any, and `for F, G in seq` raises where it meets a bijection.
+    if TYPE_CHECKING:
+
+        def __call__(self, *streams: Any, **context: Any) -> Tensor | State: ...
+
+        def __iter__(self) -> Iterator[Never]: ...
+
     def initialise(self, *streams: Any) -> None:
-        """Take parameters from data, where ``initialised`` is false, and nothing else: called without gradients, on the
-        streams that the first forward in train mode is about to map. What forward itself did to its parameters would be
-        done to them in a repetition again."""
+        """Set parameters from data, and nothing else.
+
+        It is called once, if ``initialised`` is false, without gradients, on the streams that the first forward in
+        train mode is about to map. Forward itself cannot do this, since backward repeats it."""
 
     def log_det(self, *streams: Any) -> Tensor:
         r"""$\log |\det \partial t / \partial s|$ at these streams, of each sample: of shape ``(batch,)``."""
@@ -89,7 +98,7 @@ class Bijection(nn.Module, ABC):
         return ""
 
     def on_last(self, streams: int) -> Self:
-        """Have it take the last ``streams`` streams only, and leave those before them alone. -> itself.
+        """Make the bijection take the last ``streams`` streams only, and return it. Earlier streams stay as they are.
 
         Example:
             >>> from revlib.bijections import Permute, Rearrange
@@ -98,12 +107,11 @@ class Bijection(nn.Module, ABC):
             >>> [s.shape for s in seq(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))]
             [torch.Size([1, 3, 4]), torch.Size([1, 6, 2])]
         """
-        if self.takes is not None or type(streams) is not int or streams < 1:
+        if self.takes is not None:
             raise ValueError(
-                f"on_last(...) takes a whole number from 1 up, got {streams!r}"
-                if self.takes is None
-                else f"{type(self).__name__} takes {self.takes} streams, the last of the state; leave out on_last(...)"
+                f"{type(self).__name__} takes {self.takes} streams, the last of the state; leave out on_last(...)"
             )
+        whole("on_last(...)", streams, 1)
         self.takes = self.makes = streams
         return self
 
@@ -135,10 +143,10 @@ class Inverse(Bijection):
         super().__init__()
         self.of, self.takes, self.makes, self.exact = of, of.makes, of.takes, of.exact
 
-    def forward(self, *streams: Tensor, **context: Any) -> Any:
+    def forward(self, *streams: Tensor, **context: Any) -> Tensor | State:
         return self.of.inverse(*streams, **context)
 
-    def inverse(self, *streams: Tensor, **context: Any) -> Any:
+    def inverse(self, *streams: Tensor, **context: Any) -> Tensor | State:
         return self.of(*streams, **context)
 
     def log_det(self, *streams: Tensor) -> Tensor:
@@ -154,7 +162,8 @@ class BoundBijection(BoundStep):
 
     def __init__(self, fn: Bijection, name: str) -> None:
         super().__init__(fn, Additive(), name)
-        self.bijection = fn  # fn may be watched in its place
+        # The engine may put a wrapper that watches it in the place of fn, and not in this one.
+        self.bijection = fn
 
     def for_streams(self, dtype: torch.dtype) -> BoundStep:
         return self

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revlib._numbers import whole
 from revlib.bijections.base import Bijection
 
 __all__ = ["ActNorm", "Convolution1x1"]
-
-
-def _channels(name: str, channels: Any) -> None:
-    if type(channels) is not int or channels < 1:
-        raise ValueError(f"{name} takes a whole number of channels from 1 up, got {channels!r}")
 
 
 class ActNorm(Bijection):
@@ -50,7 +46,7 @@ class ActNorm(Bijection):
     def __init__(self, channels: int) -> None:
         """Make the scales and shifts of so many channels; data decides on them in the first forward."""
         super().__init__()
-        _channels("ActNorm", channels)
+        whole("ActNorm", channels, 1, of="channels")
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
         self.initialised = False
@@ -72,6 +68,10 @@ class ActNorm(Bijection):
     def forward(self, x: Tensor) -> Tensor:
         return x * _along(self.log_scale, x).exp() + _along(self.shift, x)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     def extra_repr(self) -> str:
         """The number of channels."""
         return f"{len(self.shift)}"
@@ -84,7 +84,7 @@ class ActNorm(Bijection):
 
 
 def _along(parameter: Tensor, x: Tensor) -> Tensor:
-    """Of each channel, in the precision of the stream."""
+    """The parameter in the dtype of the stream, in the shape in which it meets the channels of the stream."""
     return parameter.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
 
 
@@ -116,7 +116,7 @@ class Convolution1x1(Bijection):
     def __init__(self, channels: int) -> None:
         """Make the matrix of so many channels, a random rotation."""
         super().__init__()
-        _channels("Convolution1x1", channels)
+        whole("Convolution1x1", channels, 1, of="channels")
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, channels)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, overload
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from revlib._numbers import whole
 from revlib.bijections.base import Bijection
+from revlib.step import State
 
 __all__ = ["Concat", "Permute", "Rearrange", "Split"]
 
@@ -62,15 +64,31 @@ class Rearrange(Bijection):
                 )
         self.reversed = f"{sides[1]} -> {sides[0]}"
 
-    def _all(self, streams: tuple[Tensor, ...], pattern: str) -> Any:
+    def _all(self, streams: State, pattern: str) -> Tensor | State:
         moved = tuple(rearrange(s, pattern, **self.sizes) for s in streams)
         return moved if len(moved) > 1 else moved[0]
 
-    def forward(self, *streams: Tensor) -> Any:
+    @overload
+    def forward(self, stream: Tensor, /) -> Tensor: ...
+    @overload
+    def forward(self, stream: Tensor, second: Tensor, /, *others: Tensor) -> State: ...
+    def forward(self, *streams: Tensor) -> Tensor | State:
         return self._all(streams, self.pattern)
 
-    def inverse(self, *streams: Tensor) -> Any:
+    @overload
+    def inverse(self, stream: Tensor, /) -> Tensor: ...
+    @overload
+    def inverse(self, stream: Tensor, second: Tensor, /, *others: Tensor) -> State: ...
+    def inverse(self, *streams: Tensor) -> Tensor | State:
         return self._all(streams, self.reversed)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, stream: Tensor, /) -> Tensor: ...
+        @overload
+        def __call__(self, stream: Tensor, second: Tensor, /, *others: Tensor) -> State: ...
+        def __call__(self, *streams: Tensor) -> Tensor | State: ...
 
     def log_det(self, *streams: Tensor) -> Tensor:
         return _nothing(streams)
@@ -101,17 +119,20 @@ class Split(Bijection):
     def __init__(self, streams: int = 2, dim: int = 1) -> None:
         """Take the number of streams to make, and the dimension along which."""
         super().__init__()
-        if type(streams) is not int or streams < 2:
-            raise ValueError(f"Split(streams=...) takes a whole number from 2 up, got {streams!r}")
+        whole("Split(streams=...)", streams, 2)
         self.makes, self.dim = streams, dim
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> State:
         if x.shape[self.dim] % self.makes:
             raise ValueError(
                 f"Split(streams={self.makes}, dim={self.dim}) cannot divide a stream of shape {tuple(x.shape)} into "
                 "equal parts; rearrange it first, or split along another dimension"
             )
         return tuple(part.clone() for part in x.chunk(self.makes, self.dim))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> State: ...
 
     def inverse(self, *streams: Tensor) -> Tensor:
         return torch.cat(streams, self.dim)
@@ -152,7 +173,11 @@ class Concat(Bijection):
             )
         return self.split.inverse(*streams)
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, ...]:
+    if TYPE_CHECKING:
+
+        def __call__(self, *streams: Tensor) -> Tensor: ...
+
+    def inverse(self, x: Tensor) -> State:
         return self.split.forward(x)
 
     def log_det(self, *streams: Tensor) -> Tensor:
@@ -186,10 +211,14 @@ class Permute(Bijection):
             raise ValueError(f"Permute takes each of 0, ..., m - 1 once, got {order}")
         self.order, self.takes, self.makes = order, len(order), len(order)
 
-    def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *streams: Tensor) -> State:
         return tuple(streams[i] for i in self.order)
 
-    def inverse(self, *streams: Tensor) -> tuple[Tensor, ...]:
+    if TYPE_CHECKING:
+
+        def __call__(self, *streams: Tensor) -> State: ...
+
+    def inverse(self, *streams: Tensor) -> State:
         return tuple(streams[self.order.index(i)] for i in range(len(self.order)))
 
     def log_det(self, *streams: Tensor) -> Tensor:
@@ -200,6 +229,6 @@ class Permute(Bijection):
         return ", ".join(map(str, self.order))
 
 
-def _nothing(streams: tuple[Tensor, ...]) -> Tensor:
+def _nothing(streams: State) -> Tensor:
     """The log-determinant of a map that only moves elements."""
     return streams[0].new_zeros(streams[0].shape[0])

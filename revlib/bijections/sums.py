@@ -7,19 +7,23 @@ has one element a sample, and terms that cancel would otherwise leave nothing of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from revlib.bijections.base import Bijection, BoundBijection
 from revlib.couplings import Additive, Coupling
-from revlib.step import BoundStep, Layout, State, Step
+from revlib.step import BoundStep, Layout, Pair, State, Step
 
 __all__ = ["with_log_det", "with_losses"]
 
 
-def with_log_det(items: Iterable[Any], coupling: Coupling | None = None) -> list[Any]:
+def with_log_det(
+    items: Iterable[Step | Pair | Bijection | tuple[Callable[..., Any], Callable[..., Any]]],
+    coupling: Coupling | None = None,
+) -> list[Step | Bijection]:
     r"""The same steps, each of which adds its $\log |\det \partial y / \partial x|$ to a first stream $\ell$.
 
     The likelihood of a flow $z = f(x)$ with a prior $p$ is $\log p(x) = \log p(z) + \ell$::
@@ -52,7 +56,7 @@ def with_log_det(items: Iterable[Any], coupling: Coupling | None = None) -> list
         >>> log_det[0] / 3  # three of six elements were doubled
         tensor(0.6931, dtype=torch.float64)
     """
-    found: list[Any] = []
+    found: list[Step | Bijection] = []
     for item in items:
         if isinstance(item, Step):
             found.append(_LogDetStep(item.fn, item.coupling, item.streams))
@@ -108,7 +112,7 @@ class _BoundSum(BoundStep):
         (s,) = super().unmerge((merged,), self._merged(f))
         return (total - self._term(s, f), s)
 
-    def inverts_exactly(self, dtype: Any) -> bool:
+    def inverts_exactly(self, dtype: torch.dtype) -> bool:
         return False
 
     def _merged(self, f: Any) -> Any:
@@ -178,5 +182,5 @@ class _BoundLogDetBijection(BoundBijection):
         return Layout((0, *taken[1:]), (0, *made[1:]), 0)
 
 
-def _tuple(result: Any) -> State:
+def _tuple(result: Tensor | State) -> State:
     return (result,) if isinstance(result, Tensor) else tuple(result)

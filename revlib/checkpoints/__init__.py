@@ -35,9 +35,7 @@ from revlib.models.pyslowfast import SlowFast, refuse_other_settings
 __all__ = ["Report", "load_minrev", "load_pyslowfast", "to_minrev", "to_pyslowfast"]
 
 MinREV = RevViT | RevSwin | RevMViT
-INDEX = (
-    "relative_position_index"  # a table of integers that minREV's RevSwin keeps among its weights
-)
+INDEX = "relative_position_index"  # a table of integers among the weights of minREV's RevSwin
 
 
 def load_minrev(
@@ -78,15 +76,18 @@ def load_minrev(
           nothing is left over
     """
     fmt = _minrev(model)
-    unseen = isinstance(model, RevViT)  # of the others, the shapes tell
+    # Only in a RevViT no shape of a weight depends on the number of heads.
+    heads_are_unseen = isinstance(model, RevViT)
     heads = {m.num_heads for m in model.modules() if isinstance(m, Attention)}
-    if unseen and num_heads is not None and heads - {num_heads}:
+    if heads_are_unseen and num_heads is not None and heads - {num_heads}:
         raise ValueError(
             f"num_heads is {heads.pop()} in the model and {num_heads} in the checkpoint: build the "
             f"model with num_heads={num_heads}; nothing was loaded"
         )
     report = _load(fmt, model, checkpoint, keep_classifier, same_function)
-    missing = ", without its number of heads to compare" if unseen and num_heads is None else ""
+    missing = (
+        ", without its number of heads to compare" if heads_are_unseen and num_heads is None else ""
+    )
     return replace(report, title=report.title + missing)
 
 
@@ -129,7 +130,7 @@ def load_pyslowfast(
 
 
 def to_minrev(model: MinREV, *, same_function: bool = True) -> dict[str, Tensor]:
-    """A state_dict for minREV's network of this kind, of copies.
+    """A state_dict for minREV's network of the same kind. Its tensors are copies.
 
     Shapes: those of minREV's parameters. Cost: the weights once more.
 
@@ -186,7 +187,7 @@ def _fitting(formats: tuple[Format, ...], model: nn.Module) -> Format:
 
 
 def _split(fmt: Format, tensor: Tensor, names: list[str]) -> tuple[Tensor, ...]:
-    """Our parameter as theirs."""
+    """One of our parameters in the parts under which the other code has it."""
     pooling = fmt.in_time and tensor.ndim == 4 and any(".pool_" in name for name in names)
     return (tensor.unsqueeze(2) if pooling else tensor).chunk(len(names) or 1)
 

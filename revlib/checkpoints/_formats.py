@@ -21,31 +21,40 @@ def _nothing(model: nn.Module) -> Iterator[str]:
 
 
 class Format(NamedTuple):
-    """The names of a model's parameters in other code, and what else that code takes for granted."""
+    """The names of a model's parameters in other code, and what else that code takes for granted.
+
+    Attributes:
+        name: of the other code.
+        model: how to build a model here that fits, in words.
+        kinds: the classes of such models.
+        block: what their names in the n-th block start with.
+        table: from what one of our names starts with, after the block, to what theirs starts with. The first entry
+            that fits counts.
+        eps: the epsilon of their norms.
+        coarse: our names of the norms that have an epsilon of 1e-5 there all the same.
+        in_time: whether their pools also convolve in time, with kernels that are one frame long.
+        differs: tells of a model here in what it computes another function, which no shape shows.
+    """
 
     name: str
-    model: str  # how to build one that fits
+    model: str
     kinds: tuple[type[nn.Module], ...]
-    block: str  # what their names in the n-th block start with
-    table: dict[
-        str, str
-    ]  # what our names start with, after the block: what theirs do; the first that fits
-    eps: float  # of norms there
-    coarse: tuple[str, ...] = ()  # our norms whose epsilon there is 1e-5 all the same
-    in_time: bool = False  # pools there convolve in time, too, one frame long
-    differs: Callable[[Any], Iterator[str]] = (
-        _nothing  # what makes the model another function, as no shape tells
-    )
+    block: str
+    table: dict[str, str]
+    eps: float
+    coarse: tuple[str, ...] = ()
+    in_time: bool = False
+    differs: Callable[[Any], Iterator[str]] = _nothing
 
     def norms(self, model: nn.Module) -> Iterator[tuple[str, nn.LayerNorm, float]]:
-        """Each norm of the model: its name, itself, and its epsilon there."""
+        """Each norm of the model: its name, the module, and its epsilon in the other code."""
         for name, module in model.named_modules():
             if isinstance(module, nn.LayerNorm):
                 yield name, module, 1e-5 if self.coarse and name.endswith(self.coarse) else self.eps
 
 
 def names(fmt: Format, model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Of every parameter, our name and theirs: several if they lie one after another in ours."""
+    """Each parameter: our name, and their names, which are several if ours holds theirs one after another."""
     blocks = (
         [f"{name}." for name, module in model.named_modules() if _is_block(module)]
         if fmt.block
@@ -66,7 +75,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _translated(fmt: Format, inner: str) -> list[str]:
-    """Their names for ours; a star of the table stands for a number, which is the same on both sides."""
+    """Their names for one of ours. A star in the table stands for a number, the same in both names."""
     for ours, theirs in fmt.table.items():
         if match := re.match(re.escape(ours).replace(r"\*", r"(\d+)"), inner):
             numbers = match.groups()
@@ -78,7 +87,7 @@ def _translated(fmt: Format, inner: str) -> list[str]:
 
 
 def settings(model: nn.Module, shapes: Mapping[str, Size]) -> dict[str, Any]:
-    """The arguments of the model's class that these shapes, under the names of other code, tell."""
+    """The arguments of the model's class that can be read from these shapes, by the names of the other code."""
     found: dict[str, Any] = {}
     stem = next(
         (

@@ -11,7 +11,7 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What loading a checkpoint came to. ``str`` gives a few lines of it, everything is in the attributes.
+    """What was loaded from a checkpoint. ``str`` gives a few lines of it, the attributes have everything.
 
     Args:
         title: the kind of checkpoint and of model.

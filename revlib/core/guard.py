@@ -71,6 +71,11 @@ class StepGuard:
     def saved_tensors_dropped(self) -> None:
         """After the first run, when nothing but the user holds the tensors that the step has saved."""
 
+    def needs_end(self) -> bool:
+        """After the first run: whether a repetition must go on to the end of the function, where it could stop once it
+        has saved the last tensor, because what comes after that changes what was saved."""
+        return False
+
     def check(self) -> None:
         """Before a repetition: raises if the function would not do again what it did. Must not change anything."""
 
@@ -169,6 +174,9 @@ class StepGuards(StepGuard):
     def saved_tensors_dropped(self) -> None:
         for guard in self._acting("saved_tensors_dropped"):
             guard.saved_tensors_dropped()
+
+    def needs_end(self) -> bool:
+        return any(guard.needs_end() for guard in self._acting("needs_end"))
 
     def check(self) -> None:
         for guard in self._acting("check"):

@@ -103,6 +103,7 @@ class StepRecord:
             self._forget_values()
         del f, leaves, results  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
+        self.may_stop = self.may_stop and not guard.needs_end()
         return made
 
     def _refuse_forbidden_hooks(self, error: RuntimeError) -> None:
@@ -329,12 +330,12 @@ _SAVING_NOTHING = (
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-def operations(results: Sequence[Any], most: int = 64) -> Iterator[str]:
-    """The names of the last operations of a function, nearest to its results first."""
+def operations(results: Sequence[Any], most: int = 64) -> Iterator[Any]:
+    """Autograd's nodes of the last operations of a function, nearest to its results first."""
     nodes = [t.grad_fn for t in results if isinstance(t, Tensor) and t.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:  # which grows
-        yield _named(node)
+        yield node
         for n, _ in node.next_functions:
             if n is not None and n not in seen and len(seen) < most and n.name() != _LEAF:
                 seen.add(n)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from revlib._numbers import is_power_of_two, real
 from revlib.couplings import kernel
 from revlib.couplings.base import Coupling
 
@@ -57,9 +58,8 @@ class _AddOnGrid(torch.autograd.Function):
     def forward(s: Tensor, t: Tensor, grid: float, sign: int) -> Tensor:
         if kernel.serves(s, t):
             return kernel.add_on_grid(s, t, grid, sign)
-        return torch.add(
-            s, (t.to(s.dtype) * (1 / grid)).round_(), alpha=sign * grid
-        )  # powers of two scale exactly
+        # Powers of two scale exactly.
+        return torch.add(s, (t.to(s.dtype) * (1 / grid)).round_(), alpha=sign * grid)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -127,10 +127,7 @@ class ExactAdditive(Coupling):
     functions: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if not (self.limit > 0 and math.frexp(self.limit)[0] == 0.5):
-            raise ValueError(
-                f"ExactAdditive(limit=...) takes a power of two such as 1024, got {self.limit!r}"
-            )
+        real("ExactAdditive(limit=...)", self.limit, is_power_of_two, "a power of two such as 1024")
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return self._add(s, f, 1)
@@ -160,22 +157,20 @@ class ExactAdditive(Coupling):
             )
         grid = self.limit * 2.0 ** -_DIGITS[s.dtype]
         f = f.expand_as(s)
-        if (
-            torch.compiler.is_compiling()
-        ):  # the compiler traces no Function with a jvp; it fuses these by itself
+        if torch.compiler.is_compiling():
+            # The compiler does not trace an autograd.Function that defines a jvp, and fuses these operations itself.
             f = f.to(s.dtype)
             rounded = (f.detach() * (1 / grid)).round() * grid
             return s + sign * (rounded + (f - f.detach()))
-        if not torch.is_grad_enabled() and kernel.serves(
-            s, f
-        ):  # backward unmerges; save it the way through autograd
+        if not torch.is_grad_enabled() and kernel.serves(s, f):
+            # Backward unmerges without gradients, and then need not take the way through autograd.
             return kernel.add_on_grid(s, f, grid, sign)
         return _AddOnGrid.apply(s, f, grid, sign)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
 class _InFloat32(ExactAdditive):
-    """What :class:`DefaultAdditive` does with streams in 16 bits. Beyond the limit it adds as float32 does."""
+    """The law of :class:`DefaultAdditive` for streams in 16 bits. Beyond the limit it adds as float32 does."""
 
     leaves_as_entered: ClassVar[bool] = True
 

@@ -50,16 +50,15 @@ class Coupling(ABC):
         """The oldest stream, from the new one and what the function returned."""
 
     def enter(self, s: Tensor) -> Tensor:
-        """What a sequence makes of an input stream before its first step; differentiable. As it is, unless defined."""
+        """An input stream as it enters a sequence, before the first step; by default as it is. Differentiable."""
         return s
 
     def show(self, s: Tensor) -> Tensor:
-        """What the functions of steps with this coupling see of a stream; differentiable. As it is, unless defined."""
+        """A stream as the functions of steps with this coupling see it; by default as it is. Differentiable."""
         return s
 
-    leaves_as_entered: ClassVar[bool] = (
-        False  # whether a sequence gives its streams the dtype back in which they came
-    )
+    # Whether the streams leave a sequence in the dtype in which they entered it.
+    leaves_as_entered: ClassVar[bool] = False
 
     def log_det(self, s: Tensor, f: Any) -> Tensor:
         r"""$\log |\det \partial \mathrm{merge}(s, f) / \partial s|$ of each sample, of shape ``(batch,)``.
@@ -68,9 +67,9 @@ class Coupling(ABC):
         raise NotImplementedError(f"{self} does not say what its log-determinant is")
 
     def for_streams(self, dtype: torch.dtype) -> Coupling:
-        """The law that a sequence uses where all its streams have this dtype. This one, unless defined."""
+        """The law that a sequence uses where all its streams have this dtype. It is this one unless defined."""
         return self
 
     def limit_of(self, dtype: torch.dtype) -> float:
-        """The magnitude that merged streams of this dtype must stay below; backward raises where one has not."""
+        """The magnitude that merged streams of this dtype must stay below. Backward raises an error if one did not."""
         return math.inf

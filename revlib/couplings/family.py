@@ -13,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revlib._numbers import real
 from revlib.couplings.additive import Additive, ExactAdditive
 from revlib.couplings.base import Coupling
 
 __all__ = ["Affine", "Scaled"]
 
 
-def _number(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(
-            f"{what} takes a finite number, got {value!r}; what is learned belongs into the function, not the coupling"
-        )
+_LEARNED = "; what is learned belongs into the function, not the coupling"
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ class Scaled(Coupling):
     plus: Coupling = field(default_factory=Additive)
 
     def __post_init__(self) -> None:
-        _number("Scaled(keep=...)", self.keep)
-        _number("Scaled(add=...)", self.add)
+        real("Scaled(keep=...)", self.keep, math.isfinite, "a finite number", advice=_LEARNED)
+        real("Scaled(add=...)", self.add, math.isfinite, "a finite number", advice=_LEARNED)
         if self.keep == 0:
             raise ValueError(
                 "Scaled(keep=0) would forget the stream, so no step could be inverted; keep some of it"
@@ -157,12 +154,14 @@ class Affine(Coupling):
     bound: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("Affine(bound=...)", self.bound)
-        if self.bound <= 0:
-            raise ValueError(
-                f"Affine(bound=...) takes a number above 0, got {self.bound!r}: scales lie between exp(-bound) and "
-                "exp(bound); where no scale is wanted, use Additive()"
-            )
+        real(
+            "Affine(bound=...)",
+            self.bound,
+            lambda bound: 0 < bound < math.inf,
+            "a finite number above 0",
+            advice=": scales lie between exp(-bound) and exp(bound); where no scale is wanted, use Additive(), "
+            "and return what is learned from the function",
+        )
 
     def merge(self, s: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
         log_scale, shift = _two(f)
@@ -180,14 +179,10 @@ class Affine(Coupling):
 
 
 def _two(f: Any) -> tuple[Tensor, Tensor]:
-    if (
-        isinstance(f, Tensor) or not isinstance(f, (tuple, list)) or len(f) != 2
-    ):  # a tensor would unpack, by its batch
-        what = (
-            f"one tensor of shape {tuple(f.shape)}"
-            if isinstance(f, Tensor)
-            else f"a {type(f).__name__}"
-        )
+    # A tensor would unpack too, along its batch.
+    if isinstance(f, Tensor) or not isinstance(f, (tuple, list)) or len(f) != 2:
+        shape = f" of shape {tuple(f.shape)}" if isinstance(f, Tensor) else ""
+        what = f"one tensor{shape}" if shape else f"a {type(f).__name__}"
         raise ValueError(
             f"Affine takes a pair (log-scale, shift), and the function returned {what}; "
             "return the halves of it, as in out.chunk(2, dim=-1)"

@@ -16,7 +16,7 @@ __all__ = ["add_on_grid", "serves"]
 
 
 def serves(s: Tensor, t: Tensor) -> bool:
-    """Whether the kernel can add these: dense tensors on CUDA, and nobody who needs to see operations."""
+    """Whether the kernel can add these: dense tensors on CUDA, while no compiler or transform follows operations."""
     return (
         s.is_cuda
         and type(s) is type(t) is Tensor  # neither fake, nor distributed, nor a user's own
@@ -34,9 +34,8 @@ def add_on_grid(s: Tensor, t: Tensor, grid: float, sign: int) -> Tensor:
     y = torch.empty_like(s)
     if y.numel():
         block = 1024
-        half = (
-            2.0**23 if s.dtype == torch.float32 else 2.0**52
-        )  # from here on all floating-point numbers are whole
+        # From here on all floating-point numbers are whole.
+        half = 2.0**23 if s.dtype == torch.float32 else 2.0**52
         with torch.get_device_module(s.device).device_of(s):
             _kernel()[(-(-y.numel() // block),)](
                 s, t, y, y.numel(), 1 / grid, sign * grid, half, BLOCK=block
@@ -61,7 +60,7 @@ def _works(device: torch.device) -> bool:
 
 @functools.cache
 def _kernel() -> Any:
-    import triton  # slow to import, and there on CUDA only
+    import triton  # only here, since its import is slow, and it is installed for CUDA only
     import triton.language as tl
 
     @triton.jit
@@ -71,9 +70,8 @@ def _kernel() -> Any:
         total = tl.load(s + places, inside)
         steps = tl.load(t + places, inside).to(total.dtype) * inverse
         size = tl.abs(steps)
-        size = tl.where(
-            size < half, (size + half) - half, size
-        )  # rounds to whole numbers, half to even
+        # Adding and subtracting `half` rounds to whole numbers, and ties to even ones.
+        size = tl.where(size < half, (size + half) - half, size)
         steps = tl.where(steps < 0, -size, size)
         tl.store(y + places, total + steps * step, inside)
 

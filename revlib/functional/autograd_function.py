@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revlib._torch import (
+    bypass_compiler,
     exporting,
     forward_mode_active,
     normalises,
@@ -95,6 +96,8 @@ def _untraceable(steps: Sequence[BoundStep]) -> bool:
     for step in steps:
         if not isinstance(step.fn, nn.Module) or step.merge_reads:
             return True
+        if step.begins is not None and step.begins.is_hooked:
+            return True
         for m in step.fn.modules():
             rates = (
                 getattr(m, name, None) for name in ("p", "drop_prob", "dropout")
@@ -117,28 +120,38 @@ def _apply(
 ) -> State:
     # An output of a Function may depend on others. A hook of those, or a gradient with respect to them, must see that:
     # so the steps that read outputs are plain, but in a transform, where nobody can ask.
-    inner = len(steps) if environment is not None and buffers else _reads_output(steps, len(state))
+    whole = environment is not None and buffers
+    inner, numbers = _inside(steps, len(state), whole=whole)
     # Another thread may just have bound these modules to its own tensors.
     with CpuGeneratorLock() if environment is not None else nullcontext():
         program, tensors = pure_stack_of(
             steps[:inner], state, contexts[:inner], tolerance, environment, buffers=buffers
         )
     if inner:
+        given = state
         if torch.compiler.is_compiling():  # which wants no argument twice
             state = tuple(s.view_as(s) for s in state)
-        state = _Stack.apply(program, *state, *tensors)
+        made = _Stack.apply(program, *state, *tensors)
+        # A stream that nobody has touched needs a gradient only if it did before.
+        pairs = zip(numbers, made, strict=True)
+        state = tuple(given[i] if i < len(given) else s for i, s in pairs)
     return advance(steps[inner:], state, contexts[inner:])
 
 
-def _reads_output(steps: Sequence[BoundStep], m: int) -> int:
-    """The first step that reads a stream which is an output of the whole stack, or the number of steps."""
+def _inside(steps: Sequence[BoundStep], m: int, *, whole: bool) -> tuple[int, tuple[int, ...]]:
+    """How many steps go into the Function: those before the first that reads an output, unless the ``whole`` does.
+
+    -> this number, and the state after so many steps, where the streams that go in are numbered from 0.
+    """
     found = layouts(steps, m)
-    *states, outputs = numbered(found, m)
-    for k, (numbers, (taken, _, read)) in enumerate(zip(states, found, strict=True)):
-        others = apart(numbers, taken)[1]
-        if not set(outputs).isdisjoint(others[len(others) - read :]):
-            return k
-    return len(steps)
+    states = numbered(found, m)
+    inner = len(steps)
+    for k, (taken, _, read) in enumerate(() if whole else found):
+        others = apart(states[k], taken)[1]
+        if not set(states[-1]).isdisjoint(others[len(others) - read :]):
+            inner = k
+            break
+    return inner, states[inner]
 
 
 class _Stack(torch.autograd.Function):
@@ -146,24 +159,24 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(program: PureStack, *flat: Tensor) -> State:  # type: ignore[override]
-        if program.environment is not None:
-            return _views(program.forward(flat), flat)
-        if (
-            not torch.compiler.is_compiling()
-        ):  # the compiler broke its graph within, and left the rest to us
-            raise RuntimeError(
-                "a stack with scheduler=Functional() did not fit into one graph: torch.compile(fullgraph=True) says "
-                "why. Compile its functions alone, or use scheduler=Reversible()."
-            )
-        with TracingPurityMode(flat):
-            return _views(program(flat), flat)
+        if torch.compiler.is_compiling():
+            with TracingPurityMode(flat):
+                return _views(program(flat), flat)
+        if program.environment is None:
+            program.leave_compiler(flat)
+        return _views(program.forward(flat), flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: State) -> None:
         program, *flat = inputs
         ctx.program = program
-        ctx.save_for_backward(*flat, *output)
+        ctx.copied = {} if program.environment is None else program.copied_for_repetition(flat)
+        ctx.save_for_backward(
+            *(None if i in ctx.copied else t for i, t in enumerate(flat)), *output
+        )
         if not torch.compiler.is_compiling():
+            pairs = zip(output, program.needs, strict=True)
+            ctx.mark_non_differentiable(*(y for y, needed in pairs if not needed))
             ctx.set_materialize_grads(False)
             ctx.required = [
                 t.requires_grad for t in flat
@@ -176,6 +189,12 @@ class _Stack(torch.autograd.Function):
         if torch.compiler.is_compiling():
             found = backward_by_inversion(program, wanted, flat, y, g)
         elif torch.is_grad_enabled() or transforming():  # it may be differentiated itself
+            if ctx.copied:
+                raise RuntimeError(
+                    "a function of a stack with scheduler=Functional() edits its own parameters, so that it is "
+                    "repeated with copies of them, and its gradients cannot be differentiated again; use "
+                    "scheduler=Reversible()."
+                )
             # What was frozen in forward, and is not any more, is no input of the graph.
             flat = [
                 t if r or not t.requires_grad else t.detach()
@@ -204,7 +223,7 @@ def _saved(ctx: Any) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
         return ctx.saved_tensors
     try:
-        return ctx.saved_tensors
+        return [ctx.copied.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
@@ -213,6 +232,12 @@ def _saved(ctx: Any) -> Sequence[Tensor]:
             "reads, was modified by an inplace operation between forward and backward; edit a clone of it instead, and "
             "step the optimizer only after backward."
         ) from error
+
+
+# Where the compiler breaks its graph within a function, these are called as they are. Compiled as frames of their own,
+# they would take themselves for a part of a whole graph.
+for _called in (_Stack.forward, _Stack.setup_context, _Stack.backward):
+    bypass_compiler(_called)
 
 
 class _Sweep(torch.autograd.Function):

@@ -18,7 +18,7 @@ from revlib.core.record import refuse_after_rounding
 from revlib.functional.purity import GraphPurity, Purity, PurityMode
 from revlib.guards import ModuleStates, Randomness, Settings
 from revlib.guards.module_state import ModuleState
-from revlib.guards.modules import ModuleTree, identical
+from revlib.guards.modules import ModuleTree, identical, module_tree
 from revlib.guards.randomness import CpuGeneratorLock, devices_of
 from revlib.guards.settings import AutocastSettings, autocast_settings
 from revlib.step import BoundStep, Layout, State, apart, layouts, together
@@ -159,13 +159,20 @@ class Environment:
             self.purity = GraphPurity(tensors, self._buffers)
         return self.purity
 
+    def _state(self, k: int) -> ModuleState | None:
+        states = (guard for guard in self.step_guards[k].guards if isinstance(guard, ModuleState))
+        return next(states, None)
+
+    def own_edits(self, k: int) -> dict[int, Tensor]:
+        """Of the parameters that the function of a step edits itself, by identity: copies from before it ran."""
+        state = self._state(k)
+        return {} if state is None else state.own_edits.copies
+
     def before_own_edits(self, k: int, tensors: list[Tensor]) -> list[Tensor]:
-        """The same tensors, but of parameters that the function of a step edits itself: copies, as they were before."""
-        for guard in self.step_guards[k].guards:
-            if isinstance(guard, ModuleState) and guard.own_edits.copies:
-                copies = guard.own_edits.for_repetition(guard.parameters)
-                return [copies.get(id(t), t) for t in tensors]
-        return tensors
+        """The same tensors, but of those parameters copies that the repetition may edit."""
+        state = self._state(k)
+        fresh = {} if state is None else state.own_edits.for_repetition(state.parameters)
+        return [fresh.get(id(t), t) for t in tensors] if fresh else tensors
 
     def _buffers(self) -> list[Tensor]:
         slots = [named for tree in self.trees for named in tree.buffer_slots]
@@ -195,9 +202,9 @@ class Environment:
                 yield
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PureStack:  # not a tuple: transforms would look for tensors in it
-    """All steps. In compiled code there are no environment but the settings of autocast."""
+    """All steps. In compiled code there is no environment but the settings of autocast."""
 
     functions: tuple[PureStep, ...]
     layouts: tuple[Layout, ...]
@@ -206,6 +213,35 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
     tolerance: float | None
     environment: Environment | None
     settings: AutocastSettings
+    needs: tuple[bool, ...] = ()  # which streams that come out need a gradient, after forward
+
+    def leave_compiler(self, flat: Sequence[Tensor]) -> None:
+        """Get an environment after all: the compiler broke its graph within a function, and calls the stack as it is.
+
+        Buffers are among the arguments already. They stay unread, since guards put them back for a repetition.
+        """
+        steps = [function.step for function in self.functions]
+        contexts = [function.context for function in self.functions]
+        trees = [module_tree(step) for step in steps]
+        self.environment = Environment(
+            steps, contexts, trees, tuple(flat[: self.m]), transformed=False
+        )
+        places = {id(t): i for i, t in enumerate(flat[self.m :])}
+        functions = []
+        for function, tree in zip(self.functions, trees, strict=True):
+            own = _own(function.step, tree, buffers=False)
+            read = [places.get(id(t)) for t in (*own.tensors, *function.given)]
+            if None in read:
+                raise RuntimeError(
+                    f"{function.step.name} with scheduler=Functional() did not fit into one graph, since the compiler "
+                    "broke it, and reads a tensor that is no parameter that its modules register: "
+                    "torch.compile(fullgraph=True) says why. Compile its functions alone, or use "
+                    "scheduler=Reversible()."
+                )
+            functions.append(
+                function._replace(own=own, reads=tuple(i for i in read if i is not None))
+            )
+        self.functions = tuple(functions)
 
     def mine(self, k: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Of all tensors that are not streams, those that a step reads."""
@@ -215,6 +251,22 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
         """The same for a repetition."""
         mine = self.mine(k, tensors)
         return mine if self.environment is None else self.environment.before_own_edits(k, mine)
+
+    def copied_for_repetition(self, flat: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The arguments that no repetition reads, since every function that reads them edits them: by place.
+
+        Functions after the stack may go on editing these.
+        """
+        environment = self.environment
+        if environment is None:
+            return {}
+        edits = [environment.own_edits(k) for k in environment.step_guards]
+        if not any(edits):
+            return {}
+        edited = {i for copies in edits for i in copies}
+        for k, copies in enumerate(edits):
+            edited -= {id(t) for t in self.mine(k, flat[self.m :])} - copies.keys()
+        return {i: t for i, t in enumerate(flat) if id(t) in edited}
 
     def forward(self, flat: Sequence[Tensor]) -> State:
         """All steps for the first time, on the streams and all other tensors; neither may carry a graph away."""
@@ -235,12 +287,13 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
 
             with environment.first_run(k, layout):
                 inputs = (taken, need) if step.merge_reads else (others, others_need)
-                f, needed = purity.run(step, call, *inputs, mine)
+                f, needed = purity.run(function, call, *inputs, mine)
             made = f if step.merge_reads else self._merged(step, taken, f)
             state = together(made, layout.made, others)
             needs = together((any(need) or needed,) * len(made), layout.made, others_need)
-            del f
+            del f, call, mine
         purity.close()
+        self.needs = needs
         return state
 
     def act(self, k: int, act: Callable[[BoundStep, Any], Any], mine: Sequence[Tensor]) -> Any:

@@ -9,9 +9,10 @@ compiler traces.
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from revlib._torch import is_transformed, transforms, tree_leaves, tree_map, version_of
-from revlib.guards.modules import module_tree
+from revlib.guards.edits import hooks_of
+from revlib.guards.modules import current_tree, module_tree
 from revlib.step import BoundStep, State
+
+if TYPE_CHECKING:
+    from revlib.functional.pure_stack import PureStep
 
 __all__ = [
     "GraphPurity",
@@ -64,7 +69,7 @@ class Purity:
 
     def run(
         self,
-        step: BoundStep,
+        function: PureStep,
         call: Callable[[State], Any],
         inputs: State,
         needs: Sequence[bool],
@@ -112,9 +117,10 @@ class GraphPurity(Purity):
     def __init__(self, tensors: Sequence[Tensor], watched: Callable[[], list[Tensor]]) -> None:
         super().__init__()
         self.watched = watched
-        self.arguments = [
-            t if asked_directly(t) else t.detach().requires_grad_(t.requires_grad) for t in tensors
-        ]
+        # A gradient of what has hooks, or is part of a graph, can be asked for at a view alone. What somebody keeps of
+        # a function's graph leads through the view to the tensor itself.
+        with torch.enable_grad():
+            self.arguments = [t if asked_directly(t) else t.view_as(t) for t in tensors]
         self.streams: list[tuple[BoundStep, weakref.ref[Tensor]]] = []
         self.others: list[
             tuple[BoundStep, weakref.ref[Tensor]]
@@ -122,44 +128,60 @@ class GraphPurity(Purity):
 
     def run(
         self,
-        step: BoundStep,
+        function: PureStep,
         call: Callable[[State], Any],
         inputs: State,
         needs: Sequence[bool],
         mine: Sequence[Tensor],
     ) -> tuple[Any, bool]:
+        step = function.step
         leaves = tuple(
             t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
         )
+        hooks, needed = [_hook_count(t) for t in mine], [t.requires_grad for t in mine]
         with torch.enable_grad():
-            f = self._first_call(step, call, leaves, mine)
+            f = self._first_call(function, call, leaves, mine)
         results = (f,) if isinstance(f, Tensor) else tree_leaves(f)
         differentiable = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
         if differentiable:
             known = {id(t) for t in (*leaves, *mine)}
-            others = [t for t in leaves_of(differentiable) if id(t) not in known]
+            ends = leaves_of(differentiable, stop=mine)
+            others = [t for t in ends if id(t) not in known]
             self.others += [(step, weakref.ref(t)) for t in others]
-            del others
-        for t in leaves:
-            if any(not _is_a_trackers(hook) for hook in (t._backward_hooks or {}).values()):
-                raise RuntimeError(
-                    f"{step.name} calls register_hook() on a stream, of which it sees a copy under "
-                    "scheduler=Functional(); register the hook outside of the stack, or use scheduler=Reversible()."
-                )
+            del others, ends
+        if any(map(_hook_count, leaves)) or hooks != [_hook_count(t) for t in mine]:
+            raise RuntimeError(
+                f"{step.name} calls register_hook() on a stream, a parameter or a tensor of its context while it runs; "
+                "under scheduler=Functional() it sees copies of these, whose hooks nothing would call. Register the "
+                "hook outside of the stack, or use scheduler=Reversible()."
+            )
+        if needed != [t.requires_grad for t in mine]:
+            raise RuntimeError(
+                f"{step.name} freezes or thaws its parameters while it runs, when scheduler=Functional() has asked "
+                "already which of them need a gradient; call requires_grad_() before forward, or use "
+                "scheduler=Reversible()."
+            )
         self.streams += [(step, weakref.ref(t)) for t in leaves if t.requires_grad]
         return _without_graph(f), bool(differentiable)
 
     def _first_call(
-        self, step: BoundStep, call: Callable[[State], Any], leaves: State, mine: Sequence[Tensor]
+        self,
+        function: PureStep,
+        call: Callable[[State], Any],
+        leaves: State,
+        mine: Sequence[Tensor],
     ) -> Any:
+        step = function.step
         try:
-            # What a function captures besides is found out once.
-            if step.memory.get(_Captures) is False:
+            # What a function captures besides is found out once, for as long as its attributes are what they were.
+            tree = current_tree(step)
+            if step.memory.get(_Captures) is tree:
                 return call(leaves)
             with _Captures((*leaves, *mine, *self.watched()), self.captured) as captures:
                 f = call(leaves)
             captures.returned(f)
-            step.memory[_Captures] = captures.found
+            if tree.reusable and not captures.found and not function.context:
+                step.memory[_Captures] = tree
             return f
         except RuntimeError as error:
             if "a leaf Variable that requires grad" not in str(error):
@@ -185,17 +207,28 @@ class GraphPurity(Purity):
 
     def _refuse_kept(self, step: BoundStep, ref: weakref.ref[Tensor]) -> None:
         # Views that were made without gradients keep a stream as well, and are harmless. So is what only autograd
-        # holds, as the hooks of a flop counter do; the one referrer of such a tensor is the list below.
+        # holds, as the hooks of a flop counter do, or what hooks around the stack have packed.
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.requires_grad]
         for t in tensors:
             descends = t is ref() or (
                 t.grad_fn is not None and any(v is ref() for v in leaves_of([t]))
             )
-            if descends and len(gc.get_referrers(t)) > 1:
+            if descends and _is_held(t, tensors):
                 raise RuntimeError(
                     f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)}"
                     f"{_where(step, t)} {_KEEPS}"
                 )
+
+
+def _is_held(t: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether something in Python leads to a tensor, besides a thing that only autograd refers to."""
+    holders = gc.get_referrers(t)
+    for holder in holders:
+        if holder is not tensors and not isinstance(holder, types.FrameType):
+            others = gc.get_referrers(holder)
+            if any(o is not holders and not isinstance(o, types.FrameType) for o in others):
+                return True
+    return False
 
 
 def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -232,14 +265,30 @@ def _where(step: BoundStep, t: Tensor) -> str:
     return ""
 
 
+def _hook_count(t: Tensor) -> int:
+    """How many hooks a tensor has that somebody may edit its gradient by."""
+    found = hooks_of(t)
+    return sum(not _is_a_trackers(hook) for hooks in found for hook in hooks.values())
+
+
+_TRACKERS = ("torch.utils.", "torch.distributed._tools.")
+
+
 def _is_a_trackers(hook: Callable[..., Any]) -> bool:
     """Whether torch itself put a hook on a stream, as flop counters and profilers do to follow modules in backward.
 
-    They only count. ``register_multi_grad_hook`` wraps what it is given, so the closure is looked at as well.
+    They only count. They come by ``register_multi_grad_hook``, which wraps what it is given, so the closure tells whose
+    hook it is. A function of torch's as the hook, such as ``x.register_hook(relu)``, is the user's and edits gradients.
     """
-    inside = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
-    functions = [hook, *(c for c in inside if callable(c))]
-    return all((getattr(f, "__module__", None) or "").startswith("torch.") for f in functions)
+    cells = getattr(hook, "__closure__", None) or ()
+    inside = [cell.cell_contents for cell in cells if callable(cell.cell_contents)]
+    given = [_module_of(f) for f in inside if _module_of(f) != "torch.autograd.graph"]
+    wraps = _module_of(hook) == "torch.autograd.graph"
+    return wraps and bool(given) and all(name.startswith(_TRACKERS) for name in given)
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__module__", None) or ""
 
 
 def _without_graph(f: Any) -> Any:
@@ -328,7 +377,7 @@ class PurityMode(TorchFunctionMode, Purity):
 
     def run(
         self,
-        step: BoundStep,
+        function: PureStep,
         call: Callable[[State], Any],
         inputs: State,
         needs: Sequence[bool],

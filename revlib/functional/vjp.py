@@ -37,8 +37,7 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     leaves = [_leaf(t, again=again) for t in originals]
     with torch.enable_grad():
         result = f(*tree_unflatten(leaves, spec))
-    if again:
-        _refuse_bypassed(result, leaves, originals)
+    _refuse_bypassed(result, leaves, originals)
 
     def pull(gradient: Any) -> Any:
         both = zip(tree_leaves(result), tree_leaves(gradient), strict=True)
@@ -82,13 +81,16 @@ def _leaf(t: Tensor, *, again: bool) -> Tensor:
 
 def _refuse_bypassed(result: Any, views: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
     """Raise where a function reaches one of the originals otherwise than through the view that stands for it."""
+    pairs = zip(originals, views, strict=True)
+    replaced = {id(t) for t, view in pairs if t.requires_grad and t is not view}
+    if not replaced:
+        return
     ends = leaves_of([t for t in tree_leaves(result) if t.requires_grad], stop=views)
-    own = {id(t) for t in originals if t.requires_grad}
-    if any(id(t) in own for t in ends):
+    if any(id(t) in replaced for t in ends):
         raise RuntimeError(
             "a function of a stack with scheduler=Functional() reaches a parameter in another way than through the "
-            "module that registers it (a list, a closure, a partial), where a second derivative would be lost. Read it "
-            "from its module, or use scheduler=Reversible()."
+            "module that registers it (a list, a closure, a partial). Where the parameter has hooks, or gradients are "
+            "differentiated again, its gradient would be lost. Read it from its module, or use scheduler=Reversible()."
         )
 
 

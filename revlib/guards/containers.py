@@ -8,13 +8,17 @@ Cannot see: objects of the standard library and of other packages that keep a st
 
 from __future__ import annotations
 
+import argparse
 import array
 import dis
 import itertools
 import sys
+import threading
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+import zlib
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,21 +30,26 @@ __all__ = [
     "Contents",
     "Holder",
     "attributes_of_class",
+    "attributes_of_module",
     "cell_holder",
     "container_holder",
     "global_holder",
+    "is_installed",
     "is_of_a_user",
     "is_of_a_user_module",
     "iterator_holder",
     "names_of",
     "same_contents",
     "slots_holder",
-    "stored_globals",
+    "stored_by",
+    "variable_holder",
 ]
 
 ABSENT: Any = object()
-LARGEST = 1 << 12  # entries of a container
-LARGEST_ARRAY = 1 << 20  # bytes
+LARGEST = 1 << 12  # entries of a container that is copied
+LARGEST_LOOK = 1 << 18  # and of one that is looked at as a whole
+LARGEST_ARRAY = 1 << 20  # bytes of an array that is copied
+LARGEST_SUM = 1 << 28  # and of one whose check sum is taken
 
 Contents = tuple[Any, ...]
 
@@ -114,7 +123,13 @@ CONTAINERS: dict[type, tuple[Callable[[Any], Contents], Callable[[Any, Contents]
 }
 
 
-def _size_and_ends(held: Any) -> Contents:
+def _fingerprint(held: Any) -> Contents:
+    """Enough to see that a container too large to copy has changed; of the very largest the size and the ends."""
+    if isinstance(held, bytearray):
+        return len(held), zlib.crc32(held)
+    if len(held) <= LARGEST_LOOK and not isinstance(held, set):
+        parts = (*held, *held.values()) if isinstance(held, dict) else held
+        return len(held), hash(tuple(map(id, parts)))
     if isinstance(held, (list, deque)):
         return len(held), id(held[0]), id(held[-1])
     return (len(held),)
@@ -125,7 +140,7 @@ def container_holder(held: Any, name: str) -> Holder | None:
     kind = type(held)
     if kind in CONTAINERS:
         if len(held) > (LARGEST_ARRAY if kind is bytearray else LARGEST):
-            return Holder(held, name, _size_and_ends, None)
+            return Holder(held, name, _fingerprint, None)
         return Holder(held, name, *CONTAINERS[kind])
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None and kind is numpy.ndarray and held.flags.writeable:
@@ -140,7 +155,9 @@ def _read_numpy(held: Any) -> Contents:
 
 
 def _read_some_numpy(held: Any) -> Contents:
-    return (held.reshape(-1)[:: held.size // 1024 | 1].tobytes(),)
+    if held.dtype.hasobject or held.nbytes > LARGEST_SUM:
+        return (held.reshape(-1)[:: held.size // 1024 | 1].tobytes(),)
+    return (zlib.crc32(held if held.flags.c_contiguous else held.tobytes()),)
 
 
 def _write_numpy(held: Any, contents: Contents) -> None:
@@ -154,15 +171,26 @@ _LIBRARIES = frozenset(
 ) | (sys.stdlib_module_names - {"__main__"})
 
 
+# Classes of the standard library whose objects hold what a user puts there.
+_OPEN = (types.SimpleNamespace, argparse.Namespace, threading.local, UserDict, UserList)
+
+
 @lru_cache(maxsize=4096)
 def is_of_a_user(kind: type) -> bool:
-    """Whether a class was written by whoever uses this library."""
-    return kind is types.SimpleNamespace or is_of_a_user_module(kind.__module__)
+    """Whether the objects of a class hold a state of whoever uses this library."""
+    return kind in _OPEN or is_of_a_user_module(kind.__module__)
 
 
 def is_of_a_user_module(name: str | None) -> bool:
     """Whether a file was written by whoever uses this library."""
     return name is None or name.partition(".")[0] not in _LIBRARIES
+
+
+@lru_cache(maxsize=4096)
+def is_installed(name: str) -> bool:
+    """Whether a file belongs to an installed package, whose functions lead to all the others of that package."""
+    path = getattr(sys.modules.get(name), "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path
 
 
 def slots_holder(thing: Any, name: str) -> Holder | None:
@@ -185,6 +213,23 @@ def attributes_of_class(kind: type) -> Holder | None:
         and not isinstance(v, type)
     ]
     return _named(kind, names, ", ".join(names)) if names else None
+
+
+def attributes_of_module(module: nn.Module, standard: frozenset[str]) -> Holder:
+    """Of a module's own attributes: not of those that every module has."""
+
+    def read(module: Any) -> Contents:
+        own = {k: v for k, v in vars(module).items() if k not in standard}
+        return (*own, *own.values())
+
+    def put(module: Any, contents: Contents) -> None:
+        half, attributes = len(contents) // 2, vars(module)
+        own = dict(zip(contents[:half], contents[half:], strict=True))
+        for key in [k for k in attributes if k not in standard and k not in own]:
+            del attributes[key]
+        attributes.update(own)
+
+    return Holder(module, type(module).__name__, read, put)
 
 
 def _named(thing: Any, names: list[str], name: str) -> Holder:
@@ -234,12 +279,12 @@ def names_of(code: types.CodeType) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def stored_globals(code: types.CodeType) -> tuple[str, ...]:
-    """The global variables that a function assigns, or a function inside of it."""
-    names = [i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"]
+def stored_by(code: types.CodeType, opname: str) -> tuple[str, ...]:
+    """The global variables, or the attributes, that a function assigns, or a function inside of it."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname == opname]
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
-            names += stored_globals(part)
+            names += stored_by(part, opname)
     return tuple(dict.fromkeys(names))
 
 
@@ -255,6 +300,20 @@ def global_holder(variables: dict[str, Any], names: tuple[str, ...]) -> Holder:
                 variables[k] = value
 
     return Holder(variables, ", ".join(names), read, put)
+
+
+def variable_holder(variable: ContextVar[Any], name: str) -> Holder:
+    def read(variable: ContextVar[Any]) -> Contents:
+        try:
+            return (variable.get(),)
+        except LookupError:
+            return (ABSENT,)
+
+    def put(variable: ContextVar[Any], contents: Contents) -> None:
+        if contents[0] is not ABSENT:
+            variable.set(contents[0])
+
+    return Holder(variable, name, read, put)
 
 
 # ------------------------------------------------------------------------------------------ iterators

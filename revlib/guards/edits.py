@@ -2,7 +2,8 @@
 
 Catches: tensors of the context, and tensors that the function captured, edited in place since forward (raises, as
 autograd does for a tensor that it has saved); captured tensors that were replaced by others (compared with these by
-the recovery check, as any recovered tensor is).
+the recovery check, as any recovered tensor is); hooks that the function registers on these tensors or on parameters
+while it runs, which a repetition would register once more (taken away again).
 Cannot see: tensors that autograd does not save, such as the second operand of a sum; edits through ``.data``. The
 recovery check notices both where they change a stream.
 Cost: a weak reference for each tensor that autograd saves, and a version for each that outlives the step.
@@ -23,7 +24,15 @@ from revlib.guards.recovery_check import Comparison, RecoveryCheck
 from revlib.step import State
 from revlib.tensors import is_parameter
 
-__all__ = ["Edits"]
+__all__ = ["Edits", "hooks_of"]
+
+
+def hooks_of(t: Tensor | None) -> list[dict[int, Any]]:
+    """The hooks of a tensor, through which somebody may edit its gradient, where it has any."""
+    if t is None:
+        return []
+    kinds = (t._backward_hooks, t._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    return [hooks for hooks in kinds if hooks]
 
 
 class Edits(Guard):
@@ -57,6 +66,8 @@ class _StepEdits(StepGuard):
             )
         self.read: list[_Read] = []
         self.constants: dict[int, tuple[Tensor, tuple[Any, Any, Any] | None]] = {}
+        self.hooked: list[Callable[[], Tensor | None]] = []  # tensors of the user's that have hooks
+        self.hooks: list[tuple[dict[int, Any], set[int]]] = []  # of these, before a repetition
 
     def first_run_done(self, run: FirstRun) -> None:
         # Streams come back as they were, whatever is edited, and the modules' parameters have a guard of their own.
@@ -73,6 +84,9 @@ class _StepEdits(StepGuard):
                 of_function = place < run.function_saves
                 read = _Read(place, weakref.ref(source), placeholder.version, view, of_function)
                 self.read.append(read)
+        mine = [*self.tree.parameters, *(t for _, t, _ in self.context)]
+        self.hooked = [weakref.ref(t) for t in mine if t is not None and hooks_of(t)]
+        self.hooked += [r.alive for r in self.read if hooks_of(r.alive())]
 
     def saved_tensors_dropped(self) -> None:
         """What is alive now belongs to the user. Intermediate results of the function are gone."""
@@ -111,6 +125,15 @@ class _StepEdits(StepGuard):
                         f"a tensor of shape {tuple(source.shape)} that {self.step.name} reads was modified by an "
                         "inplace operation between forward and backward; edit a clone of it instead."
                     )
+
+    def enter_repetition(self) -> None:
+        self.hooks = [(hooks, set(hooks)) for ref in self.hooked for hooks in hooks_of(ref())]
+
+    def exit_repetition(self) -> None:
+        for hooks, before in self.hooks:
+            for key in hooks.keys() - before:
+                del hooks[key]
+        self.hooks = []
 
     def repeated(
         self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State

@@ -11,7 +11,8 @@ Cost: copies of the buffers that a run changes; a comparison of all attributes, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from revlib._torch import (
     dispatch_modes_active,
     is_fake,
     is_transformed,
+    no_dispatch_modes,
     normalises,
     storage_id,
     version_of,
@@ -51,17 +53,27 @@ class ModuleStates(Guard):
     """The modules of each function of a stack."""
 
     def step(self, view: StepView, state: State) -> StepGuard:
-        return ModuleState(view.step, view.context)
+        return ModuleState(view.step, view.context, view.streams_kept)
 
 
 class ModuleState(StepGuard):
     """What the modules of one function held when it ran."""
 
-    def __init__(self, step: BoundStep, context: Mapping[str, Any] = _NOTHING) -> None:
+    def __init__(
+        self,
+        step: BoundStep,
+        context: Mapping[str, Any] = _NOTHING,
+        may_stop: bool = False,
+    ) -> None:
         self.name, self.memory = step.name, step.memory
+        self.may_stop = (
+            may_stop  # a repetition that stops early leaves undone what the function would do then
+        )
         self.tree = tree = module_tree(step)
         self.parameters = [p for p in tree.parameters if p is not None]
         self.versions = versions_of(self.parameters)
+        self.training = tree.training
+        self.gradients = _Gradients(self.parameters)
         self.requires_grad = tuple(map(requires_grad_of, self.parameters))
         self.hooks = tree.hooks()
         self.extra: list[tuple[Holder, Contents]] = []  # what objects of the context hold
@@ -77,12 +89,12 @@ class ModuleState(StepGuard):
             attributes = list(self._attributes_that_are_tensors())
             self.attached = [(k, weakref.ref(t), version_of(t)) for k, t in attributes]
             tensors = [t for _, t in attributes]
-            tensors += [t for _, held in self._held() for t in held if isinstance(t, Tensor)]
+            tensors += [t for _, held in self._held() for t in tensors_in(held)]
         if tree.has_tensors:
             # One may belong to the graph of an earlier pass: it is kept without its graph.
             tree.forget_graphs()
         self.buffers = _Buffers(tree, remote, tensors)
-        self.own_edits = _OwnEdits(step, self.parameters)
+        self.own_edits = _OwnEdits(step, self.parameters, always=tree.edits_unseen)
         self.spoiled = False  # whether the run edits a parameter that it has computed with
         self.moved = ""  # what the run changed, and what cannot be put back
         self.holds = True  # whether attributes are what they were, at the last look
@@ -103,8 +115,9 @@ class ModuleState(StepGuard):
     def _attributes_that_are_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for keys, values in zip(self.tree.keys, self.tree.values, strict=True):
             for name, value in zip(keys, values, strict=True):
-                if isinstance(value, Tensor) and not is_transformed(value):
-                    yield name, value
+                for t in tensors_in((value,)):
+                    if not is_transformed(t):
+                        yield name, t
 
     def _held(self) -> list[tuple[Holder, Contents]]:
         return [*zip(self.tree.holders, self.tree.held, strict=True), *self.extra]
@@ -121,12 +134,23 @@ class ModuleState(StepGuard):
     def exit_first_run(self) -> None:
         self.buffers.sort()
         self.memory["put back"] = self.buffers.changed_tensors.keys()
-        if not self.tree.assigns and not self.tree.has_run:
-            self.tree.has_run, self.tree.assigns = True, not self._is_as_before()
+        if not self.tree.assigns:
+            self.tree.assigns = not self._is_as_before()
+        if self.tree.assigns:
+            self.training = [m.training for m in self.tree.modules]
+        self.gradients.run_is_over()
         self.versions = self.own_edits.after_run(self.parameters, self.versions)
         if self.watched:
             moved = [h.name for h, held in self.watched if not same_contents(h.read(), held)]
             self.moved, self.watched = moved[0] if moved else "", []
+        for name, t, version in self._attached_now():
+            if version_of(t) != version and t.nbytes > _LARGEST_ATTRIBUTE:
+                self.moved = name
+
+    def needs_end(self) -> bool:
+        """Where the run changes a tensor, or may do so unseen, autograd may have saved that tensor before."""
+        changes = self.buffers.changed_tensors or self.own_edits.copies
+        return bool(changes) or self.tree.edits_unseen or self.tree.gives_back
 
     def _is_as_before(self) -> bool:
         tree = self.tree
@@ -171,7 +195,7 @@ class ModuleState(StepGuard):
             )
 
     def _check_modes(self) -> None:
-        for m, training in zip(self.tree.modules, self.tree.training, strict=True):
+        for m, training in zip(self.tree.modules, self.training, strict=True):
             if m.training != training:
                 was, now = ("train", "eval") if training else ("eval", "train")
                 raise RuntimeError(
@@ -191,19 +215,24 @@ class ModuleState(StepGuard):
 
     def enter_repetition(self) -> None:
         tree, fresh = self.tree, self.buffers.fresh()
+        # A function that edits its own parameters edits copies of them, which are as they were before it ran.
+        own = self.own_edits.for_repetition(self.parameters)
+        fresh.update(own)
+        self.gradients.put_aside()
         reads = bool(self.extra) or (tree.has_tensors and bool(fresh))
         if not self.holds or reads:
             for slots, keys, values in tree.attributes():
                 values = _with(values, fresh)
                 if tuple(slots) != keys or not identical(tuple(slots.values()), values):
                     self._exchange(slots, dict(zip(keys, values, strict=True)))
-        if not self.holds or reads or tree.assigns:
-            held = self._held()
+        held = self._held()
+        if held and (not self.holds or reads or tree.assigns or self.may_stop):
             self.present = [(h, h.read()) for h, _ in held]
             for (h, wanted), (_, now) in zip(held, self.present, strict=True):
                 wanted = _with(wanted, fresh)
                 if not same_contents(now, wanted):
                     h.write(wanted)
+        if not self.holds or reads or tree.assigns:
             for m, kind in zip(tree.modules, tree.kinds, strict=True):
                 if type(m) is not kind:  # as parametrizations do
                     self.kinds.append((m, type(m)))
@@ -215,17 +244,12 @@ class ModuleState(StepGuard):
                 self._exchange(slots, parameters)
         for slots, key, value in self.buffers.for_repetition(fresh):
             self._bind(slots, key, value)
-        if self.own_edits.copies:
-            self._bind_parameters()
+        if own:
+            for slots in self.tree.parameter_slots:
+                for key, p in list(slots.items()):
+                    if id(p) in own:
+                        self._bind(slots, key, own[id(p)])
         self._bind_hooks()
-
-    def _bind_parameters(self) -> None:
-        """A function that edits its own parameters edits copies of them, which are as they were before it ran."""
-        copies = self.own_edits.for_repetition(self.parameters)
-        for slots in self.tree.parameter_slots:
-            for key, p in list(slots.items()):
-                if id(p) in copies:
-                    self._bind(slots, key, copies[id(p)])
 
     def exit_repetition(self) -> None:
         for slots, key, value in reversed(self.undo):
@@ -236,7 +260,7 @@ class ModuleState(StepGuard):
         self.undo.clear()
         # What a repetition assigns belongs to a graph that nobody differentiates.
         tree, before = self.tree, {id(slots): (slots, present) for slots, present in self.exchanged}
-        if before or (tree.assigns and not self._is_as_before()):
+        if before or ((tree.assigns or self.may_stop) and not self._is_as_before()):
             for slots, keys, values in tree.attributes():
                 before.setdefault(id(slots), (slots, dict(zip(keys, values, strict=True))))
             for slots, held in self._parameters_of_forward():
@@ -251,6 +275,8 @@ class ModuleState(StepGuard):
             if not same_contents(h.read(), contents):
                 h.write(contents)
         self.present = []
+        self.gradients.put_back()
+        self.own_edits.repetition_is_over()
 
     def _exchange(self, slots: dict[str, Any], wanted: dict[str, Any]) -> None:
         self.exchanged.append((slots, slots.copy()))
@@ -287,8 +313,26 @@ class ModuleState(StepGuard):
 
 
 def _with(values: Contents, fresh: dict[int, Tensor]) -> Contents:
-    """The same values, with copies in place of some tensors."""
-    return tuple(fresh.get(id(v), v) for v in values) if fresh else values
+    """The same values, with copies in place of some tensors, also within tuples."""
+    return tuple(_replaced(v, fresh) for v in values) if fresh else values
+
+
+def _replaced(value: Any, fresh: dict[int, Tensor]) -> Any:
+    if isinstance(value, tuple):
+        parts = [_replaced(part, fresh) for part in value]
+        if identical(parts, value):
+            return value
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
+    return fresh.get(id(value), value)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among some values, also within tuples, which cannot be edited but hold what can be."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors_in(value)
 
 
 def _like(present: dict[Any, Any], hooks: dict[Any, Any]) -> dict[Any, Any]:
@@ -313,6 +357,7 @@ def _put(slots: dict[str, Any], wanted: dict[str, Any]) -> None:
 _LARGEST_BUFFER = 1 << 20  # bytes, of a buffer that is copied in case that its edits cannot be seen
 _LARGEST_PARAMETER = 1 << 28  # bytes, of a parameter that is copied while its function first runs
 _LARGEST_ATTRIBUTE = 1 << 24  # bytes, of a tensor among the attributes, while its function runs
+_LARGEST_UNSEEN = 1 << 28  # the same, where its function may edit it without a trace
 
 
 class _Buffers:
@@ -340,8 +385,9 @@ class _Buffers:
                 elif not b.is_inference() and not is_transformed(b):
                     copy = copies.setdefault(id(b), b.detach().clone())
                     self._before.append((m, k, b, version_of(b), copy))
+        largest = _LARGEST_UNSEEN if tree.edits_unseen else _LARGEST_ATTRIBUTE
         for t in attributes:
-            if id(t) not in copies and _is_plain_data(t):
+            if id(t) not in copies and _is_plain_data(t, largest):
                 copies[id(t)] = copy = t.detach().clone()
                 self._attributes.append((t, version_of(t), copy))
 
@@ -371,7 +417,7 @@ class _Buffers:
         for t, copy in largest:
             base = bases.get(storage_id(t))
             if base is None or base.dtype != t.dtype:
-                found[id(t)] = base = copy.clone()
+                found[id(t)] = base = copy.clone().requires_grad_(t.requires_grad)
                 if t.is_contiguous() and t.nbytes == t.untyped_storage().nbytes():
                     bases[storage_id(t)] = base
             else:
@@ -396,26 +442,26 @@ class _Buffers:
         return found
 
 
-def _is_plain_data(t: Tensor) -> bool:
+def _is_plain_data(t: Tensor, largest: int) -> bool:
     """Whether a tensor can be copied and compared: not a parameter, nor a part of a graph."""
     return (
         type(t) is Tensor
-        and not t.requires_grad
+        and t.is_leaf
         and not is_transformed(t)
         and not t.is_inference()
         and has_dense_memory(t)
-        and t.nbytes <= _LARGEST_ATTRIBUTE
+        and t.nbytes <= largest
     )
 
 
 def _is_changed(t: Tensor, version: int, before: Tensor) -> bool:
     if version_of(t) != version or t.shape != before.shape or t.dtype != before.dtype:
         return True
-    if (
-        dispatch_modes_active()
-    ):  # fake tensors, and those that are traced, have no values to compare
+    if not _is_comparable(t) or is_fake(before):
         return False
-    return _is_comparable(t) and not torch.equal(t, before)
+    # The comparison is not the user's, and no mode of his needs to see it.
+    with no_dispatch_modes() if dispatch_modes_active() else nullcontext():
+        return not torch.equal(t, before)
 
 
 def _is_comparable(t: Tensor) -> bool:
@@ -433,6 +479,38 @@ def _may_be_changed(m: nn.Module, b: Tensor) -> bool:
     return m.training and not b.is_cpu and b.is_floating_point() and b.nbytes <= _LARGEST_BUFFER
 
 
+class _Gradients:
+    """The gradients of parameters, where a function differentiates a loss of its own and adds to them.
+
+    The repetition adds to other ones, which are dropped.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.leaves = [p for p in parameters if p.is_leaf]
+        self.before: list[Tensor | None] | None = [p.grad for p in self.leaves]
+        self.versions = versions_of([g for g in self.before if g is not None])
+        self.moves = False  # whether the run adds to gradients
+        self.aside: list[Tensor | None] | None = None
+
+    def run_is_over(self) -> None:
+        before, now = self.before or (), [p.grad for p in self.leaves]
+        self.moves = not identical(now, before)
+        self.moves = self.moves or versions_of([g for g in now if g is not None]) != self.versions
+        self.before = None  # they belong to the user, who may free them
+
+    def put_aside(self) -> None:
+        if self.moves:
+            self.aside = [p.grad for p in self.leaves]
+            for p in self.leaves:
+                p.grad = None
+
+    def put_back(self) -> None:
+        if self.aside is not None:
+            for p, gradient in zip(self.leaves, self.aside, strict=True):
+                p.grad = gradient
+            self.aside = None
+
+
 class _OwnEdits:
     """The parameters that a function edits itself, as layers do that keep their weights in range.
 
@@ -440,11 +518,12 @@ class _OwnEdits:
     whenever a function runs that is known to edit. One that edits only later repeats from its edited parameters once.
     """
 
-    def __init__(self, step: BoundStep, parameters: list[Tensor]) -> None:
+    def __init__(self, step: BoundStep, parameters: list[Tensor], always: bool) -> None:
         self.memory = step.memory
         self.copies: dict[int, Tensor] = {}  # by identity, of what was edited: before the run
         self._before: list[Tensor | None] = []
-        if self.memory.get(_OwnEdits) is not False:
+        self._fresh: dict[int, Tensor] = {}
+        if always or self.memory.get(_OwnEdits) is not False:
             self._before = [p.detach().clone() if _can_be_copied(p) else None for p in parameters]
 
     def after_run(self, parameters: list[Tensor], versions: tuple[int, ...]) -> tuple[int, ...]:
@@ -466,11 +545,17 @@ class _OwnEdits:
         return now
 
     def for_repetition(self, parameters: list[Tensor]) -> dict[int, Tensor]:
-        return {
-            id(p): nn.Parameter(self.copies[id(p)].clone(), p.requires_grad)
-            for p in parameters
-            if id(p) in self.copies
-        }
+        """Copies for the next repetition to edit, by the identity of what they stand for."""
+        if self.copies and not self._fresh:
+            self._fresh = {
+                id(p): nn.Parameter(self.copies[id(p)].clone(), p.requires_grad)
+                for p in parameters
+                if id(p) in self.copies
+            }
+        return self._fresh
+
+    def repetition_is_over(self) -> None:
+        self._fresh = {}
 
 
 def _can_be_copied(p: Tensor) -> bool:

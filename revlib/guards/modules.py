@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 from itertools import chain
@@ -20,16 +21,19 @@ from revlib.guards.containers import (
     CONTAINERS,
     Holder,
     attributes_of_class,
+    attributes_of_module,
     cell_holder,
     container_holder,
     global_holder,
+    is_installed,
     is_of_a_user,
     is_of_a_user_module,
     iterator_holder,
     names_of,
     same_contents,
     slots_holder,
-    stored_globals,
+    stored_by,
+    variable_holder,
 )
 from revlib.step import BoundStep
 
@@ -77,9 +81,12 @@ _PLAIN = frozenset(
         *(torch.dtype, torch.device, torch.Size, types.ModuleType, types.BuiltinFunctionType),
     )
 )
+_WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 # Dicts that hold what a module is, and its hooks: another dict in their place would be overlooked.
 _LOOKED_AT = _OWN_DICTS | {"_forward_pre_hooks", "_forward_hooks"}
+_UNSEEN = ("data", "numpy", "from_numpy", "from_dlpack", "set_", "untyped_storage", "storage")
+_TAKING = ("acquire", "set_", "use_")
 _MOST, _DEEPEST = 1 << 13, 64  # things that are looked at; whatever leads to more is data
 
 
@@ -87,8 +94,8 @@ class _Found:
     """The modules that were found, and whatever else on the way to them can hold a state.
 
     A module that is a part of the function belongs to it with all that it holds. One that the function merely leads to,
-    through an object, a weak reference, its class or its context, may be the whole network with everything in it:
-    of such a module only the buffers are looked at, since a run may update them.
+    through an object, a weak reference, its class or its context, may be the whole network with everything in it: of
+    such a module only the buffers are looked at, and the attributes where its class is a user's.
     """
 
     def __init__(self) -> None:
@@ -100,6 +107,7 @@ class _Found:
         self.seen: dict[int, Any] = {}
         self.depth = 0
         self.weak = False  # whether a weak reference was followed
+        self.names: set[str] = set()  # that the user's functions look up
 
     def visit(self, value: Any, name: str = "", *, remote: bool = False) -> None:
         kind = type(value)
@@ -122,11 +130,15 @@ class _Found:
         for child in module._modules.values():
             if child is not None:
                 self.visit(child, remote=remote)
-        if remote:
+        if remote and not is_of_a_user(type(module)):  # type: ignore[arg-type]
             return
-        for name, held in module.__dict__.items():
+        for name, held in list(module.__dict__.items()):
             if type(held) not in _PLAIN and name not in _STANDARD:
-                self.visit(held, name, remote=isinstance(held, nn.Module))
+                self.visit(held, name, remote=remote or isinstance(held, nn.Module))
+        if remote:
+            self.holders[id(module)] = attributes_of_module(module, _STANDARD)
+            self._visit_class(type(module))
+            return
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             self.visit(hook, "a forward hook", remote=True)
         for p in module._parameters.values():
@@ -159,6 +171,10 @@ class _Found:
                         self.visit(part, key, remote=remote)
             if users:
                 self._visit_code(function, remote=remote)
+                if function.__dict__:
+                    self._hold_dict(function.__dict__, function.__name__)
+                    for key, part in list(function.__dict__.items()):
+                        self.visit(part, key, remote=True)
 
     def _visit_code(self, function: types.FunctionType, *, remote: bool) -> None:
         code, variables = function.__code__, function.__globals__
@@ -166,20 +182,45 @@ class _Found:
             self.visit(
                 default, f"{function.__name__} (a default argument of a closure)", remote=remote
             )
-        for name in names_of(code):
+        names = names_of(code)
+        self.names.update(names)
+        for name in names:
             part = variables.get(name)
-            if (
-                isinstance(part, nn.Module)
-                or type(part) in CONTAINERS
-                or is_of_a_user(type(part))  # type: ignore
-                or getattr(part, "__module__", None) == function.__module__
+            if isinstance(part, types.ModuleType):
+                self._visit_file(part, code, names)
+            elif self._is_state(part) or (
+                isinstance(part, types.FunctionType) and part.__module__ == function.__module__
             ):
-                self.visit(
-                    part, name, remote=remote or not isinstance(part, (nn.Module, _FUNCTIONS))
-                )
-        stored = stored_globals(code)
+                inside = isinstance(part, (nn.Module, _FUNCTIONS))
+                self.visit(part, name, remote=remote or not inside)
+        stored = stored_by(code, "STORE_GLOBAL")
         if stored:
             self.holders.setdefault(id(code), global_holder(variables, stored))
+
+    def _visit_file(
+        self, file: types.ModuleType, code: types.CodeType, names: Sequence[str]
+    ) -> None:
+        """Of a user's file that a function imports: what the function names there."""
+        if not is_of_a_user_module(file.__name__):
+            return
+        for name in names:
+            part = vars(file).get(name)
+            if self._is_state(part):
+                self.visit(part, name, remote=True)
+        stored = tuple(k for k in stored_by(code, "STORE_ATTR") if k in vars(file))
+        if stored:
+            self.holders.setdefault(id(file) ^ id(code), global_holder(vars(file), stored))
+
+    @staticmethod
+    def _is_state(part: Any) -> bool:
+        """Whether a global variable may hold a state, or lead to it."""
+        if isinstance(part, types.FunctionType):
+            file = part.__module__
+            return is_of_a_user_module(file) and not is_installed(file)
+        kind = type(part)
+        return (
+            isinstance(part, (nn.Module, ContextVar)) or kind in CONTAINERS or is_of_a_user(kind)  # type: ignore
+        )
 
     def _visit_thing(self, value: Any, name: str, *, remote: bool) -> None:
         holder = container_holder(value, name)
@@ -199,9 +240,18 @@ class _Found:
         elif isinstance(value, weakref.ref):
             self.weak = True
             self.visit(value(), name, remote=True)
-        elif isinstance(value, (weakref.WeakValueDictionary, weakref.WeakSet)):
+        elif isinstance(value, _WEAK):
             self.weak = True
             for part in list(value.values() if isinstance(value, MutableMapping) else value):
+                self.visit(part, name, remote=True)
+        elif isinstance(value, types.MappingProxyType):
+            for part in list(value.values()):
+                self.visit(part, name, remote=remote)
+        elif isinstance(value, ContextVar):
+            self.holders[id(value)] = variable_holder(value, name)
+            self.visit(value.get(None), name, remote=True)
+        elif isinstance(value, torch.optim.Optimizer):
+            for part in (value.param_groups, value.state):
                 self.visit(part, name, remote=True)
         elif isinstance(value, (Tensor, type, Enum)):
             return
@@ -323,7 +373,10 @@ class ModuleTree:
         self.held = [h.read() for h in self.holders]
         entries = chain(*self.values, *self.held, *found.containers.values())
         self.has_tensors = any(isinstance(v, Tensor) for v in entries)
-        self.has_run = False  # whether somebody has looked at what a run leaves behind
+        # Whether edits of tensors may be meant to be unseen by version counters.
+        self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
+        # Whether a function takes something that it has to give back, such as a lock, or a setting of torch's.
+        self.gives_back = any(name.startswith(_TAKING) for name in found.names)
         self.assigns = self.has_tensors  # whether a run assigns attributes, children or parameters
         stable = all(_is_stable(f) for f in found.functions.values())
         parameters = [p for p in self.parameters if p is not None]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from revlib import cuda_streams
-from revlib._torch import is_fake, is_opaque_wrapper
+from revlib._torch import is_fake, is_opaque_wrapper, saved_unwritten
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.core.record import operations
 from revlib.step import State
@@ -186,9 +186,6 @@ class _StepRecovery(StepGuard):
         self.samples: dict[int, Tensor] = {}
         self.weight = -1  # the position of the last saved parameter. Only its first row is sampled: updates change all
         self.reference: Tensor | None = None
-        self.writes_all: bool | None = (
-            None  # whether no operation leaves a part of what it saves unwritten
-        )
 
     def first_run_done(self, run: FirstRun) -> None:
         view, of = self.view, self.of
@@ -219,11 +216,12 @@ class _StepRecovery(StepGuard):
     def _sample_activations(self, run: FirstRun) -> None:
         """The stream is kept, so backward will not recover it. The last activations stand for what it recovers.
 
-        Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing. Some
-        kernels also leave a part of other tensors unwritten; of these, only what requires a gradient is compared.
+        Not integers: attention kernels save seeds that they leave uninitialised where they draw nothing; and not what
+        RReLU and CTC loss save, which they leave unwritten in part.
         And no activation depends on the last weight, whose data somebody may exchange unseen.
         """
         activations = 0
+        unwritten: set[int] | None = None  # looked for once, where it is needed
         for place, placeholder in reversed(run.saved):
             t = placeholder.tensor
             merges = place >= run.function_saves and not self.view.step.merge_reads
@@ -233,17 +231,15 @@ class _StepRecovery(StepGuard):
                 if self.weight < 0:
                     self.weight = place
                     self.samples[place] = self.of.sampler(_first_row(t))
-            elif activations < 2 and (t.requires_grad or self._is_written(t, run)):
-                activations += 1
-                self.samples[place] = self.of.sampler(t)
+            elif activations < 2 and not is_integral(t):
+                if unwritten is None:
+                    found = map(saved_unwritten, operations(run.result))
+                    unwritten = {id(packed) for packed in found if packed is not None}
+                if id(placeholder) not in unwritten:
+                    activations += 1
+                    self.samples[place] = self.of.sampler(t)
             if activations == 2 and self.weight >= 0:
                 return
-
-    def _is_written(self, t: Tensor, run: FirstRun) -> bool:
-        """Whether every element of a saved tensor without gradient has a value that a repetition gives again."""
-        if self.writes_all is None:  # found out once, where it is needed
-            self.writes_all = not any(name in _UNWRITTEN for name in operations(run.result))
-        return self.writes_all and not is_integral(t)
 
     def repeated(
         self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
@@ -260,10 +256,6 @@ class _StepRecovery(StepGuard):
                     number = self.view.number if adds else -1
                     found = Comparison(self.view.step.name, original, t, self.reference, number)
                     self.of.compare(key, found)
-
-
-# RReLU does not write its noise in eval mode, and CTC loss not all of its table.
-_UNWRITTEN = ("RreluWithNoise", "CtcLoss")
 
 
 def _first_row(t: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ original. Hooks find feature maps at the modules that ``feature_info`` names: ``
 RevSwin, which run only while they have hooks. Both of torch's ONNX exporters take the models in evaluation mode.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from revlib.models import presets
 from revlib.models.fusion import Concat, ConcatLinear, ConcatMlp, Mean
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The model of clips is of torchvision's blocks, which are imported for those who ask for it."""
     if name != "RevMViTVideo":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

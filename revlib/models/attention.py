@@ -37,9 +37,8 @@ class SelfAttention(Attention):  # type: ignore[misc]  # timm comes without type
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three (b h) n d", three=3, h=self.num_heads
         ).unbind()
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # it would convert the weights of softmax to float32 and back
+        # Autocast would convert the weights of softmax to float32 and back.
+        with torch.autocast("cpu", enabled=False):
             scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
             out = torch.bmm(scores.softmax(dim=-1), v)
         return self.proj_drop(self.proj(rearrange(out, "(b h) n d -> b n (h d)", h=self.num_heads)))

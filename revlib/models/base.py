@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -16,9 +16,11 @@ from revlib.models.tracing import NotScripted, Tap, joined
 from revlib.schedulers import Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["Layer", "Scheduled", "TimmModel", "placed"]
+__all__ = ["Groups", "Layer", "Scheduled", "TimmModel", "placed"]
 
 Layer = str | Callable[..., nn.Module]  # a class, or what timm calls it
+# Patterns of the names of parameters, by groups of layers; a tuple is the number of a layer.
+Groups = dict[str, str | list[tuple[str, tuple[int, ...] | None]]]
 FORMATS = {
     "NCHW": "b h w c -> b c h w",
     "NHWC": "b h w c -> b h w c",
@@ -32,15 +34,14 @@ class Scheduled(NotScripted):
     _arguments: dict[str, Any]
 
     @property
-    def sequences(self) -> list[Any]:
-        """All that the scheduler is of."""
+    def sequences(self) -> list[ReversibleSequence]:
+        """The reversible sequences of the model, in the order of its modules."""
         return [module for module in self.modules() if isinstance(module, ReversibleSequence)]
 
     @property
     def scheduler(self) -> Scheduler:
-        """That of every sequence; they share the bytes of a ``Budget``."""
-        scheduler: Scheduler = self.sequences[0].scheduler
-        return scheduler
+        """The scheduler of every sequence. All of them share the bytes of a ``Budget``."""
+        return self.sequences[0].scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Scheduler) -> None:
@@ -57,7 +58,7 @@ class Scheduled(NotScripted):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm notes to build the model again from a file: not how it was trained."""
+        """The arguments with which timm builds the model again from a file. How it was trained is not among them."""
         return self._arguments
 
     @_model_args.setter
@@ -101,7 +102,7 @@ class TimmModel(Scheduled):
         raise NotImplementedError
 
     def make_taps(self, channels: Sequence[int], reductions: Sequence[int]) -> None:
-        """A tap after each level, of so many channels, every so many pixels."""
+        """Make a tap after each level, of so many channels, whose map has a patch for every so many pixels."""
         self.taps = nn.ModuleList(Tap() for _ in channels)
         self.feature_info = [
             {"module": f"taps.{i}", "num_chs": channels[i], "reduction": reductions[i]}
@@ -120,15 +121,18 @@ class TimmModel(Scheduled):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""
         if self.global_pool:
-            x = x.flatten(1, -2).mean(
-                1
-            )  # over patches; einops does not read the shapes of a symbolic trace
+            # The mean over patches, without einops, which cannot read the shapes in a symbolic trace.
+            x = x.flatten(1, -2).mean(1)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or to features where there is no classifier."""
         return self.forward_head(self.forward_features(images))
+
+    if TYPE_CHECKING:  # nn.Module declares that a call returns Any
+
+        def __call__(self, images: Tensor) -> Tensor: ...
 
     def forward_intermediates(
         self,
@@ -207,7 +211,7 @@ class TimmModel(Scheduled):
         return self.head
 
     def make_head(self, num_classes: int, global_pool: str) -> None:
-        """Pooling and a last layer, before its initialisation."""
+        """Set the pooling, and make a last layer, without initialising it."""
         if global_pool not in ("avg", ""):
             raise ValueError(
                 f"global_pool must be 'avg' (mean over patches) or '' (none), got {global_pool!r}; there is no class "
@@ -222,6 +226,6 @@ class TimmModel(Scheduled):
         self.head.apply(init_weights_vit_timm).to(self.patch_embed.proj.weight).train(self.training)
 
 
-def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[Any]:
+def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[object]:
     """A context in which layers are made on a device; None leaves the choice to the context around it."""
     return contextlib.nullcontext() if device is None else torch.device(device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib._numbers import whole
 from revlib._torch import exporting, transforming
 from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
@@ -19,7 +20,6 @@ from revlib.step import State
 __all__ = ["Blocks", "each_alone", "parts_of", "separable"]
 
 
-@register_notrace_module
 class Blocks(NotScripted, ReversibleSequence):
     r"""The reversible sequence of a model.
 
@@ -32,7 +32,7 @@ class Blocks(NotScripted, ReversibleSequence):
     """
 
     parts: int = 1
-    _apart: tuple[Any, ReversibleSequence] | None = None
+    _apart: tuple[tuple[object, ...], ReversibleSequence] | None = None
 
     def forward(
         self, *streams: Tensor, start: int | None = None, stop: int | None = None, **context: Any
@@ -49,6 +49,16 @@ class Blocks(NotScripted, ReversibleSequence):
             else self._in(parts)(*streams, **context)
         )
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            *streams: Tensor,
+            start: int | None = None,
+            stop: int | None = None,
+            **context: Any,
+        ) -> State: ...
+
     def part(self, start: int, stop: int, *streams: Tensor) -> State:
         """Some of the blocks; all of them as a call of the module itself, so that its hooks run."""
         if (start, stop) == (0, len(self)):
@@ -58,13 +68,17 @@ class Blocks(NotScripted, ReversibleSequence):
         return self[start:stop](*streams)
 
     def _in(self, parts: int) -> ReversibleSequence:
-        """The same functions on parts of the batch; made once, since a ``Budget`` knows steps by their modules."""
+        """The same functions on parts of the batch. They are made once: a ``Budget`` knows steps by their modules."""
         key = (parts, self.coupling, self.scheduler, *(f for pair in self for f in pair))
         if self._apart is None or self._apart[0] != key:
             kept = isinstance(self.scheduler, Naive)
-            pairs = [tuple(InParts(f, parts, kept) for f in pair) for pair in self]
+            pairs = [(InParts(F, parts, kept), InParts(G, parts, kept)) for F, G in self]
             self._apart = (key, ReversibleSequence(pairs, self.coupling, self.scheduler))
         return self._apart[1]
+
+
+# This is called, and no decorator, because type checkers would take what it returns for any module.
+register_notrace_module(Blocks)
 
 
 class InParts(nn.Module):
@@ -75,7 +89,7 @@ class InParts(nn.Module):
         self.fn, self.parts, self.kept = fn, parts, kept
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = self.kept or transforming()  # which refuse to checkpoint
+        kept = self.kept or transforming()  # transforms of torch.func refuse checkpoints
         pieces = x.tensor_split(self.parts)
         with each_alone(x):
             return torch.cat(
@@ -86,7 +100,7 @@ class InParts(nn.Module):
             )
 
 
-def each_alone(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def each_alone(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast casts weights for each part anew, as it does when a part is run again: their
     gradients are then summed in the precision of the weights, whatever is checkpointed."""
     kind = x.device.type
@@ -96,18 +110,15 @@ def each_alone(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def parts_of(parts: int, batch: Tensor) -> int:
-    """How many there are to take: of a batch, while gradients are recorded by a program that runs as it is written."""
+    """In how many parts to take a batch: in one where no gradients are recorded, and while a program is compiled or
+    exported."""
     if parts == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling() or exporting():
         return 1
     return min(parts, len(batch))
 
 
 def separable(parts: int, model: nn.Module) -> int:
-    """That many, unless a layer looks at the whole batch. Raises: ValueError for less than one."""
-    if not isinstance(parts, int) or parts < 1:
-        raise ValueError(
-            f"parts takes a whole number from 1 up, got {parts!r}; 1 runs the whole batch at once"
-        )
-    return (
-        1 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else parts
-    )
+    """``parts``, or 1 if a layer looks at the whole batch, as batch norm does. Raises: ValueError for less than one."""
+    whole("parts", parts, 1, advice="; 1 runs the whole batch at once")
+    looks = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return 1 if looks else parts

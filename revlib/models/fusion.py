@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import Mlp
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 __all__ = ["Concat", "ConcatLinear", "ConcatMlp", "Fusion", "Mean"]
 
-Fusion = Callable[
-    [int, Callable[[int], nn.Module]], nn.Module
-]  # of channels and a norm -> module(x1, x2)
+# Makes a module of two streams, from their channels and what makes a norm of so many channels.
+Fusion = Callable[[int, Callable[[int], nn.Module]], nn.Module]
 
 
 class _Fused(nn.Module):
@@ -42,6 +42,10 @@ class Mean(_Fused):
         """The mean of both streams, of the shape of either."""
         return (x1 + x2) / 2
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
+
 
 class ConcatLinear(_Fused):
     r"""A linear layer on both streams side by side, $W\,\mathrm{norm}([x_1; x_2])$.
@@ -66,6 +70,10 @@ class ConcatLinear(_Fused):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Both streams as one of the same width."""
         return self.linear(self.norm(torch.cat([x1, x2], dim=-1)))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
 
 
 class ConcatMlp(_Fused):
@@ -92,6 +100,10 @@ class ConcatMlp(_Fused):
         """Both streams as one of the same width."""
         return self.mlp(self.norm(torch.cat([x1, x2], dim=-1)))
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...
+
 
 class Concat(_Fused):
     """Both streams side by side, for a next stage that takes twice the channels.
@@ -108,3 +120,7 @@ class Concat(_Fused):
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Both streams side by side."""
         return torch.cat([x1, x2], dim=-1)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x1: Tensor, x2: Tensor) -> Tensor: ...

@@ -51,8 +51,9 @@ def minrev_vit(**sizes: Any) -> RevViT:
         torch.Size([2, 10])
     """
     model = RevViT(**sizes, fc_norm=True)
-    for step in model.blocks:
-        step.F[0].eps = 1e-6
+    for F, _ in model.blocks:
+        norm: Any = F.get_submodule("0")
+        norm.eps = 1e-6
     nn.init.zeros_(model.pos_embed)
     init_like_torch(model)
     return model

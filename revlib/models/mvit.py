@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer
@@ -107,9 +107,8 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
             norm_layer=norm_layer,
             norm_eps=getattr(norm_layer, "keywords", {}).get("eps", 1e-6),
         )
-        side = (
-            max(feat_size) * patch_size
-        )  # timm makes square tables only; a shorter side leaves rows unused
+        # timm makes tables for square images only. Of an oblong one, the shorter side leaves rows unused.
+        side = max(feat_size) * patch_size
         super().__init__(
             cfg,
             (side, side),
@@ -156,6 +155,10 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         """Images (B, C, H, W) to logits (B, num_classes), or to pooled features where there is no classifier."""
         features: Any = self.forward_features  # timm's, which has no types
         return self.forward_head(features(x))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What ``forward_features`` returns to (B, num_classes), or to the pooled features before the classifier."""

@@ -17,7 +17,7 @@ from revlib.couplings import Coupling
 from revlib.models.blocks import Blocks
 from revlib.models.fusion import Mean
 from revlib.models.mvit_published import Concat, Published, init_weights
-from revlib.models.stage import PooledAttention, RevStage
+from revlib.models.stage import PooledAttention, RevStage, clip_grid
 from revlib.schedulers import Scheduler
 
 __all__ = ["ProjectedTransition", "PublishedRevMViTVideo"]
@@ -170,24 +170,8 @@ class PublishedRevMViTVideo(Published):
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
-        if min(depths, default=0) < 1:
-            raise ValueError(
-                f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages"
-            )
-        units = [n * (1 if d == 0 else 2 ** (len(depths) - 1)) for d, n in enumerate(patch_size)]
-        if any(pixels % unit for pixels, unit in zip(clip_size, units, strict=True)):
-            nearest = tuple(
-                -(-pixels // unit) * unit for pixels, unit in zip(clip_size, units, strict=True)
-            )
-            raise ValueError(
-                f"clip_size must be divisible by {tuple(units)}, got {clip_size}; resize to {nearest}"
-            )
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
-            )
-        frames, *space = (pixels // n for pixels, n in zip(clip_size, patch_size, strict=True))
-        self.feat_size = size = (frames, space[0], space[1])
+        size = clip_grid(clip_size, patch_size, embed_dim, depths, num_heads)
+        self.feat_size, (frames, *space) = size, size
         self.patch_embed = ClipPatches(in_chans, embed_dim, patch_size)
         self.pos_embed_spatial = nn.Parameter(torch.zeros(1, math.prod(space), embed_dim))
         self.pos_embed_temporal = nn.Parameter(torch.zeros(1, frames, embed_dim))
@@ -223,7 +207,7 @@ class PublishedRevMViTVideo(Published):
         self.apply(init_weights)
 
     def positions(self) -> Tensor:
-        """(1, N, embed_dim): of a patch, that of its place and that of its time."""
+        """The positions of all patches, (1, N, embed_dim): each is that of its place plus that of its time."""
         return (self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]).flatten(1, 2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -70,11 +70,11 @@ class Published(Scheduled):
     stages: Any
 
     def positions(self) -> Tensor:
-        """(1, N, embed_dim)."""
+        """The positions of all patches, (1, N, embed_dim)."""
         raise NotImplementedError
 
     def finish(self, num_features: int, num_classes: int, drop_rate: float, fc_norm: bool) -> None:
-        """The head: norm of features or of their mean, dropout, and a last layer."""
+        """Make the head: a norm of features or of their mean, dropout, and a last layer."""
         self.num_features = self.head_hidden_size = num_features
         self.norm = nn.Identity() if fc_norm else _norm(num_features)
         self.fc_norm = _norm(num_features) if fc_norm else nn.Identity()
@@ -102,6 +102,10 @@ class Published(Scheduled):
     def forward(self, images: Tensor) -> Tensor:
         """Images, or clips, to logits (B, num_classes), or to pooled features where there is no classifier."""
         return self.forward_head(self.forward_features(images))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, images: Tensor) -> Tensor: ...
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

@@ -21,7 +21,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch import nn
+from torch import Tensor, nn
 
 from revlib.models.base import TimmModel
 from revlib.models.fusion import ConcatMlp
@@ -75,7 +75,7 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
-FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
+FILTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
     RevViT: checkpoint_of_vit,
     RevSwin: checkpoint_of_swin,
     RevMViT: checkpoint_of_mvit,
@@ -83,7 +83,7 @@ FILTERS: dict[type[nn.Module], Callable[..., Any]] = {
 
 
 def _cfg(name: str, model: type[nn.Module]) -> dict[str, Any]:
-    """What timm notes of a model: no weights, and what its images are like."""
+    """timm's configuration of a model: it has no pretrained weights, and images of this size."""
     return {
         "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "fixed_input_size": True,
         "pool_size": None if model is not RevSwin else (4, 4) if name.endswith("cifar10") else (7, 7),
@@ -110,15 +110,14 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         built = model(**given)
         if features["feature_cls"] == "fx" and isinstance(built, TimmModel):
             for i in feature_take_indices(levels, features["out_indices"])[0]:
-                built.taps[i].register_forward_hook(_listen)  # so that the trace has this map
+                # A tap runs only while it has a hook, and the trace must have its map.
+                built.taps[i].register_forward_hook(_listen)
         return built
 
     arguments = defaults | sizes | kwargs
     levels = len(arguments["depths"]) if "depths" in arguments else arguments["depth"]
-    features: dict[str, Any] = {
-        "out_indices": min(levels, 4),
-        "feature_cls": "getter",
-    }  # the last four
+    # A number asks for so many of the last feature maps.
+    features: dict[str, Any] = {"out_indices": min(levels, 4), "feature_cls": "getter"}
     if kwargs.get("features_only"):
         features |= {name: kwargs.pop(name) for name in list(features) if name in kwargs}
     filter_fn = FILTERS[model]
@@ -132,7 +131,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     )
 
 
-def _listen(*args: Any) -> None: ...
+def _listen(*args: object) -> None: ...
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:

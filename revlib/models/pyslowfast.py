@@ -24,7 +24,7 @@ SlowFast = RevViT | PublishedRevMViT | PublishedRevMViTVideo
 
 
 class Setting(NamedTuple):
-    """One of a configuration: its name, the value that the model stands for, and the argument that changes it."""
+    """A setting of a configuration: its name, the value that fits the model, and the argument that changes that."""
 
     name: str
     value: Any
@@ -90,13 +90,15 @@ def _settings(model: SlowFast) -> Iterator[Setting]:
 
 
 def _heads(model: SlowFast) -> int:
-    heads: int = model.blocks[0].F[1].num_heads if isinstance(model, RevViT) else (
-        model.stages[0].pairs[0].F.attn.num_heads)  # fmt: skip
-    return heads
+    if isinstance(model, RevViT):
+        attention: Any = model.blocks.get_submodule("0.F.1")
+    else:
+        attention = model.stages[0].pairs[0].F.attn
+    return attention.num_heads
 
 
 def _found(config: Mapping[str, Any], name: str) -> Any:
-    """A setting by its dotted name, None if it is left out."""
+    """The value of a setting by its dotted name, or None if it is left out."""
     value: Any = config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -23,9 +23,9 @@ try:
     from timm.models._input import get_pretrained_grid_size, update_model_input_size
 except ImportError:  # timm before 1.0.31 notes no sizes beside those in the arguments of a model
 
-    def get_pretrained_grid_size(*args: Any) -> None: ...  # type: ignore[misc]
+    def get_pretrained_grid_size(*args: object) -> None: ...  # type: ignore[misc]
 
-    def update_model_input_size(*args: Any, **kwargs: Any) -> None: ...  # type: ignore[misc]
+    def update_model_input_size(*args: object, **kwargs: object) -> None: ...  # type: ignore[misc]
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ Size = int | tuple[int, int]
 
 
 def _tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Those of a checkpoint, which may hold them as "model" or "state_dict"."""
+    """The tensors of a checkpoint, which may hold them as "model" or "state_dict"."""
     for key in ("model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)
     return dict(checkpoint)
@@ -58,7 +58,7 @@ def _tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------ RevViT
 def divisible(img_size: Size, patch_size: Size) -> tuple[int, int]:
-    """(height, width). Raises: ValueError unless patches divide both."""
+    """The size of an image as (height, width). Raises: ValueError unless patches divide both."""
     (height, width), (rows, columns) = to_2tuple(img_size), to_2tuple(patch_size)
     if height % rows or width % columns:
         resized = f"{max(1, height // rows) * rows}x{max(1, width // columns) * columns}"
@@ -71,7 +71,7 @@ def divisible(img_size: Size, patch_size: Size) -> tuple[int, int]:
 def resampled_positions(
     positions: Tensor, grid: tuple[int, int], before: tuple[int, int]
 ) -> Tensor:
-    """(1, patches before, C) to (1, patches, C)."""
+    """Positions resampled for another map of patches: (1, patches before, C) to (1, patches, C)."""
     found: Tensor = resample_abs_pos_embed(positions, list(grid), list(before), num_prefix_tokens=0)
     return found
 
@@ -159,8 +159,10 @@ def checkpoint_of_swin(checkpoint: dict[str, Any], model: RevSwin) -> dict[str, 
 
 # ------------------------------------------------------------------------------------------------------ RevMViT
 def _fit(attention: Any, before: tuple[int, int], now: tuple[int, int]) -> None:
-    """Fit tables of relative positions to another map. Of an oblong map they are timm's of a square one, which leave
-    rows over along the shorter side; only those in use are resampled."""
+    """Fit tables of relative positions to another map.
+
+    For an oblong map timm makes the tables of a square one, so that rows are left over along the shorter side. Only
+    rows in use are resampled."""
     strides = [
         pool.stride if pool is not None else (1, 1) for pool in (attention.pool_q, attention.pool_k)
     ]
@@ -213,7 +215,7 @@ def checkpoint_of_mvit(checkpoint: dict[str, Any], model: RevMViT) -> dict[str, 
 
 
 def _resampled_table(table: Tensor, length: int) -> Tensor:
-    """(2 side - 1, C) to (length, C), linearly."""
+    """A table of relative positions resampled linearly: (2 side - 1, C) to (length, C)."""
     if len(table) == length:
         return table
     other = functional.interpolate(table.T[None].float(), size=length, mode="linear")[0].T

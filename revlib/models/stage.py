@@ -10,13 +10,14 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from revlib._numbers import divisible
 from revlib._torch import exporting, transforming
 from revlib.models.blocks import each_alone, parts_of
 from revlib.models.tracing import NotScripted, noted, traced
 from revlib.schedulers import Naive
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["PooledAttention", "RevStage", "WindowBranch", "patch_grid"]
+__all__ = ["PooledAttention", "RevStage", "WindowBranch", "clip_grid", "patch_grid"]
 
 
 class PooledAttention(nn.Module):
@@ -39,7 +40,7 @@ class WindowBranch(SwinTransformerBlock):  # type: ignore[misc]  # timm comes wi
         return self.drop_path1(self._attn(self.norm1(x)))
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
-        """(F, G), to be taken once: G takes the MLP with it."""
+        """The pair (F, G). It can be asked for once, since G takes the MLP with it."""
         mlp = nn.Sequential(self.norm2, self.mlp, self.drop_path2)
         del self.norm2, self.mlp, self.drop_path2
         return self, mlp
@@ -64,20 +65,15 @@ class RevStage(NotScripted):
         feat_size: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.transition, self.pairs, self.fusion, self.feat_size = (
-            transition,
-            pairs,
-            fusion,
-            feat_size,
-        )
+        self.transition, self.pairs = transition, pairs
+        self.fusion, self.feat_size = fusion, feat_size
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         if traced(x):
             both = noted(self, (x, feat_size))
+            # A trace calls by the name of the stage what is taken from it last, which should be the features.
             after = both[1]
-            return both[
-                0
-            ], after  # the features last, as what a trace knows by the name of the stage
+            return both[0], after
         if tuple(feat_size) != self.feat_size:
             raise ValueError(
                 f"images must give {'x'.join(map(str, self.feat_size))} patches, got {'x'.join(map(str, feat_size))}: "
@@ -85,13 +81,12 @@ class RevStage(NotScripted):
             )
         if self.transition is not None:
             x, feat_size = self._ordinary(self.transition, x, feat_size)
-        x = x.to(
-            next(self.parameters()).dtype
-        )  # autocast's would be too coarse for sums over blocks to invert
+        # In the dtype of autocast, sums over many blocks would be too coarse to be inverted.
+        x = x.to(next(self.parameters()).dtype)
         return self._ordinary(self.fusion, *self.pairs(x, x)), feat_size
 
     def _ordinary(self, layer: Callable[..., Any], *args: Any) -> Any:
-        """A layer on tensors, and on what is no tensor and belongs to all parts."""
+        """The result of a layer. A batch may be taken in parts; arguments that are no tensors belong to all of them."""
         parts = parts_of(self.parts, args[0])
         if parts == 1:
             return self._again(layer, *args)
@@ -120,10 +115,7 @@ def patch_grid(
 ) -> tuple[int, int]:
     """Rows and columns of patches, for stages that each halve them. Raises: ValueError for sizes that do not fit."""
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if min(depths, default=0) < 1:
-        raise ValueError(
-            f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages"
-        )
+    _check_stages(embed_dim, depths, num_heads)
     unit = patch_size * 2 ** (len(depths) - 1)
     if any(side % unit for side in sides):
         resized = "x".join(str(-(-side // unit) * unit) for side in sides)
@@ -131,6 +123,32 @@ def patch_grid(
             f"img_size must be divisible by {unit} (patch_size={patch_size}, doubled by each stage but the first), "
             f"got {sides[0]}x{sides[1]}; resize to {resized}"
         )
-    if embed_dim % num_heads:
-        raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
     return sides[0] // patch_size, sides[1] // patch_size
+
+
+def clip_grid(
+    clip_size: tuple[int, int, int],
+    patch_size: tuple[int, int, int],
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: int,
+) -> tuple[int, int, int]:
+    """As :func:`patch_grid` for clips: times, rows and columns of patches. Stages keep the frames' rate."""
+    _check_stages(embed_dim, depths, num_heads)
+    shrink = 2 ** (len(depths) - 1)
+    units = (patch_size[0], patch_size[1] * shrink, patch_size[2] * shrink)
+    if any(pixels % unit for pixels, unit in zip(clip_size, units, strict=True)):
+        nearest = tuple(-(-n // unit) * unit for n, unit in zip(clip_size, units, strict=True))
+        raise ValueError(
+            f"clip_size must be divisible by {units}, got {clip_size}; resize to {nearest}"
+        )
+    frames, height, width = clip_size
+    return frames // patch_size[0], height // patch_size[1], width // patch_size[2]
+
+
+def _check_stages(embed_dim: int, depths: Sequence[int], num_heads: int) -> None:
+    if min(depths, default=0) < 1:
+        raise ValueError(
+            f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages"
+        )
+    divisible("embed_dim", embed_dim, "num_heads", num_heads)

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.base import Groups, Layer, TimmModel, placed
 from revlib.models.blocks import Blocks, separable
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import Size, grid_of, resize_swin
@@ -132,10 +132,8 @@ class RevSwin(TimmModel):
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         with placed(device):
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, norm, **embed)
-            self.windows = (
-                window,
-                grid_of(size, patch_size),
-            )  # as wide as these for this map, and in proportion
+            # The windows, and the size of the map for which they are meant: for others they grow in proportion.
+            self.windows = (window, grid_of(size, patch_size))
             self.stages: Any = nn.ModuleList()
             for i, (width, heads) in enumerate(zip(widths, num_heads, strict=True)):
                 blocks = Blocks(coupling=coupling, scheduler=scheduler)
@@ -154,14 +152,14 @@ class RevSwin(TimmModel):
             self.norm, self.fc_norm = norm(self.num_features), nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
             self.reset_classifier(num_classes, global_pool)
-        self.sequences[0].parts = separable(parts, self)
+        first: Any = self.stages[0]
+        first.parts = separable(parts, self)
         self.apply(init_weights_vit_timm)
         self.to(dtype=dtype)
 
     def streams(self, images: Tensor, stops: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-        dtype = (
-            self.patch_embed.proj.weight.dtype
-        )  # autocast's would be too coarse for sums over blocks to invert
+        # In the dtype of autocast, sums over many blocks would be too coarse to be inverted.
+        dtype = self.patch_embed.proj.weight.dtype
         x = self.patch_embed(images).to(dtype)
         for i in range(stops[-1]):
             streams = self.stages[i](x, x)
@@ -196,7 +194,7 @@ class RevSwin(TimmModel):
             if name.endswith("relative_position_bias_table")
         }
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Which parameters form a layer, for rates that depend on depth: patches, blocks or stages, norm, head.
 
         What stands between two stages belongs to the first block of the second.

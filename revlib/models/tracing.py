@@ -18,13 +18,13 @@ from revlib.step import State
 __all__ = ["NotScripted", "Tap", "joined", "noted", "traced"]
 
 
-def traced(value: Any) -> bool:
-    """Whether a value stands for one in a symbolic trace."""
+def traced(value: object) -> bool:
+    """Whether a value is a proxy, which stands for a tensor in a symbolic trace."""
     return isinstance(value, fx.Proxy)
 
 
 def noted(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
-    """The call of a module in the trace that its first argument belongs to."""
+    """Note the call of a module in the trace that its first argument belongs to, and return the proxy of its result."""
     tracer: Any = args[0].tracer
     return tracer.create_proxy(
         "call_module", tracer.path_of_module(module), args, dict(kwargs or {})
@@ -52,10 +52,10 @@ class Tap(nn.Module):
 
     @property
     def heard(self) -> bool:
-        """Whether anybody listens."""
+        """Whether the tap has hooks, so that it must run."""
         return bool(self._forward_hooks or self._forward_pre_hooks)
 
 
 def joined(streams: State) -> Tensor:
-    """Both streams side by side; by index, as those of a symbolic trace are found."""
+    """Both streams side by side. They are taken by index, since those of a symbolic trace cannot be unpacked."""
     return torch.cat([streams[0], streams[1]], dim=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from revlib.couplings import Coupling
 from revlib.models.base import Scheduled
 from revlib.models.blocks import Blocks
 from revlib.models.fusion import Fusion, Mean
-from revlib.models.stage import PooledAttention, RevStage
+from revlib.models.stage import PooledAttention, RevStage, clip_grid
 from revlib.schedulers import Scheduler
 
 __all__ = ["RevMViTVideo"]
@@ -78,23 +78,9 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
         scheduler: Scheduler | None = None,
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
-        if min(depths, default=0) < 1 or sum(depths) < 2:
-            raise ValueError(
-                f"depths must give each stage a block, and two in all, got {tuple(depths)}; add blocks"
-            )
-        shrink = 2 ** (len(depths) - 1)
-        units = (patch_size[0], patch_size[1] * shrink, patch_size[2] * shrink)
-        if any(pixels % unit for pixels, unit in zip(clip_size, units, strict=True)):
-            nearest = tuple(
-                -(-pixels // unit) * unit for pixels, unit in zip(clip_size, units, strict=True)
-            )
-            raise ValueError(
-                f"clip_size must be divisible by {units}, got {clip_size}; resize to {nearest}"
-            )
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
-            )
+        inner = clip_grid(clip_size, patch_size, embed_dim, depths, num_heads)
+        if sum(depths) < 2:
+            raise ValueError(f"depths must be at least two in all, got {tuple(depths)}; add blocks")
         settings = []
         for i, depth in enumerate(depths):
             width, heads, kv = embed_dim * 2**i, num_heads * 2**i, max(kv_stride // 2**i, 1)
@@ -120,17 +106,15 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
             patch_embed_padding=tuple(n - 1 for n in patch_size),
         )
         self.clip_size, blocks, stages = clip_size, iter(self.blocks), nn.ModuleList()
-        inner = frames, height, width = [
-            pixels // n for pixels, n in zip(clip_size, patch_size, strict=True)
-        ]
+        frames, height, width = inner
         for i, depth in enumerate(depths):
-            outer, inner = inner, [frames, height // 2**i, width // 2**i]
+            outer, inner = inner, (frames, height // 2**i, width // 2**i)
             transition, pairs = next(blocks) if i else None, Blocks((), coupling, scheduler)
             for b in itertools.islice(blocks, depth - (i > 0)):
-                attention = PooledAttention(b.norm1, b.attn, b.stochastic_depth, tuple(inner))
+                attention = PooledAttention(b.norm1, b.attn, b.stochastic_depth, inner)
                 pairs.append((attention, nn.Sequential(b.norm2, b.mlp, b.stochastic_depth)))
             fuse = fusion(embed_dim * 2**i, partial(nn.LayerNorm, eps=1e-6))
-            stages.append(RevStage(transition, pairs, fuse, tuple(outer)))
+            stages.append(RevStage(transition, pairs, fuse, outer))
         self.blocks = stages  # torchvision's forward walks them as it walks blocks
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -140,3 +124,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
                 f"clips must be (B, 3, *{self.clip_size}), got {tuple(clips.shape)}; resize them"
             )
         return super().forward(clips)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, clips: Tensor) -> Tensor: ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from timm.layers import (
@@ -19,9 +18,10 @@ from timm.layers import (
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from revlib import _numbers
 from revlib.couplings import Coupling
 from revlib.models.attention import SelfAttention
-from revlib.models.base import Layer, TimmModel, placed
+from revlib.models.base import Groups, Layer, TimmModel, placed
 from revlib.models.blocks import Blocks
 from revlib.models.sizes import divisible, resampled_positions, resize_vit
 from revlib.schedulers import Scheduler
@@ -95,10 +95,7 @@ class RevViT(TimmModel):
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
         size = divisible(img_size, patch_size)
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}"
-            )
+        _numbers.divisible("embed_dim", embed_dim, "num_heads", num_heads)
         self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
         self.num_features = self.head_hidden_size = 2 * embed_dim
         self.make_taps([2 * embed_dim] * depth, [patch_size] * depth)
@@ -108,16 +105,13 @@ class RevViT(TimmModel):
             embed = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, **embed)
             self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-            self.blocks: Any = Blocks(coupling=coupling, scheduler=scheduler)
+            self.blocks = Blocks(coupling=coupling, scheduler=scheduler)
             for rate in calculate_drop_path_rates(drop_path_rate, depth):
                 dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
                 attention = SelfAttention(embed_dim, num_heads, qkv_bias=True, **dropout)
                 mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=act, drop=proj_drop_rate)
-                self.blocks.append(
-                    tuple(
-                        nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp)
-                    )
-                )
+                F, G = (nn.Sequential(norm(embed_dim), f, DropPath(rate)) for f in (attention, mlp))
+                self.blocks.append((F, G))
             self.norm = nn.Identity() if fc_norm else norm(2 * embed_dim)
             self.fc_norm = norm(2 * embed_dim) if fc_norm else nn.Identity()
             self.head_drop = nn.Dropout(drop_rate)
@@ -136,7 +130,7 @@ class RevViT(TimmModel):
             yield streams
 
     def _placed(self, x: Tensor) -> Tensor:
-        """Patches with their positions; of images of another size, positions resampled."""
+        """Patches with their positions added. For images of another size the positions are resampled."""
         if not self.dynamic_img_size:
             return x + self.pos_embed
         grid = (x.shape[1], x.shape[2])
@@ -159,7 +153,7 @@ class RevViT(TimmModel):
         """Parameters that weight decay should leave alone, beside biases and norms."""
         return {"pos_embed"}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Groups:
         """Which parameters form a layer, for rates that depend on depth: patches, blocks, norm, head."""
         return {
             "stem": r"^pos_embed|patch_embed",

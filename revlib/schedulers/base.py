@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ __all__ = ["Scheduler", "Wrapper", "checked", "signature"]
 
 
 class Scheduler(ABC):
-    """What forward keeps, so that backward can have the rest.
+    """What forward keeps, so that backward can recover the rest.
 
     Subclasses are frozen dataclasses that define :meth:`plan`. ``tolerance`` is the relative error up to which backward
     may recover a stream: ``None`` for the default of its precision (float64 6e-8, float32 1.4e-3, float16 0.13,
@@ -49,7 +49,7 @@ class Scheduler(ABC):
         """What to keep of a stack of ``length`` steps."""
 
     def prepare(self, steps: Sequence[BoundStep], state: State) -> tuple[Plan, PassOptions]:
-        """What to keep in this very forward, and what else it needs; override it where the plan depends on them."""
+        """The plan of this forward, and other options of its pass. Override it if they depend on steps or streams."""
         plan = self.plan(len(steps))
         if not isinstance(plan, Plan):
             raise TypeError(
@@ -59,12 +59,12 @@ class Scheduler(ABC):
 
     def run(self, steps: Sequence[BoundStep], state: State, context: Mapping[str, Any]) -> State:
         """Run the steps on ``state`` and return the last state. A stack's forward calls this."""
-        # Nothing is kept for a backward, or everything is.
+        # Without gradients there is no backward to keep anything for; a trace keeps everything itself.
         if exporting() or tracing() or not torch.is_grad_enabled():
             return engine.run(steps, state, context, Plan())
         if torch.compiler.is_compiling() and not self.keeps_all(len(steps)):
-            # Placeholders cannot be traced. What is imported here makes the compiler leave the stack alone, and is not
-            # imported before, since it loads the compiler.
+            # The compiler cannot trace placeholders, so it must leave the stack alone. The functions that tell it so
+            # load the compiler, and are therefore imported only here.
             from revlib.uncompiled import run_uncompiled
 
             return run_uncompiled(self, steps, state, context)
@@ -75,25 +75,25 @@ class Scheduler(ABC):
         return engine.run(steps, state, context, *self.prepare(steps, state))
 
     def keeps_all(self, length: int) -> bool:
-        """Whether every activation of such a stack is kept, as plain autograd does, so that it can be compiled."""
+        """Whether every activation of such a stack is kept. Then it is plain autograd, and can be compiled."""
         kept = self.plan(length).activations
         return all(k in kept for k in range(length))
 
 
 class Wrapper(Scheduler):
-    """A scheduler that leaves some steps, or all, to another one, and so errs as much as that."""
+    """A scheduler that leaves some steps, or all, to another one. It tolerates the errors that the other one does."""
 
     @property
     @abstractmethod
     def inner(self) -> Scheduler:
-        """The other scheduler."""
+        """The scheduler that this one leaves steps to."""
 
     @property
     def tolerance(self) -> float | None:  # type: ignore[override]
         return self.inner.tolerance
 
 
-def checked(scheduler: Any, name: str) -> Scheduler:
+def checked(scheduler: object, name: str) -> Scheduler:
     if not isinstance(scheduler, Scheduler):
         raise TypeError(
             f"{name} must be a value from revlib.schedulers such as Reversible(), got {scheduler!r}"
@@ -102,8 +102,15 @@ def checked(scheduler: Any, name: str) -> Scheduler:
     return scheduler
 
 
-def signature(steps: Sequence[BoundStep], state: State) -> tuple[Hashable, ...]:
-    """Forwards that have it in common take the same memory and time."""
+class Signature(NamedTuple):
+    """What a forward runs on. Two forwards of the same signature take the same memory and time."""
+
+    functions: tuple[Hashable, ...]
+    streams: tuple[tuple[torch.Size, torch.dtype, torch.device, bool], ...]
+    autocast: torch.dtype | None
+
+
+def signature(steps: Sequence[BoundStep], state: State) -> Signature:
     owners = [step.owner for step in steps]
     functions = tuple(
         (id(f), f.training, step.name) if isinstance(f, nn.Module) else step.name
@@ -116,4 +123,4 @@ def signature(steps: Sequence[BoundStep], state: State) -> tuple[Hashable, ...]:
         if kind != "meta" and torch.is_autocast_enabled(kind)
         else None
     )
-    return functions, streams, autocast
+    return Signature(functions, streams, autocast)

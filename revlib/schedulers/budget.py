@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from revlib._numbers import real, whole
 from revlib._torch import saved_tensor_hooks
 from revlib.engine import PassOptions, Plan
 from revlib.guards import StepCost
-from revlib.schedulers.base import Scheduler, Wrapper, checked, signature
+from revlib.schedulers.base import Scheduler, Signature, Wrapper, checked, signature
 from revlib.schedulers.plans import KeepLast, Reversible
 from revlib.step import BoundStep, State
 
 __all__ = ["Budget"]
 
 _MANY = 256
+Runs = tuple[Signature, ...]  # the stacks of a model that run in one forward pass, in order
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,12 @@ class Budget(Wrapper):
             raise ValueError(
                 "Budget takes either bytes=..., or fraction=... of what Naive would keep"
             )
-        if self.bytes is not None and (not isinstance(self.bytes, int) or self.bytes < 0):
-            raise ValueError(
-                f"Budget(bytes=...) takes a whole number of bytes, such as 2 * 2**30, got {self.bytes!r}"
-            )
-        if self.fraction is not None and not 0 <= self.fraction <= 1:
-            raise ValueError(
-                f"Budget(fraction=...) takes a number from 0 to 1, got {self.fraction!r}"
-            )
+        if self.bytes is not None:
+            advice = "; 2 * 2**30 is two gibibytes"
+            whole("Budget(bytes=...)", self.bytes, 0, of="bytes", advice=advice)
+        if self.fraction is not None:
+            accepted = "a number from 0 to 1"
+            real("Budget(fraction=...)", self.fraction, lambda x: 0 <= x <= 1, accepted)
         if self.below.plan(4).activations:
             raise ValueError(
                 f"Budget(below=...) takes a scheduler that keeps no activations itself, got {self.below}"
@@ -112,12 +112,12 @@ class Budget(Wrapper):
             runs = ledger.last_pass()
             sizes = [list(ledger.sizes.get(run, [])) for run in runs]
         if not runs or any(
-            len(costs) != len(run[0]) for costs, run in zip(sizes, runs, strict=True)
+            len(costs) != len(run.functions) for costs, run in zip(sizes, runs, strict=True)
         ):
             return "nothing has been measured yet: run forward and backward once"
         rows = []
         for run, costs, (kept, extra) in zip(runs, sizes, self._share(sizes), strict=True):
-            shape, dtype = run[1][0][:2]
+            shape, dtype, *_ = run.streams[0]
             below = self._streams(costs, kept, extra)
             found = _Kept(
                 len(costs),
@@ -143,7 +143,7 @@ class Budget(Wrapper):
             place, runs = ledger.expect(key)
             sizes = [ledger.sizes.get(run, []) for run in runs]
             known = bool(runs) and all(
-                len(costs) == len(run[0]) for costs, run in zip(sizes, runs, strict=True)
+                len(costs) == len(run.functions) for costs, run in zip(sizes, runs, strict=True)
             )
             if known and runs not in ledger.shares:
                 ledger.shares[runs] = self._share(sizes)
@@ -200,7 +200,7 @@ class Budget(Wrapper):
 
 
 class _Kept(NamedTuple):
-    """What is kept of a stack, as a row of the report."""
+    """The row of a stack in the report: what is kept of it."""
 
     length: int
     steps: int
@@ -223,47 +223,47 @@ def _singles(length: int) -> list[int]:
 
 
 def _packed() -> bool:
-    """Whether somebody else decides what becomes of saved tensors, as an outer stack or a checkpoint does: they run the
-    stack again in backward, and it must then do as it did in forward."""
+    """Whether hooks of others handle saved tensors, as those of an outer stack or a checkpoint do. They run the stack
+    again in backward, where it must keep what it kept in forward."""
     return saved_tensor_hooks(ignore_disabled=False) is not None
 
 
 class _Ledger:
-    """What has been measured, and in which order the stacks of a model run."""
+    """The costs that have been measured, and the order in which the stacks of a model run."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.sizes: dict[Any, list[StepCost]] = {}  # by signature
-        self.following: dict[
-            Any, tuple[Any, ...]
-        ] = {}  # what ran after a signature at a place of a pass, last time
-        self.shares: dict[
-            tuple[Any, ...], list[tuple[int, int]]
-        ] = {}  # what to keep, by the runs of a pass
-        self.current: list[Any] = []
-        self.latest: tuple[Any, ...] = ()  # the runs of the pass before this one
+        self.sizes: dict[Signature, list[StepCost]] = {}
+        # What ran after a signature at a place of a pass, when it last ran there.
+        self.following: dict[tuple[int, Signature], Runs] = {}
+        # How many last steps and how many streams each run of a pass keeps.
+        self.shares: dict[Runs, list[tuple[int, int]]] = {}
+        self.current: list[Signature] = []
+        self.latest: Runs = ()  # the runs of the pass before this one
         self.closed = False
 
-    def __reduce__(self) -> Any:  # a copied model starts afresh
+    def __reduce__(self) -> tuple[type[_Ledger], tuple[()]]:
+        """A copied model starts afresh."""
         return _Ledger, ()
 
     def close(self) -> None:
         """A backward has begun: the next forward starts a new pass."""
         self.closed = True
 
-    def last_pass(self) -> tuple[Any, ...]:
+    def last_pass(self) -> Runs:
         """The runs of the last forward pass that a backward has followed."""
         return tuple(self.current) if self.closed else self.latest
 
-    def expect(self, key: Any) -> tuple[int, tuple[Any, ...]]:
-        """This run's place in its pass, and all runs of the pass as far as is known: none if nothing is."""
+    def expect(self, key: Signature) -> tuple[int, Runs]:
+        """Note a run. Returns its place in its pass, and all runs of the pass, or none if later ones are not known."""
         if self.closed or len(self.current) > _MANY:
             for place, run in enumerate(self.current):
                 self.following[place, run] = tuple(self.current[place + 1 :])
             self.latest = tuple(self.current)
             self.current, self.closed = [], False
-        for memory in (self.sizes, self.following, self.shares):
-            if len(memory) > _MANY:  # shapes that never come again
+        memories: list[dict[Any, Any]] = [self.sizes, self.following, self.shares]
+        for memory in memories:
+            if len(memory) > _MANY:  # most are of shapes that never come again
                 memory.clear()
         place = len(self.current)
         self.current.append(key)

@@ -27,7 +27,7 @@ class Functional(Scheduler):
     The other schedulers save memory by saved-tensor hooks, which ``torch.func`` refuses (they keep everything there),
     and the compiler breaks its graph at. This one also saves it under ``grad``, ``vjp``, ``jacrev``, ``vmap``, and the
     vmap of a grad; and ``torch.compile(model, fullgraph=True)`` takes forward and backward as a graph each. Second
-    derivatives are right, and stored. Forward mode keeps nothing in any case.
+    derivatives are right, at the cost of stored activations. Forward-mode derivatives keep nothing in any case.
 
     Cost in units of one forward: time 4; memory the last state and the input, the activations of the last step, of
     another one in forward and in backward, the gradients of the state at both ends, and those of all weights until
@@ -35,14 +35,13 @@ class Functional(Scheduler):
     up then.
 
     Not where ``Reversible`` serves, since functions must be pure here. Gradients reach streams, parameters, however a
-    function comes to them, and tensors in the context. An output needs a gradient if anything that goes in does. Hooks
-    of parameters that a function does not use are called with None. What was frozen in forward gets no second
-    derivative either, if it is not any more in backward, where plain autograd decides by operation. Threads must not
-    share modules.
+    function comes to them, and tensors in the context. Hooks of streams and parameters that do not matter are called
+    with None. What was frozen in forward gets no second derivative either, if it is not any more in backward, where
+    plain autograd decides by operation. Threads must not share modules.
 
-    In a whole compiled graph, which takes torch 2.14, functions must also be modules, and draw no random numbers. What
-    came back is compared with what went in inside the graph, and on CUDA a difference ends the process there. Nobody
-    can notice ``torch.rand_like`` there, where low precision makes the tolerance wide.
+    In a whole compiled graph, which takes torch 2.14, functions must also be modules, and draw no random numbers. The
+    recovered inputs are compared with the original ones inside the graph, where a difference ends the process on CUDA.
+    Random numbers such as those of ``torch.rand_like`` stay unnoticed if low precision makes the tolerance wide.
 
     Shapes: as of :class:`~revlib.ReversibleSequence`; streams keep their dtypes.
 
@@ -54,7 +53,7 @@ class Functional(Scheduler):
             result behind (in a list, by a forward hook) without ``detach()``; registers a parameter while it runs;
             reaches a parameter otherwise than through its module where second derivatives are asked for; draws random
             numbers in a whole graph; batch norm in train mode under a transform, or dropout under ``jacrev``; something
-            edited between forward and backward; inputs that did not come back.
+            edited between forward and backward; inputs that were not recovered.
         TypeError: a function's result that turns its stream into another dtype.
 
     Source: the backward is that of Gomez et al. 2017, algorithm 1, step by step.

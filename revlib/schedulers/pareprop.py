@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from revlib import cuda_streams
+from revlib._numbers import whole
 from revlib.engine import PassOptions, Plan
-from revlib.schedulers.base import Scheduler, Wrapper, checked, signature
+from revlib.schedulers.base import Scheduler, Signature, Wrapper, checked, signature
 from revlib.schedulers.plans import Reversible
 from revlib.step import BoundStep, State
 
 __all__ = ["PaReprop"]
 
-_WARM = 2  # passes of each kind that are not timed: allocator and libraries are still finding their feet
+# The first passes of each kind are not timed, since allocator and libraries still adapt to them.
+_WARM = 2
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,16 @@ class PaReprop(Wrapper):
 
     of: Scheduler = field(default_factory=Reversible)
     trials: int = 5
-    _tuners: dict[Hashable, _Autotuner] = field(
+    _tuners: dict[Signature, _Autotuner] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         checked(self.of, "PaReprop(of=...)")
-        if not isinstance(self.trials, int) or self.trials < 0:
-            raise ValueError(
-                f"PaReprop(trials=...) takes a number of backward passes from 0 up, got {self.trials!r}"
-            )
+        whole("PaReprop(trials=...)", self.trials, 0, of="backward passes")
 
-    def __getstate__(self) -> dict[str, Any]:  # what was measured holds for this process and device
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was measured, which holds for this process and device only."""
         return {**self.__dict__, "_tuners": {}}
 
     @property
@@ -81,7 +81,7 @@ class PaReprop(Wrapper):
         if steps and torch.is_grad_enabled() and cuda_streams.driver.serves(state[0]):
             key = signature(steps, state)
             if key not in self._tuners:
-                if len(self._tuners) > 256:  # of shapes that never come again
+                if len(self._tuners) > 256:  # most are of shapes that never come again
                     self._tuners.clear()
                 self._tuners[key] = _Autotuner(0 if _distributed() else self.trials)
             options = replace(options, look_ahead=self._tuners[key].policy())
@@ -121,7 +121,7 @@ class _Autotuner:
             self.pending.clear()
         if self.verdict is not None:
             return _TimedPass(self, self.verdict, timed=False)
-        # The kind that has been timed less: a forward may never see a backward.
+        # Take the kind that has been timed less. The two do not just alternate, since some forwards have no backward.
         counts = {
             k: len(s) + sum(ahead is k for ahead, _, _ in self.pending)
             for k, s in self.seconds.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from revlib._numbers import whole
 from revlib.engine import PassOptions, Plan
 from revlib.schedulers.base import Scheduler, Wrapper, checked
 from revlib.step import BoundStep, State
@@ -42,7 +43,7 @@ class Reversible(Scheduler):
             precision; ``math.inf`` compares nothing.
 
     Raises:
-        RuntimeError: in backward, where a stream came back less accurately than that.
+        RuntimeError: in backward, if a stream was recovered with a larger error than that.
 
     Source: Gomez et al. 2017; Mangalam et al. 2022.
 
@@ -55,13 +56,6 @@ class Reversible(Scheduler):
 
     def plan(self, length: int) -> Plan:
         return Plan(states=(length,))
-
-
-def _count(scheduler: Scheduler, name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{type(scheduler).__name__}({name}=...) takes a whole number from {least} up, got {value!r}"
-        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class Checkpoint(Scheduler):
 
     Raises:
         ValueError: if ``every`` is no whole number from 1 up.
-        RuntimeError: in backward, where a stream or an activation came back less accurately than ``tolerance``.
+        RuntimeError: in backward, if a stream or an activation was recovered with a larger error than ``tolerance``.
 
     Source: Chen et al., *Training Deep Nets with Sublinear Memory Cost*, 2016, with one segment a step.
 
@@ -97,7 +91,7 @@ class Checkpoint(Scheduler):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        _count(self, "every", self.every, 1)
+        whole("Checkpoint(every=...)", self.every, 1)
 
     def plan(self, length: int) -> Plan:
         return Plan(states=(max(length - 1, 0),), streams=range(length - 1, -1, -self.every))
@@ -117,7 +111,7 @@ class Anchored(Scheduler):
 
     Raises:
         ValueError: if ``every`` is no whole number from 1 up.
-        RuntimeError: in backward, where a stream came back less accurately than ``tolerance``.
+        RuntimeError: in backward, if a stream was recovered with a larger error than ``tolerance``.
 
     Source: checkpoints at regular intervals, Chen et al. 2016, with inversion in place of recomputation between them.
 
@@ -130,7 +124,7 @@ class Anchored(Scheduler):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        _count(self, "every", self.every, 1)
+        whole("Anchored(every=...)", self.every, 1)
 
     def plan(self, length: int) -> Plan:
         return Plan(states=[*range(self.every, length, self.every), length])
@@ -161,7 +155,7 @@ class KeepLast(Wrapper):
     below: Scheduler = field(default_factory=Reversible)
 
     def __post_init__(self) -> None:
-        _count(self, "steps", self.steps, 0)
+        whole("KeepLast(steps=...)", self.steps, 0)
         checked(self.below, "KeepLast(below=...)")
 
     @property

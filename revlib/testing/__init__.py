@@ -17,7 +17,7 @@ own, :class:`RaceChecker`.
 ``races.py`` finds races, on the device that ``model.py`` models.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from revlib.testing.assertions import (
     assert_bijects,
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name != "strategies":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

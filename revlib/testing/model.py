@@ -24,7 +24,7 @@ class Event:
         self.model, self.known, self.time = stream.model, dict(stream.known), 0.0
 
     def query(self) -> bool:
-        """Whether the device has come here: ``model.arrived``, as there is no device."""
+        """Whether the device has come to this point. As there is no device, ``model.arrived`` says so."""
         if self.model.captured:
             self.model.report("capture: an event was queried while a graph is captured")
         return self.model.arrived
@@ -34,12 +34,12 @@ class Event:
         return end.time - self.time
 
     def synchronize(self) -> None:
-        """The host would wait here, and the device soon have nothing to do."""
+        """Report that the host waits, since the device would soon have nothing to do."""
         self.model.report("host synchronisation: the host waits for an event")
 
 
 class Stream:
-    """Work in order, and what is known to happen before its next kernel."""
+    """A stream: its kernels run in order, and it knows which kernels happen before its next one."""
 
     def __init__(self, model: Model, name: str) -> None:
         self.model, self.name, self.device = model, name, torch.device("cpu")
@@ -49,7 +49,7 @@ class Stream:
         return repr(self.name)
 
     def tick(self) -> int:
-        """One more kernel: its number."""
+        """Count one more kernel, and return its number."""
         self.known[self] += 1
         return self.known[self]
 
@@ -58,20 +58,20 @@ class Stream:
         return self.known.get(stream, 0) >= tick
 
     def record_event(self) -> Event:
-        """An event after what the stream has been given so far."""
+        """An event after all kernels that the stream has been given so far."""
         return Event(self)
 
     def wait_event(self, event: Event) -> None:
-        """What the stream is given from now on comes after the event."""
+        """Let all kernels that the stream is given from now on come after the event."""
         for stream, tick in event.known.items():
             self.known[stream] = max(self.known.get(stream, 0), tick)
 
     def wait_stream(self, stream: Stream) -> None:
-        """What the stream is given from now on comes after what the other has been given so far."""
+        """Let all kernels that this stream is given from now on come after those that the other has so far."""
         self.wait_event(stream.record_event())
 
     def synchronize(self) -> None:
-        """The host would wait here."""
+        """Report that the host waits."""
         self.model.report(f"host synchronisation: the host waits for stream {self}")
 
 

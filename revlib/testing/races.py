@@ -40,7 +40,7 @@ _METADATA = {"aten::is_same_size"}  # operators that look at no element
 
 
 class _Memory:
-    """One block: whose it is, and by stream the last kernels, with their numbers, that wrote and read it."""
+    """A block of memory: the stream that owns it, and of each stream the last kernel that wrote it and that read it."""
 
     def __init__(self, owner: Stream) -> None:
         self.owner = owner
@@ -88,9 +88,8 @@ class RaceChecker(TorchDispatchMode):
         self.driver = Model(self.report, clock or (lambda: float(self.kernels)))
         self._outer: list[Any] = []
         self._memory: dict[int, _Memory] = {}  # of live storages
-        self._free: dict[
-            Stream, list[_Memory]
-        ] = {}  # dropped by the host, and given to no one since
+        # What the host has dropped, by its stream, and what has been given to no one since.
+        self._free: dict[Stream, list[_Memory]] = {}
 
     def __enter__(self) -> RaceChecker:
         super().__enter__()
@@ -112,7 +111,7 @@ class RaceChecker(TorchDispatchMode):
         return self.driver.on(stream)
 
     def report(self, message: str) -> None:
-        """Add to ``races``, once."""
+        """Add a message to ``races``, unless it is there."""
         if message not in self.races:
             self.races.append(message)
 
@@ -158,21 +157,16 @@ class RaceChecker(TorchDispatchMode):
         self.kernels += 1
         self.on_side += now in self.driver.sides.values()
         for key, storage in before.items():
-            memory = self._memory.get(key) or self._born(
-                storage, self.driver.main
-            )  # older than this context
+            # A storage that is not known is older than this context, and is taken to be of the main stream.
+            memory = self._memory.get(key) or self._born(storage, self.driver.main)
             if key in written:
-                self._compare(
-                    memory.read, "write after read", f"{name} on {now} overwrites", "reads"
-                )
-                self._compare(
-                    memory.written, "write after write", f"{name} on {now} overwrites", "writes"
-                )
+                this = f"{name} on {now} overwrites"
+                self._compare(memory.read, "write after read", this, "reads")
+                self._compare(memory.written, "write after write", this, "writes")
                 memory.written, memory.read = {now: mark}, {}
             else:
-                self._compare(
-                    memory.written, "read after write", f"{name} on {now} reads", "writes"
-                )
+                this = f"{name} on {now} reads"
+                self._compare(memory.written, "read after write", this, "writes")
                 memory.read[now] = mark
         for key in after.keys() - before.keys():
             for memory in self._free.pop(now, []):
@@ -206,7 +200,8 @@ def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
         return []
     given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
     names = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    if given.get("training") and "batch_norm" in schema.name:  # native batch norm does not say so
+    # The schema of native batch norm does not say that it edits its statistics.
+    if given.get("training") and "batch_norm" in schema.name:
         names |= {"running_mean", "running_var"}
     return [given[name] for name in names if name in given]
 
