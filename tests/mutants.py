@@ -281,8 +281,8 @@ MUTANTS = [
     ),
     Mutant(
         "revlib/functional/autograd_function.py",
-        "            return k\n",
-        "            return len(steps)\n",
+        "            inner = k\n",
+        "            inner = len(steps)\n",
         "gradients of outputs that steps behind a bijection read",
         BIJECTIONS,
     ),

@@ -300,8 +300,9 @@ class Hooking(Mlp):
         return super().forward(*streams)
 
 
-def halved(gradient: Tensor) -> Tensor:
-    return 0.5 * gradient
+def halved(gradient: Tensor | None) -> Tensor | None:
+    """An autograd.Function calls the hooks of what does not matter with None."""
+    return None if gradient is None else 0.5 * gradient
 
 
 class Folded(Bijection):
@@ -591,7 +592,7 @@ class World:
         t = self.parameters()[i % len(self.parameters())]
         name = f"parameter {i % len(self.parameters())}"
         if kind == "scaling":
-            self.handles += [t.register_hook(lambda g: 0.5 * g)] if t.requires_grad else []
+            self.handles += [t.register_hook(halved)] if t.requires_grad else []
         elif kind == "recording":
             wanted = lambda g: self.record(name, g) if t.requires_grad else None  # noqa: E731
             self.handles += [t.register_hook(wanted)] if t.requires_grad else []

@@ -145,10 +145,14 @@ def _inside(steps: Sequence[BoundStep], m: int, *, whole: bool) -> tuple[int, tu
     """
     found = layouts(steps, m)
     states = numbered(found, m)
-    inner = len(steps)
+    inner, outputs = len(steps), set(states[-1])
+    for k in reversed(range(len(steps))):
+        # A bijection may hand on the very streams that it takes, as a permutation does.
+        if steps[k].merge_reads and not outputs.isdisjoint(apart(states[k + 1], found[k].made)[0]):
+            outputs.update(apart(states[k], found[k].taken)[0])
     for k, (taken, _, read) in enumerate(() if whole else found):
         others = apart(states[k], taken)[1]
-        if not set(states[-1]).isdisjoint(others[len(others) - read :]):
+        if not outputs.isdisjoint(others[len(others) - read :]):
             inner = k
             break
     return inner, states[inner]

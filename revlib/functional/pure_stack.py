@@ -176,6 +176,7 @@ class Environment:
 
     def _buffers(self) -> list[Tensor]:
         slots = [named for tree in self.trees for named in tree.buffer_slots]
+        slots += [m._buffers for tree in self.trees for m in tree.remote]
         return [b for named in slots for b in named.values() if b is not None]
 
     @contextmanager
@@ -287,10 +288,12 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
 
             with environment.first_run(k, layout):
                 inputs = (taken, need) if step.merge_reads else (others, others_need)
-                f, needed = purity.run(function, call, *inputs, mine)
+                f, needing = purity.run(function, call, *inputs, mine)
             made = f if step.merge_reads else self._merged(step, taken, f)
             state = together(made, layout.made, others)
-            needs = together((any(need) or needed,) * len(made), layout.made, others_need)
+            if not step.merge_reads:
+                needing = (any(need) or any(needing),) * len(made)
+            needs = together(needing, layout.made, others_need)
             del f, call, mine
         purity.close()
         self.needs = needs

@@ -74,10 +74,10 @@ class Purity:
         inputs: State,
         needs: Sequence[bool],
         mine: Sequence[Tensor],
-    ) -> tuple[Any, bool]:
+    ) -> tuple[Any, tuple[bool, ...]]:
         """Run a function on streams, of which some need a gradient, with the tensors that it reads.
 
-        -> its result, without a graph, and whether that needs a gradient.
+        -> its result, without a graph, and which tensors of it need a gradient.
         """
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ class GraphPurity(Purity):
         inputs: State,
         needs: Sequence[bool],
         mine: Sequence[Tensor],
-    ) -> tuple[Any, bool]:
+    ) -> tuple[Any, tuple[bool, ...]]:
         step = function.step
         leaves = tuple(
             t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
@@ -162,7 +162,7 @@ class GraphPurity(Purity):
                 "scheduler=Reversible()."
             )
         self.streams += [(step, weakref.ref(t)) for t in leaves if t.requires_grad]
-        return _without_graph(f), bool(differentiable)
+        return _without_graph(f), tuple(t.requires_grad for t in results if isinstance(t, Tensor))
 
     def _first_call(
         self,
@@ -382,9 +382,10 @@ class PurityMode(TorchFunctionMode, Purity):
         inputs: State,
         needs: Sequence[bool],
         mine: Sequence[Tensor],
-    ) -> tuple[Any, bool]:
+    ) -> tuple[Any, tuple[bool, ...]]:
         with torch.enable_grad():
-            return _without_graph(call(inputs)), True
+            f = _without_graph(call(inputs))
+        return f, (True,) * len(tree_leaves(f))
 
     def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*streams: Tensor, **context: Any) -> Any:

@@ -78,11 +78,12 @@ class Moody(nn.Module):
 
     def __init__(self, raises):
         super().__init__()
-        self.inner, self.raises = mlp(dropout=0.2), raises
+        self.inner = mlp(dropout=0.2)
+        self.left, self.take = raises.__len__, raises.pop  # a repetition puts back the lists that it can see
 
     def forward(self, x):
-        if torch._C._current_graph_task_id() != -1 and self.raises:
-            raise self.raises.pop()
+        if torch._C._current_graph_task_id() != -1 and self.left():
+            raise self.take()
         return self.inner(x)
 
 
