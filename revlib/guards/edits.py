@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,12 +28,14 @@ from revlib.tensors import is_parameter
 __all__ = ["Edits", "hooks_of"]
 
 
+_hooks, _hooks_after = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+
+
 def hooks_of(t: Tensor | None) -> list[dict[int, Any]]:
     """The hooks of a tensor, through which somebody may edit its gradient, where it has any."""
     if t is None:
         return []
-    kinds = (t._backward_hooks, t._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
-    return [hooks for hooks in kinds if hooks]
+    return [hooks for hooks in (_hooks(t), _hooks_after(t)) if hooks]
 
 
 class Edits(Guard):
@@ -84,9 +87,12 @@ class _StepEdits(StepGuard):
                 of_function = place < run.function_saves
                 read = _Read(place, weakref.ref(source), placeholder.version, view, of_function)
                 self.read.append(read)
-        mine = [*self.tree.parameters, *(t for _, t, _ in self.context)]
-        self.hooked = [weakref.ref(t) for t in mine if t is not None and hooks_of(t)]
-        self.hooked += [r.alive for r in self.read if hooks_of(r.alive())]
+        mine = [p for p in self.tree.parameters if p is not None]
+        if self.context or self.read:
+            mine += [t for _, t, _ in self.context]
+            mine += [t for r in self.read if (t := r.alive()) is not None]
+        if any(map(_hooks, mine)) or any(map(_hooks_after, mine)):
+            self.hooked = [weakref.ref(t) for t in mine if hooks_of(t)]
 
     def saved_tensors_dropped(self) -> None:
         """What is alive now belongs to the user. Intermediate results of the function are gone."""
@@ -127,6 +133,8 @@ class _StepEdits(StepGuard):
                     )
 
     def enter_repetition(self) -> None:
+        if not self.hooked:
+            return
         self.hooks = [(hooks, set(hooks)) for ref in self.hooked for hooks in hooks_of(ref())]
 
     def exit_repetition(self) -> None:

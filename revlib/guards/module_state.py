@@ -11,8 +11,9 @@ Cost: copies of the buffers that a run changes; a comparison of all attributes, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class ModuleState(StepGuard):
         self.parameters = [p for p in tree.parameters if p is not None]
         self.versions = versions_of(self.parameters)
         self.training = tree.training
-        self.gradients = _Gradients(self.parameters)
+        self.gradients = _Gradients(self.parameters, are_leaves=tree.reusable)
         self.requires_grad = tuple(map(requires_grad_of, self.parameters))
         self.hooks = tree.hooks()
         self.extra: list[tuple[Holder, Contents]] = []  # what objects of the context hold
@@ -225,8 +226,8 @@ class ModuleState(StepGuard):
                 values = _with(values, fresh)
                 if tuple(slots) != keys or not identical(tuple(slots.values()), values):
                     self._exchange(slots, dict(zip(keys, values, strict=True)))
-        held = self._held()
-        if held and (not self.holds or reads or tree.assigns or self.may_stop):
+        if not self.holds or reads or tree.assigns or (self.may_stop and tree.holds_things):
+            held = self._held()
             self.present = [(h, h.read()) for h, _ in held]
             for (h, wanted), (_, now) in zip(held, self.present, strict=True):
                 wanted = _with(wanted, fresh)
@@ -479,28 +480,34 @@ def _may_be_changed(m: nn.Module, b: Tensor) -> bool:
     return m.training and not b.is_cpu and b.is_floating_point() and b.nbytes <= _LARGEST_BUFFER
 
 
+_gradient_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+
+
 class _Gradients:
     """The gradients of parameters, where a function differentiates a loss of its own and adds to them.
 
     The repetition adds to other ones, which are dropped.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.leaves = [p for p in parameters if p.is_leaf]
-        self.before: list[Tensor | None] | None = [p.grad for p in self.leaves]
-        self.versions = versions_of([g for g in self.before if g is not None])
+    def __init__(self, parameters: list[Tensor], *, are_leaves: bool) -> None:
+        self.leaves = parameters if are_leaves else [p for p in parameters if p.is_leaf]
+        self.before, self.versions = self._now()
         self.moves = False  # whether the run adds to gradients
-        self.aside: list[Tensor | None] | None = None
+        self.aside: tuple[Tensor | None, ...] | None = None
+
+    def _now(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        gradients = tuple(map(_gradient_of, self.leaves))
+        found = [g for g in gradients if g is not None]
+        return gradients, versions_of(found) if found else ()
 
     def run_is_over(self) -> None:
-        before, now = self.before or (), [p.grad for p in self.leaves]
-        self.moves = not identical(now, before)
-        self.moves = self.moves or versions_of([g for g in now if g is not None]) != self.versions
-        self.before = None  # they belong to the user, who may free them
+        now, versions = self._now()
+        self.moves = versions != self.versions or not identical(now, self.before)
+        self.before = ()  # they belong to the user, who may free them
 
     def put_aside(self) -> None:
         if self.moves:
-            self.aside = [p.grad for p in self.leaves]
+            self.aside = tuple(map(_gradient_of, self.leaves))
             for p in self.leaves:
                 p.grad = None
 

@@ -368,6 +368,7 @@ class ModuleTree:
         self._empty = [*(d for d in (*children, *self.parameter_slots) if not d), *empty]
         without = {id(d) for d in empty}
         self._full = [h for h in self.holders if id(h.thing) not in without]
+        self.holds_things = bool(self._full)  # whether there are holders that are not empty
         self._sizes = [len(slots) for slots in self.slots]
         self._seen = self._look()
         self.held = [h.read() for h in self.holders]

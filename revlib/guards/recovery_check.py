@@ -232,10 +232,10 @@ class _StepRecovery(StepGuard):
                     self.weight = place
                     self.samples[place] = self.of.sampler(_first_row(t))
             elif activations < 2 and not is_integral(t):
-                if unwritten is None:
+                if unwritten is None and not t.requires_grad:
                     found = map(saved_unwritten, operations(run.result))
                     unwritten = {id(packed) for packed in found if packed is not None}
-                if id(placeholder) not in unwritten:
+                if t.requires_grad or id(placeholder) not in (unwritten or ()):
                     activations += 1
                     self.samples[place] = self.of.sampler(t)
             if activations == 2 and self.weight >= 0:
