@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
 from revlib import Checkpoint, ExactAdditive, Naive, Reversible, ReversibleSequence, Step
+from revlib.bijections import ActNorm, Convolution1x1, Permute
 from revlib.schedulers import Budget, KeepLast, PaReprop, Scheduler
 
 RANKS, BATCHES, WIDTH = 2, 3, 4
@@ -50,6 +51,7 @@ class Model(nn.Module):
         steps: bool = False,
         extra: bool = False,
         frozen: bool = False,
+        bijections: bool = False,
         **stack: Any,
     ) -> None:
         super().__init__()
@@ -57,6 +59,10 @@ class Model(nn.Module):
         functions = [make() for _ in range(4)]
         pairs = list(zip(functions[::2], functions[1::2], strict=True))
         self.blocks = ReversibleSequence(map(Step, functions) if steps else pairs, **stack)
+        if bijections:
+            for i, bijection in ((1, Convolution1x1(WIDTH)), (2, Permute(1, 0)), (0, ActNorm(WIDTH))):
+                self.blocks.insert(i, bijection)
+            self.blocks(*torch.randn(2, 8, WIDTH))  # ActNorm takes its parameters from a batch before it is wrapped
         self.head = nn.Linear(WIDTH, 2)
         self.extra = nn.Linear(WIDTH, 2) if extra else None
         if frozen:
@@ -245,6 +251,7 @@ DDP = {
         ddp(), {"make": partial(synced, True)}, {"make": partial(synced, False)}, watch=check_exchanges
     ),
     "exact": Scene(ddp(), {"coupling": ExactAdditive()}, dtype=torch.float32, tolerance=1e-4),
+    "bijections": Scene(ddp(), {"bijections": True}),
 }
 
 
@@ -294,6 +301,8 @@ FSDP = {
     "steps": Scene(each_step, {"steps": True}),
     "the stack": Scene(partial(the_stack, reshard_after_forward=True)),
     "the root": Scene(the_root),
+    "the root, with bijections": Scene(the_root, {"bijections": True}),
+    "the stack, with bijections": Scene(partial(the_stack, reshard_after_forward=True), {"bijections": True}),
     "the root, resharded": Scene(partial(the_root, reshard_after_forward=True)),
     "bfloat16": Scene(partial(each_function, **BFLOAT16), tolerance=0.05),
     "bfloat16 functions, exact": Scene(
