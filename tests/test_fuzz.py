@@ -236,7 +236,8 @@ class Building(Function):
 
     def call(self, x):
         if self.layer is None:
-            self.layer = nn.Linear(WIDTH, WIDTH, dtype=x.dtype)
+            with torch.inference_mode(False):  # else it could never be trained
+                self.layer = nn.Linear(WIDTH, WIDTH, dtype=x.dtype)
         return self.layer(x).tanh()
 
 
@@ -1031,7 +1032,8 @@ class Machine(RuleBasedStateMachine):
 class Pure(Machine):
     """The same under Functional(), with what it takes; where it differs from plain autograd is said here."""
 
-    impure = (Auxiliary, Building, Hooking, Unit)  # refused, of Unit second derivatives
+    # Refused, of Unit second derivatives; and hooks of what does not matter are called, if with None.
+    impure = (Auxiliary, Building, Hooking, Unit, WithoutGradient)
     creates = False  # gradients require gradients, also those that depend on nothing
     thaws = False  # plain autograd gives that a second derivative, or none, by operation
     kinds: ClassVar = dict.fromkeys((True, False), (torch.float64, 1e-9))  # it adds up in another order
@@ -1041,7 +1043,12 @@ class Pure(Machine):
 
     def append_to(self, stack: ReversibleSequence, item: Item) -> None:
         pure = tuple(Mlp if fn in self.impure else fn for fn in item.functions)
-        super().append_to(stack, replace(item, functions=pure))
+        item = replace(item, functions=pure)
+        # A stream that a permutation hands on comes out as another tensor, with hooks of its own.
+        makers = EXACT_BIJECTIONS if self.exact else BIJECTIONS
+        if not pure and isinstance(makers[item.coupling % len(makers)](), Permute):
+            item = replace(item, coupling=0)
+        super().append_to(stack, item)
 
     def excuses(self, p: Pending) -> set[str]:
         return {"spent"} if p.spent else set()
