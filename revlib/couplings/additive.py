@@ -63,16 +63,25 @@ class _AddOnGrid(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, t, _, sign = inputs
-        ctx.dtype, ctx.sign = t.dtype, sign
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(
+                False
+            )  # what nobody asks about gets no gradient, and not zeros
+        s, t, _, sign = inputs
+        ctx.stream, ctx.dtype, ctx.sign = s.dtype, t.dtype, sign
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        if gradient is None:
+            return None, None, None, None
         return gradient, (gradient if ctx.sign > 0 else -gradient).to(ctx.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, ds: Tensor, dt: Tensor, *_: Any) -> Tensor:
-        return ds + dt.to(ds.dtype) if ctx.sign > 0 else ds - dt.to(ds.dtype)
+    def jvp(ctx: Any, ds: Tensor | None, dt: Tensor | None, *_: Any) -> Tensor | None:
+        if dt is None:
+            return None if ds is None else ds.clone()
+        dt = dt.to(ctx.stream) if ctx.sign > 0 else -dt.to(ctx.stream)
+        return dt if ds is None else ds + dt
 
 
 @dataclass(frozen=True)
