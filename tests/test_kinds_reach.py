@@ -174,6 +174,34 @@ def test_a_large_dict_of_counts(stage: Stage):
     return steps(stage, lambda: Reaching(use, hits=dict.fromkeys(range(5000), 0)), lambda m: m.hits[7])
 
 
+@pytest.mark.parametrize("kind", [list, collections.deque, dict, set])
+@scene("3", refusal=TOO_LARGE)
+def test_large_containers_of_numbers_that_take_the_place_of_others(stage: Stage, kind: Any):
+    """A number that is made when another has gone may lie where that one lay."""
+
+    def in_a_list(m, x):
+        m.values.append(m.values.pop() + 0.5)
+        m.values.append(m.values.pop() + 0.5)
+        return x
+
+    def in_a_dict(m, x):
+        for _ in range(2):
+            m.values[7.0] = m.values.pop(7.0) + 0.5
+        return x
+
+    def in_a_set(m, x):
+        largest = max(m.values)
+        m.values.remove(largest)
+        m.values.add(largest + 0.5)
+        return x
+
+    numbers = [float(i) for i in range(5000)]
+    use = {dict: in_a_dict, set: in_a_set}.get(kind, in_a_list)
+    make = (lambda: dict(zip(numbers, numbers, strict=True))) if kind is dict else lambda: kind(numbers)
+    values = lambda m: sum(m.values.values() if kind is dict else m.values)  # noqa: E731
+    return steps(stage, lambda: Reaching(use, values=make()), values)
+
+
 @scene("3", refusal=TOO_LARGE)
 def test_a_large_array(stage: Stage):
     def use(m, x):
@@ -433,3 +461,32 @@ def test_a_frozen_parameter_that_moves_from_the_second_call_on(stage: Stage):
         for m in stack.modules():
             m.warm = False
     return [*found, *everything(stack)]
+
+
+# ---------------------------------------------------------------------------------------------- other files
+def files(name: str) -> Any:
+    """A package with a file in it, as if imported."""
+    package, inner = types.ModuleType(name), types.ModuleType(f"{name}.settings")
+    inner.step, package.settings = 0, inner
+    return package
+
+
+import_of_a_package = files("somebodys_package")
+import_of_a_file = import_of_a_package.settings
+
+
+def counted_in_a_file(m, x):
+    import_of_a_file.step += 1
+    return x + 0.01 * import_of_a_file.step
+
+
+def counted_in_a_file_of_a_package(m, x):
+    import_of_a_package.settings.step += 1
+    return x + 0.01 * import_of_a_package.settings.step
+
+
+@pytest.mark.parametrize("use", [counted_in_a_file, counted_in_a_file_of_a_package])
+@scene("3")
+def test_a_count_in_another_file(stage: Stage, use: Any):
+    import_of_a_file.step = 0
+    return [*steps(stage, lambda: Reaching(use), lambda m: 0), import_of_a_file.step]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from research import parts
 from research.simulate import Line, app, solve
 from research.studies.footprints import CONTENDERS, MODELS, Point, Setting, build, count
 
@@ -153,3 +154,14 @@ def test_wrong_flags_are_refused(tmp_path, flags, message):
     result = run(tmp_path, *flags)
     assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_taking_a_batch_in_parts_costs(tmp_path):
+    """At toy size; fewer images at once take less memory."""
+    sizes = {"models": "rev_mvit_cifar10,rev_swin_cifar10", "batches": "8", "size": 32, "rounds": 1}
+    parts.main(**sizes, out=tmp_path)
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[4:]]
+    assert [row[2] for row in rows] == [parts.WHOLE, parts.TRANSITIONS, parts.GIVEN, parts.WHOLE, parts.GIVEN]
+    peaks = [float(row[4]) for row in rows]
+    assert peaks[2] <= peaks[1] < peaks[0] and peaks[4] < peaks[3] and float(rows[0][3]) == 1
+    assert "--models rev_mvit_cifar10,rev_swin_cifar10 --batches 8" in (tmp_path / "command.txt").read_text()

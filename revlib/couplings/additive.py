@@ -64,9 +64,8 @@ class _AddOnGrid(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(
-                False
-            )  # what nobody asks about gets no gradient, and not zeros
+            # What nobody differentiates gets no gradient, and not zeros.
+            ctx.set_materialize_grads(False)
         s, t, _, sign = inputs
         ctx.stream, ctx.dtype, ctx.sign = s.dtype, t.dtype, sign
 

@@ -181,8 +181,9 @@ class Affine(Coupling):
 def _two(f: Any) -> tuple[Tensor, Tensor]:
     # A tensor would unpack too, along its batch.
     if isinstance(f, Tensor) or not isinstance(f, (tuple, list)) or len(f) != 2:
-        shape = f" of shape {tuple(f.shape)}" if isinstance(f, Tensor) else ""
-        what = f"one tensor{shape}" if shape else f"a {type(f).__name__}"
+        what = f"a {type(f).__name__}"
+        if isinstance(f, Tensor):
+            what = f"one tensor of shape {tuple(f.shape)}"
         raise ValueError(
             f"Affine takes a pair (log-scale, shift), and the function returned {what}; "
             "return the halves of it, as in out.chunk(2, dim=-1)"

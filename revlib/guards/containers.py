@@ -1,7 +1,8 @@
 """Mutable things that are no modules and no tensors, but that a function may keep a state in.
 
-Catches: lists, dicts, sets, deques and their kin, byte arrays and NumPy arrays, the attributes of plain objects, of
-parameters and of classes, variables of closures, and global variables that a function assigns. What they hold is copied
+Catches: lists, dicts, sets, deques and their kin, byte arrays and NumPy arrays, the attributes of plain objects,
+namespaces, parameters, functions and classes, variables of closures and contexts, and those that a function assigns
+globally or in another file. What they hold is copied
 one level deep, and can be put back. Iterators, generators, and whatever is too large to copy can only be watched.
 Cannot see: objects of the standard library and of other packages that keep a state of their own, such as loggers.
 """
@@ -123,13 +124,17 @@ CONTAINERS: dict[type, tuple[Callable[[Any], Contents], Callable[[Any, Contents]
 }
 
 
-def _fingerprint(held: Any) -> Contents:
-    """Enough to see that a container too large to copy has changed; of the very largest the size and the ends."""
+def _look_at_large(held: Any) -> Contents:
+    """What shows that a container too large to keep a copy of has changed; of the very largest the size and the ends.
+
+    It is held while the function runs. Identities would not do, since what is made anew may lie where another lay.
+    """
     if isinstance(held, bytearray):
         return len(held), zlib.crc32(held)
-    if len(held) <= LARGEST_LOOK and not isinstance(held, set):
-        parts = (*held, *held.values()) if isinstance(held, dict) else held
-        return len(held), hash(tuple(map(id, parts)))
+    if len(held) <= LARGEST_LOOK:
+        if isinstance(held, set):
+            return (frozenset(held),)
+        return _read_dict(held) if isinstance(held, dict) else tuple(held)
     if isinstance(held, (list, deque)):
         return len(held), id(held[0]), id(held[-1])
     return (len(held),)
@@ -140,7 +145,7 @@ def container_holder(held: Any, name: str) -> Holder | None:
     kind = type(held)
     if kind in CONTAINERS:
         if len(held) > (LARGEST_ARRAY if kind is bytearray else LARGEST):
-            return Holder(held, name, _fingerprint, None)
+            return Holder(held, name, _look_at_large, None)
         return Holder(held, name, *CONTAINERS[kind])
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None and kind is numpy.ndarray and held.flags.writeable:

@@ -4,8 +4,11 @@ Catches: parameters edited since forward, or exchanged (``torch.func.functional_
 switched modes; attributes, children and forward hooks that were changed by the user or by the run itself; buffers that
 the run changed (the statistics of batch norm, the vectors of spectral norm). What must not change is refused, the rest
 is put back for the repetition, and afterwards everything is as it was.
-Cannot see: state outside of modules, and edits through ``.data``, other than by the recovery check.
-Cost: copies of the buffers that a run changes; a comparison of all attributes, three times a step.
+A loss that the run differentiates itself adds to gradients; the repetition adds to others, which are dropped.
+Cannot see: what containers.py cannot, and edits through ``.data`` on other devices than the CPU, other than by the
+recovery check.
+Cost: copies of the buffers that a run changes; a comparison of all attributes, three times a step; of a function that
+names ``.data`` or the like, copies of its parameters while it runs, and no early stop of its repetition.
 """
 
 from __future__ import annotations

@@ -201,15 +201,19 @@ class _Found:
         self, file: types.ModuleType, code: types.CodeType, names: Sequence[str]
     ) -> None:
         """Of a user's file that a function imports: what the function names there."""
-        if not is_of_a_user_module(file.__name__):
+        place = id(file) ^ id(code)
+        if not is_of_a_user_module(file.__name__) or place in self.seen:
             return
+        self.seen[place] = file
         for name in names:
             part = vars(file).get(name)
-            if self._is_state(part):
+            if isinstance(part, types.ModuleType):
+                self._visit_file(part, code, names)
+            elif self._is_state(part):
                 self.visit(part, name, remote=True)
         stored = tuple(k for k in stored_by(code, "STORE_ATTR") if k in vars(file))
         if stored:
-            self.holders.setdefault(id(file) ^ id(code), global_holder(vars(file), stored))
+            self.holders[place] = global_holder(vars(file), stored)
 
     @staticmethod
     def _is_state(part: Any) -> bool:

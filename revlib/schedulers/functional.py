@@ -50,8 +50,9 @@ class Functional(Scheduler):
 
     Raises:
         RuntimeError: a function uses another tensor that needs a gradient (by closure, as a plain attribute); leaves a
-            result behind (in a list, by a forward hook) without ``detach()``; registers a parameter while it runs;
-            reaches a parameter otherwise than through its module where second derivatives are asked for; draws random
+            result behind (in a list, by a forward hook) without ``detach()``; registers a parameter or a hook while it
+            runs, or freezes or thaws a parameter; reaches a parameter otherwise than through its module where that has
+            hooks or second derivatives are asked for; edits its parameters where these are asked for; draws random
             numbers in a whole graph; batch norm in train mode under a transform, or dropout under ``jacrev``; something
             edited between forward and backward; inputs that were not recovered.
         TypeError: a function's result that turns its stream into another dtype.
