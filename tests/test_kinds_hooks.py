@@ -62,6 +62,30 @@ def test_a_hook_that_a_function_registers_on_its_weight(stage: Stage, once: bool
     return passes(stage.stack(lambda: Hooking(once, after)), *leaves(3, 4))
 
 
+@pytest.mark.parametrize("after", [False, True])
+@scene("hooks")
+def test_a_hook_that_a_function_takes_away_at_its_end(stage: Stage, after: bool):
+    """It has no effect. A repetition may stop before it is taken away."""
+
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            w = self.layer.weight
+            handle = w.register_post_accumulate_grad_hook(scale_gradient) if after else w.register_hook(double)
+            y = self.layer(x)
+            handle.remove()
+            return y
+
+    return passes(stage.stack(Passing), *leaves(3, 4))
+
+
+def double(g: Tensor) -> Tensor:
+    return 2 * g
+
+
 class Conditioned(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -32,10 +32,10 @@ _hooks, _hooks_after = attrgetter("_backward_hooks"), attrgetter("_post_accumula
 
 
 def hooks_of(t: Tensor | None) -> list[dict[int, Any]]:
-    """The hooks of a tensor, through which somebody may edit its gradient, where it has any."""
+    """The hooks of a tensor, through which somebody may edit its gradient, where it has or had any."""
     if t is None:
         return []
-    return [hooks for hooks in (_hooks(t), _hooks_after(t)) if hooks]
+    return [hooks for hooks in (_hooks(t), _hooks_after(t)) if hooks is not None]
 
 
 class Edits(Guard):
@@ -91,7 +91,9 @@ class _StepEdits(StepGuard):
         if self.context or self.read:
             mine += [t for _, t, _ in self.context]
             mine += [t for r in self.read if (t := r.alive()) is not None]
-        if any(map(_hooks, mine)) or any(map(_hooks_after, mine)):
+        # A hook may also have been taken away again, where a repetition stops before.
+        none = [None] * len(mine)
+        if list(map(_hooks, mine)) != none or list(map(_hooks_after, mine)) != none:
             self.hooked = [weakref.ref(t) for t in mine if hooks_of(t)]
 
     def saved_tensors_dropped(self) -> None:
