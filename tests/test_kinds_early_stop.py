@@ -168,6 +168,15 @@ class Restoring(nn.Module):
         return y
 
 
+def hook_child(m: Any) -> None:
+    m.handle = m.dropout.register_forward_hook(lambda _, args, y: 0.5 * y)
+
+
+def freeze_child(m: Any, learns: bool) -> None:
+    for p in m.layer.parameters():
+        p.requires_grad_(learns)
+
+
 LOCK = threading.Lock()
 
 
@@ -183,8 +192,10 @@ def take_lock(m: Any) -> None:
         (lambda m: m.box.update(on=True), lambda m: m.box.update(on=False)),
         (lambda m: torch.use_deterministic_algorithms(True), lambda m: torch.use_deterministic_algorithms(False)),
         (take_lock, lambda m: LOCK.release()),
+        (hook_child, lambda m: m.handle.remove()),
+        (lambda m: freeze_child(m, False), lambda m: freeze_child(m, True)),
     ],
-    ids=["mode", "attribute", "dict", "setting", "lock"],
+    ids=["mode", "attribute", "dict", "setting", "lock", "hook", "freezing"],
 )
 @scene("8")
 def test_what_a_function_sets_is_set_back(stage: Stage, on: Any, off: Any):
@@ -192,7 +203,16 @@ def test_what_a_function_sets_is_set_back(stage: Stage, on: Any, off: Any):
     outputs = stack(*xs)
     loss(outputs).backward()
     states = [(m.switch, m.box["on"]) for m in stack.modules() if isinstance(m, Restoring)]
-    now = [m.training for m in stack.modules()], states, torch.are_deterministic_algorithms_enabled(), LOCK.locked()
+    hooks = [len(m._forward_hooks) for m in stack.modules()]
+    learns = [p.requires_grad for p in stack.parameters()]
+    now = (
+        [m.training for m in stack.modules()],
+        states,
+        hooks,
+        learns,
+        torch.are_deterministic_algorithms_enabled(),
+        LOCK.locked(),
+    )
     return [*outputs, *grads(*xs, stack), *now]
 
 

@@ -86,7 +86,12 @@ _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 # Dicts that hold what a module is, and its hooks: another dict in their place would be overlooked.
 _LOOKED_AT = _OWN_DICTS | {"_forward_pre_hooks", "_forward_hooks"}
 _UNSEEN = ("data", "numpy", "from_numpy", "from_dlpack", "set_", "untyped_storage", "storage")
-_TAKING = ("acquire", "set_", "use_")
+# How the names begin of what a function may do and undo without `with` or `finally`, and that no guard puts back.
+_TAKING = (
+    *("acquire", "disable", "enable", "enter", "push", "register_", "remove", "requires_grad_"),
+    *("set_", "start", "use_"),
+)
+_NEVER_RUNS = ("__init__", "__repr__", "extra_repr", "reset_parameters")  # within a forward
 _MOST, _DEEPEST = 1 << 13, 64  # things that are looked at; whatever leads to more is data
 
 
@@ -183,7 +188,8 @@ class _Found:
                 default, f"{function.__name__} (a default argument of a closure)", remote=remote
             )
         names = names_of(code)
-        self.names.update(names)
+        if code.co_name not in _NEVER_RUNS:
+            self.names.update(names)
         for name in names:
             part = variables.get(name)
             if isinstance(part, types.ModuleType):
@@ -380,7 +386,7 @@ class ModuleTree:
         self.has_tensors = any(isinstance(v, Tensor) for v in entries)
         # Whether edits of tensors may be meant to be unseen by version counters.
         self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
-        # Whether a function takes something that it has to give back, such as a lock, or a setting of torch's.
+        # Whether a function takes something that it has to give back, such as a lock, a hook or a setting of torch's.
         self.gives_back = any(name.startswith(_TAKING) for name in found.names)
         self.assigns = self.has_tensors  # whether a run assigns attributes, children or parameters
         stable = all(_is_stable(f) for f in found.functions.values())
