@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from common import Lambda, grads, leaves, loss
-from scenes import Stage, scene
+from scenes import RECOMPUTING, Stage, scene
 from situations.base import everything, train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -1012,6 +1013,55 @@ def test_running_statistics_by_data(stage: Stage):
             return self.weight * (x - self.mean) * (self.variance + 1e-5).rsqrt()
 
     return train(stage.stack(Normalised), 6, 4, steps=3)
+
+
+class Rarely(nn.Module):
+    """Adds a bias that it moves in every second call, or in the first call only."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.linear, self.every, self.calls = nn.Linear(4, 4), every, 0
+        self.register_buffer("bias", torch.zeros(4))
+
+    def forward(self, x):
+        y = torch.tanh(self.linear(x) + self.bias)
+        self.calls += 1
+        if self.every and self.calls % self.every == 0:
+            self.bias.add_(y.detach().mean(0))
+        return y
+
+
+MOVED = "buffer 'bias' of .* was modified"
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@scene("5", refusal=MOVED, refusing="Functional")  # whose last step runs without a copy of what it moves
+def test_a_function_of_several_steps_that_moves_a_buffer_in_some_calls(stage: Stage, every: int):
+    shared = Rarely(every)
+    return train(stage.sequence(*[(shared, shared)] * 3), 6, 4, steps=2)
+
+
+@scene("5", refusal=MOVED, refusing=f"{RECOMPUTING} Functional")
+def test_a_buffer_that_moves_in_some_calls_and_by_hand(stage: Stage):
+    """What moves it between forward and backward is no run of the function, so nobody has a copy."""
+    shared = Rarely(0)
+    stack, xs = stage.sequence(*[(shared, shared)] * 2), leaves(6, 4)
+    y = stack(*xs)
+    shared.bias.add_(1.0)
+    loss(y).backward()
+    return [*y, *grads(*xs, stack)]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@scene("5")
+def test_two_forwards_of_which_one_moves_a_buffer(stage: Stage, reverse: bool):
+    """The second forward moves what the first only read."""
+    stack = stage.stack(lambda: Rarely(2))
+    xs, zs = leaves(6, 4), leaves(6, 4)
+    losses = [loss(stack(*xs)), loss(stack(*zs))]
+    for found in reversed(losses) if reverse else losses:
+        found.backward()
+    return [*losses, *grads(*xs, *zs, stack), *everything(stack)]
 
 
 # ---------------------------------------------------------------------------------------------- own weights edited

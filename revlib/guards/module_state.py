@@ -192,6 +192,7 @@ class ModuleState(StepGuard):
                 if id(p) not in put_back
             ]
             self._refuse_edits("parameter", "step the optimizer only after backward", pairs)
+        self.buffers.take_from_other_runs()
         self._refuse_edits("buffer", "edit buffers only after backward", self.buffers.constant)
         if self.attached:
             self._refuse_edits(
@@ -364,6 +365,20 @@ _LARGEST_ATTRIBUTE = 1 << 24  # bytes, of a tensor among the attributes, while i
 _LARGEST_UNSEEN = 1 << 28  # the same, where its function may edit it without a trace
 
 
+class _Seen:
+    """A buffer at some version, for as long as a run is recorded that found it so and left it so.
+
+    A later run that moves the buffer on puts here what it held before.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer  # alive, so that nothing else gets its identity
+        self.copy: Tensor | None = None
+
+
+_seen: weakref.WeakValueDictionary[tuple[int, int], _Seen] = weakref.WeakValueDictionary()
+
+
 class _Buffers:
     """Buffers, and other tensors without gradient that a function leads to: their contents before the run, for those
     that the run changed.
@@ -377,6 +392,7 @@ class _Buffers:
         self._constant_slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self.changed_tensors: dict[int, tuple[Tensor, Tensor]] = {}  # and what they held
         self.constant: list[tuple[str, Tensor, int]] = []
+        self._seen: dict[int, _Seen] = {}  # of these
         self._before: list[tuple[Any, str, Tensor | None, int, Tensor | None]] = []
         self._attributes: list[tuple[Tensor, int, Tensor]] = []
         if not (attributes or remote or any(tree.buffer_slots)):
@@ -403,13 +419,28 @@ class _Buffers:
             elif _is_changed(b, version, copy) or normalises(m) or _may_be_changed(m, b):
                 self.changed.append((m._buffers, k, b, copy))
                 self.changed_tensors[id(b)] = b, copy
+                if (seen := _seen.get((id(b), version))) is not None and version_of(b) != version:
+                    seen.copy = copy
             else:
                 self.constant.append((k, b, version))
                 self._constant_slots.append((m._buffers, k, b))
+                self._seen[id(b)] = _seen.setdefault((id(b), version), _Seen(b))
         for t, version, copy in self._attributes:
             if _is_changed(t, version, copy):
                 self.changed_tensors[id(t)] = t, copy
         self._before, self._attributes = [], []
+
+    def take_from_other_runs(self) -> None:
+        """Before a repetition: a buffer that this run left alone may have been moved by a later run of the same
+        function, which then holds a copy of what it was before."""
+        for entry in [e for e in self.constant if version_of(e[1]) != e[2]]:
+            b, copy = entry[1], self._seen[id(entry[1])].copy
+            if copy is not None:
+                self.constant.remove(entry)
+                self.changed_tensors[id(b)] = b, copy
+                for place in [p for p in self._constant_slots if p[2] is b]:
+                    self._constant_slots.remove(place)
+                    self.changed.append((*place, copy))
 
     def fresh(self) -> dict[int, Tensor]:
         """For each tensor that the run changed, by identity, a copy for one repetition to change."""
