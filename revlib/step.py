@@ -457,7 +457,7 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{step.name} returned shape {_shapes(f)} in a {type(f).__name__}, which {step.coupling} does not merge "
-            f"into its stream of shape {tuple(s.shape)}"
+            f"into its stream of shape {tuple(s.shape)}{_what_to_return(s, f)}"
         ) from error
     if not isinstance(merged, Tensor):
         raise TypeError(
@@ -484,6 +484,17 @@ def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:
             "result."
         )
     return merged
+
+
+def _what_to_return(s: Tensor, f: Any) -> str:
+    """Advice on a result that the coupling does not take, such as the pair that an attention or a recurrent layer
+    returns."""
+    if isinstance(f, Tensor) or not any(t.shape == s.shape for t in tree_leaves(f)):
+        return "; change what the function returns, or use the coupling that it was written for"
+    return (
+        "; return the tensor of that shape alone, and hand on the others as 'Losses from inside functions' in the "
+        "guide shows, or use the coupling that the function was written for"
+    )
 
 
 def _unmerged(step: BoundStep, made: Tensor, f: Any) -> Tensor:

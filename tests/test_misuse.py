@@ -317,8 +317,8 @@ def returning(value):
         (None, TypeError, r"F of block 0 .* must return a tensor .* got NoneType"),
         (1.0, TypeError, r"F of block 0 .* must return a tensor .* got float"),
         (lambda x: (x, None), TypeError, r"F of block 0 .* must return a tensor .* got tuple"),
-        (lambda x: (x, x), (TypeError, ValueError), r"F of block 0"),
-        (lambda x: {"out": x}, (TypeError, ValueError), r"F of block 0"),
+        (lambda x: (x, x[:1]), ValueError, r"F of block 0 .*\[\(3, 4\), \(1, 4\)\] in a tuple.* that shape alone"),
+        (lambda x: {"out": x}, ValueError, r"F of block 0 .*\[\(3, 4\)\] in a dict.* that shape alone"),
     ],
     ids="width rank integer bool complex none number tuple-with-none tuple dict".split(),
 )

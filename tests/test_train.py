@@ -186,6 +186,22 @@ def test_amp_runs_in_the_format_named(tmp_path):
     assert len(set(losses)) == 3 and losses == pytest.approx([losses[0]] * 3, rel=0.02)
 
 
+def test_amp_on_a_processor_that_emulates_it_is_said_to_be_slow(tmp_path, monkeypatch):
+    """Its products took up to a hundred times as long on a processor without bfloat16 instructions."""
+    monkeypatch.setattr(loop, "slowdown", lambda dtype, device: 90.0 if dtype.itemsize == 2 else 1.0)
+    for name, amp, told in (("plain", [], False), ("amp", ["--amp"], True)):
+        code, output = run(train.app, *TINY, "--out", tmp_path / name, "--epochs", 1, *amp)
+        assert code == 0 and ("90times" in output) == told
+
+
+def test_formats_are_compared_by_the_fastest_product_of_each(monkeypatch):
+    took = [5.0, 4.0, 6.0, 3.0, 2.0, 8.0]  # seconds: three products in the format, three in float32
+    readings = [now for k, t in enumerate(took) for now in (100.0 * k, 100.0 * k + t)]
+    monkeypatch.setattr("research.shared.machine.time.perf_counter", iter(readings).__next__)
+    assert machine.slowdown(torch.bfloat16, torch.device("cpu")) == 4.0 / 2.0
+    assert machine.slowdown(torch.bfloat16, torch.device("meta")) == 1.0
+
+
 def test_a_diverged_run_stops_and_says_so(tmp_path):
     code, output = run(train.app, *TINY, "--out", tmp_path / "run", "--lr", 1e30, "--epochs", 3)
     assert code == 1 and "lower--lr" in output

@@ -16,7 +16,7 @@ from research.data.split import Dataset
 from research.data.streamed import Streamed
 from research.settings.config import Config
 from research.shared.captured import Captured, Step
-from research.shared.machine import environment, make_reproducible
+from research.shared.machine import environment, make_reproducible, slowdown
 from research.training import checkpoint
 from research.training.build import AMP_DTYPES, build
 from research.training.checkpoint import Run
@@ -57,6 +57,11 @@ def train(config: Config, processes: Processes, device: torch.device) -> None:
         log.write(logfile)  # on resuming, an epoch that was logged but not saved goes
     tell = trackers(config, log) if processes.rank == 0 else []
     say(describe(run.model, data, config, here))
+    if config.amp and (times := slowdown(AMP_DTYPES[config.amp_dtype], device)) > 2:
+        say(
+            f"--amp will be slow here: matrix products in {config.amp_dtype} take {times:.0f} times as long as in "
+            "float32, since this processor has no instructions for them. Without --amp the run is faster."
+        )
 
     amp = torch.autocast(device.type, AMP_DTYPES[config.amp_dtype], enabled=config.amp)
     step = train_step(run, amp, processes, config.label_smoothing, config.clip_grad)
