@@ -32,7 +32,7 @@ def make_reproducible(seed: int, deterministic: bool) -> None:
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
-    """How much longer a matrix product takes in this format than in float32, measured on a CPU in hundredths of a second.
+    """How much longer a matrix product takes in this format than in float32, measured on a CPU in a moment.
 
     A processor without instructions for a format emulates it, up to a hundred times as slowly. Accelerators have them.
     """
