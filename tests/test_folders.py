@@ -140,10 +140,15 @@ def held(root: Path) -> tuple[int, int]:
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """In memory, 240 more images of 768 bytes would be 184,320 bytes, several times over while they are moved."""
     held(pictures(tmp_path / "warm-up", 4))
-    few, many = (held(pictures(tmp_path / str(each), each)) for each in (40, 120))
-    images = 3 * (120 - 40)
-    assert many[0] - few[0] <= 40 * images, "tensors: numbers of files and seeds, of 8 bytes each"
-    assert many[1] - few[1] <= 600 * images, "paths"
+    roots = [pictures(tmp_path / str(each), each) for each in (40, 120)]
+    images, grown = 3 * (120 - 40), (0, 0)
+    for _ in range(3):  # Threads that earlier tests have left behind may add to what is counted, and never take away.
+        few, many = map(held, roots)
+        grown = many[0] - few[0], many[1] - few[1]
+        if grown[1] <= 600 * images:
+            break
+    assert grown[0] <= 40 * images, "tensors: numbers of files and seeds, of 8 bytes each"
+    assert grown[1] <= 600 * images, "paths"
 
 
 @pytest.mark.parametrize(("above", "on_disk"), [(30 * 768 - 1, True), (30 * 768, False)])
