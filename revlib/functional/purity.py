@@ -12,14 +12,24 @@ import gc
 import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from revlib._torch import is_transformed, transforms, tree_leaves, tree_map, version_of
+from revlib._torch import (
+    is_transformed,
+    saved_tensor_hooks,
+    transforms,
+    tree_leaves,
+    tree_map,
+    version_of,
+)
+from revlib.core.saved_tensors import unedited
 from revlib.guards.edits import hooks_of
 from revlib.guards.modules import current_tree, module_tree
 from revlib.step import BoundStep, State
@@ -139,7 +149,7 @@ class GraphPurity(Purity):
             t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
         )
         hooks, needed = [_hook_count(t) for t in mine], [t.requires_grad for t in mine]
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_outer_hooks():
             f = self._first_call(function, call, leaves, mine)
         results = (f,) if isinstance(f, Tensor) else tree_leaves(f)
         differentiable = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
@@ -218,6 +228,19 @@ class GraphPurity(Purity):
                     f"{step.name} with scheduler=Functional() keeps a tensor of shape {tuple(t.shape)}"
                     f"{_where(step, t)} {_KEEPS}"
                 )
+
+
+def _without_outer_hooks() -> AbstractContextManager[Any]:
+    """What a function saves is dropped with its graph, so no saved-tensor hooks around the stack need to see it.
+
+    Some, such as those of another stack, would hold a result as it was packed, with its graph, and keep the graph alive:
+    it takes most of a second to find out that nobody else does.
+    """
+    if saved_tensor_hooks() is None:
+        return nullcontext()
+    return saved_tensors_hooks(
+        lambda t: (t.detach(), version_of(t)), lambda saved: unedited(*saved)
+    )
 
 
 def _is_held(t: Tensor, tensors: list[Tensor]) -> bool:
