@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ __all__ = [
     "is_dtensor",
     "is_integral",
     "is_parameter",
+    "leaves_of",
     "like_strided",
     "local_part",
     "sum_dtype",
@@ -98,3 +100,24 @@ def like_strided(t: Tensor, stride: tuple[int, ...]) -> Tensor:
         .copy_(once)
         .expand(t.shape)
     )
+
+
+def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The tensors at the end of the graphs of these: all that a gradient of them would reach.
+
+    The graphs are not followed further than to the tensors at which to ``stop``.
+    """
+    seen = {t.grad_fn for t in stop}
+    found = [t for t in tensors if t.grad_fn is None]
+    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in seen]
+    seen.update(nodes)
+    while nodes:
+        node = nodes.pop()
+        above = node.next_functions
+        for n, _ in above:
+            if n is not None and n not in seen:
+                seen.add(n)
+                nodes.append(n)
+        if not above and (t := getattr(node, "variable", None)) is not None:
+            found.append(t)
+    return found

@@ -101,16 +101,18 @@ def test_a_hook_that_a_function_registers_on_its_context(stage: Stage):
     return passes(stage.stack(Conditioned), *leaves(3, 4), c=leaves(3, 4)[0])
 
 
+@pytest.mark.parametrize("merge", [torch.mul, torch.add, lambda y, captured: y + captured[0]])
 @scene("hooks", refusal="Functional", refusing="Functional")
-def test_a_hook_that_a_function_registers_on_what_it_captures(stage: Stage):
-    scale = leaves(3, 4)[0]
+def test_a_hook_that_a_function_registers_on_what_it_captures(stage: Stage, merge: Any):
+    """A sum saves neither operand, so only the graph leads to the tensor."""
+    captured = leaves(3, 4)[0]
 
     def hooked(m, x):
-        scale.register_hook(lambda g: 2 * g)
-        return m(x).tanh() * scale
+        captured.register_hook(lambda g: 2 * g)
+        return merge(m(x).tanh(), captured)
 
     found = passes(stage.stack(lambda: Lambda(hooked, nn.Linear(4, 4))), *leaves(3, 4), times=1)
-    return [*found, scale.grad]
+    return [*found, captured.grad]
 
 
 @pytest.mark.parametrize("hook", [F.relu, torch.sign, torch.Tensor.abs, lambda g: g.clamp(min=0)])

@@ -138,13 +138,34 @@ class Guards(Guard):
             guard.forget(key)
 
 
+class _Acting(NamedTuple):
+    """The places, among some guards, of those that do something at each point."""
+
+    first_run: tuple[int, ...]
+    first_run_done: tuple[int, ...]
+    saved_tensors_dropped: tuple[int, ...]
+    needs_end: tuple[int, ...]
+    check: tuple[int, ...]
+    repetition: tuple[int, ...]
+    repeated: tuple[int, ...]
+
+
 @lru_cache(maxsize=64)
-def _overriding(kinds: tuple[type[StepGuard], ...], *methods: str) -> tuple[int, ...]:
-    """The places of the guards that do something in one of these methods."""
-    return tuple(
-        i
-        for i, kind in enumerate(kinds)
-        if any(getattr(kind, name) is not getattr(StepGuard, name) for name in methods)
+def _acting(kinds: tuple[type[StepGuard], ...]) -> _Acting:
+    def places(*methods: str) -> tuple[int, ...]:
+        idle = [getattr(StepGuard, name) for name in methods]
+        return tuple(
+            i for i, kind in enumerate(kinds) if [getattr(kind, name) for name in methods] != idle
+        )
+
+    return _Acting(
+        first_run=places("enter_first_run", "exit_first_run"),
+        first_run_done=places("first_run_done"),
+        saved_tensors_dropped=places("saved_tensors_dropped"),
+        needs_end=places("needs_end"),
+        check=places("check"),
+        repetition=places("enter_repetition", "exit_repetition"),
+        repeated=places("repeated"),
     )
 
 
@@ -152,40 +173,37 @@ class StepGuards(StepGuard):
     """Asks only those that do something: of five guards, one or two at most points."""
 
     def __init__(self, guards: list[StepGuard]) -> None:
-        self.guards, self.kinds = guards, tuple(map(type, guards))
+        self.guards, self.acting = guards, _acting(tuple(map(type, guards)))
         self.entered: list[StepGuard] = []
 
-    def _acting(self, *methods: str) -> list[StepGuard]:
-        return [self.guards[i] for i in _overriding(self.kinds, *methods)]
-
     def enter_first_run(self) -> None:
-        for guard in self._acting("enter_first_run", "exit_first_run"):
-            guard.enter_first_run()
-            self.entered.append(guard)
+        for i in self.acting.first_run:
+            self.guards[i].enter_first_run()
+            self.entered.append(self.guards[i])
 
     def first_run_done(self, run: FirstRun) -> None:
-        for guard in self._acting("first_run_done"):
-            guard.first_run_done(run)
+        for i in self.acting.first_run_done:
+            self.guards[i].first_run_done(run)
 
     def exit_first_run(self) -> None:
         while self.entered:
             self.entered.pop().exit_first_run()
 
     def saved_tensors_dropped(self) -> None:
-        for guard in self._acting("saved_tensors_dropped"):
-            guard.saved_tensors_dropped()
+        for i in self.acting.saved_tensors_dropped:
+            self.guards[i].saved_tensors_dropped()
 
     def needs_end(self) -> bool:
-        return any(guard.needs_end() for guard in self._acting("needs_end"))
+        return any(self.guards[i].needs_end() for i in self.acting.needs_end)
 
     def check(self) -> None:
-        for guard in self._acting("check"):
-            guard.check()
+        for i in self.acting.check:
+            self.guards[i].check()
 
     def enter_repetition(self) -> None:
-        for guard in self._acting("enter_repetition", "exit_repetition"):
-            guard.enter_repetition()
-            self.entered.append(guard)
+        for i in self.acting.repetition:
+            self.guards[i].enter_repetition()
+            self.entered.append(self.guards[i])
 
     def exit_repetition(self) -> None:
         while self.entered:
@@ -194,8 +212,8 @@ class StepGuards(StepGuard):
     def repeated(
         self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
     ) -> None:
-        for guard in self._acting("repeated"):
-            guard.repeated(key, inputs, saved, streams)
+        for i in self.acting.repeated:
+            self.guards[i].repeated(key, inputs, saved, streams)
 
 
 @contextmanager

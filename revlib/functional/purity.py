@@ -33,6 +33,7 @@ from revlib.core.saved_tensors import unedited
 from revlib.guards.edits import hooks_of
 from revlib.guards.modules import current_tree, module_tree
 from revlib.step import BoundStep, State
+from revlib.tensors import leaves_of
 
 if TYPE_CHECKING:
     from revlib.functional.pure_stack import PureStep
@@ -43,7 +44,6 @@ __all__ = [
     "PurityMode",
     "TracingPurityMode",
     "asked_directly",
-    "leaves_of",
 ]
 
 CAPTURED = (
@@ -233,8 +233,8 @@ class GraphPurity(Purity):
 def _without_outer_hooks() -> AbstractContextManager[Any]:
     """What a function saves is dropped with its graph, so no saved-tensor hooks around the stack need to see it.
 
-    Some, such as those of another stack, would hold a result as it was packed, with its graph, and keep the graph alive:
-    it takes most of a second to find out that nobody else does.
+    Some, such as those of another stack, would hold a result as it was packed, with its graph, and keep that alive: it
+    takes most of a second to find out that nobody else does.
     """
     if saved_tensor_hooks() is None:
         return nullcontext()
@@ -252,27 +252,6 @@ def _is_held(t: Tensor, tensors: list[Tensor]) -> bool:
             if any(o is not holders and not isinstance(o, types.FrameType) for o in others):
                 return True
     return False
-
-
-def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
-    """The tensors at the end of the graphs of these: all that a gradient of them would reach.
-
-    The graphs are not followed further than to the tensors at which to ``stop``.
-    """
-    seen = {t.grad_fn for t in stop}
-    found = [t for t in tensors if t.grad_fn is None]
-    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in seen]
-    seen.update(nodes)
-    while nodes:
-        node = nodes.pop()
-        above = node.next_functions
-        for n, _ in above:
-            if n is not None and n not in seen:
-                seen.add(n)
-                nodes.append(n)
-        if not above and (t := getattr(node, "variable", None)) is not None:
-            found.append(t)
-    return found
 
 
 def _where(step: BoundStep, t: Tensor) -> str:

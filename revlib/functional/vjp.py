@@ -18,10 +18,10 @@ from revlib._torch import (
     unwrapped,
 )
 from revlib.functional.pure_stack import PureStack
-from revlib.functional.purity import asked_directly, leaves_of
+from revlib.functional.purity import asked_directly
 from revlib.guards import recovery_check
 from revlib.step import State, apart, together
-from revlib.tensors import dense, local_part, sum_dtype
+from revlib.tensors import dense, leaves_of, local_part, sum_dtype
 
 __all__ = ["backward_by_inversion", "vjp"]
 

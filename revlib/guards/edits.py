@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.guards.modules import current_tree
 from revlib.guards.recovery_check import Comparison, RecoveryCheck
 from revlib.step import State
-from revlib.tensors import is_parameter
+from revlib.tensors import is_parameter, leaves_of
 
 __all__ = ["Edits", "hooks_of"]
 
@@ -48,14 +48,10 @@ class Edits(Guard):
         return _StepEdits(view, self.recovery)
 
 
-class _Read(NamedTuple):
-    """A tensor that autograd saved, or the base of one that is a view."""
-
-    place: int
-    alive: Callable[[], Tensor | None]
-    version: int
-    view: tuple[Any, Any, Any] | None  # size, stride and offset
-    of_function: bool  # and not of the coupling
+_View = tuple[Any, Any, Any]  # size, stride and offset
+# A tensor that autograd saved, or the base of one that is a view: its place, itself, its version, the view where a
+# recovered tensor will be compared with it, and whether the function saved it, and not the coupling.
+_Read = tuple[int, Callable[[], Tensor | None], int, _View | None, bool]
 
 
 class _StepEdits(StepGuard):
@@ -68,13 +64,15 @@ class _StepEdits(StepGuard):
                 (key, t, version_of(t)) for t in tree_leaves(value) if isinstance(t, Tensor)
             )
         self.read: list[_Read] = []
-        self.constants: dict[int, tuple[Tensor, tuple[Any, Any, Any] | None]] = {}
+        self.leaves: list[weakref.ref[Tensor]] = []  # of the graph, where hooks may be registered
+        self.constants: dict[int, tuple[Tensor, _View | None]] = {}
         self.hooked: list[Callable[[], Tensor | None]] = []  # tensors of the user's that have hooks
         self.hooks: list[tuple[dict[int, Any], set[int]]] = []  # of these, before a repetition
 
     def first_run_done(self, run: FirstRun) -> None:
         # Streams come back as they were, whatever is edited, and the modules' parameters have a guard of their own.
-        known = self.tree.parameter_ids | {id(view_base(s)) for s in run.state}
+        known = {*self.tree.parameter_ids, *(id(view_base(s)) for s in run.state)}
+        compares, read = self.compares, self.read
         for place, placeholder in run.saved:
             t = placeholder.tensor
             if t is None or id(t) in known:
@@ -82,40 +80,42 @@ class _StepEdits(StepGuard):
             source = view_base(t)
             if id(source) not in known:
                 view = None
-                if source is not t and type(t) is Tensor:
+                if compares and source is not t and type(t) is Tensor:
                     view = t.shape, t.stride(), t.storage_offset()
                 of_function = place < run.function_saves
-                read = _Read(place, weakref.ref(source), placeholder.version, view, of_function)
-                self.read.append(read)
-        mine = [p for p in self.tree.parameters if p is not None]
-        if self.context or self.read:
-            mine += [t for _, t, _ in self.context]
-            mine += [t for r in self.read if (t := r.alive()) is not None]
-        # A hook may also have been taken away again, where a repetition stops before.
-        none = [None] * len(mine)
-        if list(map(_hooks, mine)) != none or list(map(_hooks_after, mine)) != none:
-            self.hooked = [weakref.ref(t) for t in mine if hooks_of(t)]
+                read.append((place, weakref.ref(source), placeholder.version, view, of_function))
+        if self.tree.registers:
+            differentiable = [t for t in run.result if isinstance(t, Tensor) and t.requires_grad]
+            self.leaves = list(map(weakref.ref, leaves_of(differentiable)))
 
     def saved_tensors_dropped(self) -> None:
         """What is alive now belongs to the user. Intermediate results of the function are gone."""
-        own = self.step.memory.get(
-            "put back", ()
-        )  # the run edited these, and a repetition gets copies
-        self.read = [r for r in self.read if (t := r.alive()) is not None and id(t) not in own]
-        if self.read and self.compares:
+        self.read = [r for r in self.read if r[1]() is not None]
+        # A hook may also have been taken away again, where a repetition stops before.
+        mine = [p for p in self.tree.parameters if p is not None]
+        if self.context or self.read or self.leaves:
+            mine += [t for _, t, _ in self.context]
+            mine += [t for r in self.read if (t := r[1]()) is not None]
+            mine += [t for ref in self.leaves if (t := ref()) is not None]
+        none = [None] * len(mine)
+        if list(map(_hooks, mine)) != none or list(map(_hooks_after, mine)) != none:
+            self.hooked = [weakref.ref(t) for t in mine if hooks_of(t)]
+        if not self.read:
+            return
+        # The run edited these, and a repetition gets copies.
+        own = self.step.memory.get("put back", ())
+        self.read = [r for r in self.read if id(r[1]()) not in own]
+        if self.compares:
             slots = self.tree.buffer_slots
             buffers = {id(view_base(b)) for named in slots for b in named.values() if b is not None}
-            for read in self.read:
-                t = read.alive()
+            for place, alive, _, view, of_function in self.read:
+                t = alive()
                 if (
-                    t is None
-                    or not read.of_function
-                    or t.requires_grad
-                    or is_parameter(t)
-                    or id(t) in buffers
+                    t is not None
+                    and of_function
+                    and not (t.requires_grad or is_parameter(t) or id(t) in buffers)
                 ):
-                    continue
-                self.constants[read.place] = t, read.view
+                    self.constants[place] = t, view
 
     def check(self) -> None:
         for key, t, version in self.context:
@@ -124,11 +124,11 @@ class _StepEdits(StepGuard):
                     f"context tensor {key!r} of {self.step.name} was modified by an inplace operation between forward "
                     "and backward; edit a clone of it instead."
                 )
-        for read in self.read:
-            source = read.alive()
+        for _, alive, version, _, _ in self.read:
+            source = alive()
             if source is not None:
                 keep_alive(source)
-                if version_of(source) != read.version:
+                if version_of(source) != version:
                     raise RuntimeError(
                         f"a tensor of shape {tuple(source.shape)} that {self.step.name} reads was modified by an "
                         "inplace operation between forward and backward; edit a clone of it instead."

@@ -388,6 +388,7 @@ class ModuleTree:
         self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
         # Whether a function takes something that it has to give back, such as a lock, a hook or a setting of torch's.
         self.gives_back = any(name.startswith(_TAKING) for name in found.names)
+        self.registers = any(name.startswith("register_") for name in found.names)
         self.assigns = self.has_tensors  # whether a run assigns attributes, children or parameters
         stable = all(_is_stable(f) for f in found.functions.values())
         parameters = [p for p in self.parameters if p is not None]
