@@ -61,12 +61,9 @@ class StepRecord:
         self.rounded = False  # whether it runs again on inputs that have rounding errors
         self.may_stop = False  # whether a repetition may stop at the last tensor that is saved
 
-    def living(self) -> Iterator[tuple[int, Placeholder]]:
+    def living(self) -> list[tuple[int, Placeholder]]:
         """The placeholders whose nodes are still in the graph, by position."""
-        for i, ref in enumerate(self.placeholders):
-            placeholder = ref()
-            if placeholder is not None:
-                yield i, placeholder
+        return [(i, p) for i, ref in enumerate(self.placeholders) if (p := ref()) is not None]
 
     # ------------------------------------------------------------------------------------------ forward
     def pack_hook(self, index: int) -> Callable[[Tensor], Placeholder]:
@@ -92,7 +89,7 @@ class StepRecord:
                 made = step.merge(taken, f)
             self.differentiable = step.merge_reads or any(t.requires_grad for t in results)
             self.may_stop = self.streams_kept and self._ends_in_reading(f)
-            saved = list(self.living())
+            saved = self.living()
             guard.first_run_done(FirstRun(state, taken, results, made, saved, self.function_saves))
             del saved
         except RuntimeError as error:
@@ -129,10 +126,8 @@ class StepRecord:
         return last_operation(f) in _READING
 
     def _forget_values(self) -> None:
-        for ref in self.placeholders:
-            placeholder = ref()
-            if placeholder is not None:
-                placeholder.tensor = None
+        for _, placeholder in self.living():
+            placeholder.tensor = None
 
     # ------------------------------------------------------------------------------------------ again
     def repeat(
@@ -232,9 +227,8 @@ class StepRecord:
         return result, saved
 
     def _refill(self, part: slice, saved: _Saved, key: Key) -> None:
-        for ref, tensor, version in zip(
-            self.placeholders[part], saved.tensors, saved.versions, strict=False
-        ):
+        again = zip(self.placeholders[part], saved.tensors, saved.versions, strict=False)
+        for ref, tensor, version in again:
             placeholder = ref()
             if placeholder is not None:
                 placeholder.fill(key, tensor, version)

@@ -91,8 +91,9 @@ class Tape:
     @bypass_compiler
     def unpack(self, placeholder: Placeholder) -> Tensor:
         """What autograd calls when it needs the tensor that a placeholder stands for."""
-        if placeholder.tensor is not None:
-            return unedited(placeholder.tensor, placeholder.version)
+        tensor = placeholder.tensor
+        if tensor is not None:
+            return unedited(tensor, placeholder.version)
         task = graph_task()
         tensor = placeholder.get(task)
         if tensor is None:
