@@ -294,22 +294,21 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     A stream of zeros is measured against the largest one. A stream that no function sees may lose digits to what was
     merged into it, but must come back to one digit. The error is infinite where a stream came back as NaN.
     """
-    n, device = len(comparisons), comparisons[0].original.device  # streams may live on several
-    samples = [c.original for c in comparisons] + [c.recovered for c in comparisons]
-    referring = [i for i, c in enumerate(comparisons) if c.reference is not None]
-    references = [c.reference for c in comparisons if c.reference is not None]
-    rows = _rows(samples + references, device)  # all at once: operations cost more than numbers
-    same = rows[:n] == rows[n : 2 * n]  # infinities too, which attention may save
-    differences = _norms((rows[:n] - rows[n : 2 * n]).masked_fill_(same, 0.0))
-    norms = _norms(_finite(rows))
-    sizes = norms[:n]
-    if references:
-        largest = sizes.clone()
-        for i, reference in zip(
-            referring, norms[2 * n :], strict=True
-        ):  # an index would wait for the device
-            largest[i].clamp_(min=reference)
-        sizes = torch.minimum(largest, sizes * max(1.0, 0.1 / tolerance if tolerance else 1.0))
+    device = comparisons[0].original.device  # streams may live on several
+    originals = _rows([c.original for c in comparisons], device)
+    gaps = _rows([c.recovered for c in comparisons], device)
+    same = gaps == originals  # infinities too, which attention may save
+    differences = _norms(gaps.sub_(originals).masked_fill_(same, 0.0))
+    del gaps, same
+    norms = _norms(_finite(originals))
+    del originals
+    sizes = norms
+    if any(c.reference is not None for c in comparisons):
+        references = _rows(
+            [c.original if c.reference is None else c.reference for c in comparisons], device
+        )
+        sizes = torch.maximum(norms, _norms(_finite(references)))
+        sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
     return (differences / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
 
