@@ -264,6 +264,7 @@ def test_a_split_stream_does_not_keep_the_others_alive():
 
 
 # ---------------------------------------------------------------------------------------------- exactness and precision
+@pytest.mark.some(6)
 @pytest.mark.parametrize("scheduler", SCHEDULERS[:-1], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_exact_bijections_leave_exact_couplings_exact(scheduler, autocast):
@@ -684,6 +685,7 @@ def test_a_budget_tells_what_it_keeps_of_states_that_change():
     assert steps == len(net.bound_steps) and 0 < kept < steps
 
 
+@pytest.mark.slow
 def test_it_compiles_with_a_break():
     torch.manual_seed(0)
     net, x = network(drop=0.0).double(), image()

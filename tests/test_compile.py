@@ -125,6 +125,7 @@ def test_functions(scheduler, noise, backend):
     assert counter.frame_count == 2  # F and G, once each
 
 
+@pytest.mark.slow
 @needs_a_compiler
 def test_functions_by_inductor():
     """One of the above in every run; the rest is slow."""

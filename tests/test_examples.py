@@ -87,6 +87,7 @@ def test_memory_of_the_experts_is_flat():
     assert_memory_flat(make, torch.zeros((), dtype=torch.float64), x, x, depths=(2, 6), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_adapters_learn_on_a_frozen_base():
     pytest.importorskip("sklearn")
     base, tuned = adapters.main(epochs=15, depth=2)

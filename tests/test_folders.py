@@ -239,6 +239,7 @@ def folder_args(tmp_path: Path, *more: Any) -> list[Any]:
             "--batch-size", 8, "--stream-above", 0, *more]  # fmt: skip
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stopping_and_resuming_changes_no_bit(tmp_path, workers):
     """Another number of workers afterwards, too, changes none."""
@@ -251,6 +252,7 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, workers):
     assert straight.rows[-1]["train_loss"] != straight.rows[0]["train_loss"]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_interrupted_in_the_middle_is_done_again_bit_for_bit(tmp_path, monkeypatch, workers):
     args = [*folder_args(tmp_path), "--epochs", 2, "--workers", workers]

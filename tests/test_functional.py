@@ -505,6 +505,7 @@ class Gated(nn.Module):
         return self.linear(x) * gate if strong else self.linear(x)
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 def test_context_and_shared_modules_in_one_graph():
@@ -646,6 +647,7 @@ def test_what_does_not_go_into_a_whole_graph(make):
         whole(model)[0](x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_dropout_breaks_the_graph_and_is_replayed():
     def scene(compiled):
@@ -685,6 +687,7 @@ def test_and_so_are_layers_that_do_without_a_module_for_it():
         whole(Model(Attention))[0](torch.randn(6, 4))
 
 
+@pytest.mark.slow
 @in_one_graph
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("backend", ["aot_eager", inductor])
@@ -765,6 +768,7 @@ def test_a_global_variable_that_needs_a_gradient_is_refused_while_tracing(read):
         whole(model)[0](torch.randn(6, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
 def test_transforms_inside_compiled_code():
     def scene(compiled):

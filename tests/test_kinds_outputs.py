@@ -247,6 +247,7 @@ def _sixteen() -> list[Any]:
     return cells
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize(("dtype", "depth", "scheduler"), _sixteen())
 def test_a_model_in_16_bits_is_as_right_as_under_plain_autograd(dtype, depth, scheduler):
     """Whoever calls .bfloat16() has not chosen to let streams drift."""

@@ -721,41 +721,49 @@ def test_an_exact_stack_within_a_checkpoint_1(stage: Stage):
     return within(stage, 1, plain_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_checkpoint_4(stage: Stage):
     return within(stage, 4, plain_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_checkpoint_12(stage: Stage):
     return within(stage, 12, plain_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT, refusal="reentrant", refusing="Functional")
 def test_an_exact_stack_within_a_reentrant_checkpoint(stage: Stage):
     return within(stage, 4, reentrant_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_an_unchecked_checkpoint(stage: Stage):
     return within(stage, 4, unchecked_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_selective_checkpoint(stage: Stage):
     return within(stage, 4, selective_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_a_sequential_checkpoint(stage: Stage):
     return within(stage, 4, sequential_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_two_checkpoints(stage: Stage):
     return within(stage, 4, nested_checkpoint)
 
 
+@pytest.mark.some(3)
 @scene("17", tolerance=FLOAT)
 def test_an_exact_stack_within_an_inexact_one(stage: Stage):
     return within(stage, 4, no_checkpoint)
@@ -808,6 +816,7 @@ class Inner(nn.Module):
         return torch.cat(self.stack(*x.chunk(2, -1)), -1)
 
 
+@pytest.mark.some(9)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, functools.partial(nn.Softmax, -1)])
 @scene("14")
 def test_a_functional_stack_within_a_function(stage: Stage, activation: Any):

@@ -167,6 +167,7 @@ def scanned(stage: Stage, run: Callable[..., Tensor]) -> list[Any]:
         torch._dynamo.reset()
 
 
+@pytest.mark.some(3)
 @scene("9", refusal=REASON)
 def test_a_scan(stage: Stage):
     from torch._higher_order_ops import scan
@@ -188,6 +189,7 @@ def test_an_associative_scan(stage: Stage):
     return scanned(stage, run)
 
 
+@pytest.mark.some(3)
 @scene("9", refusal=REASON)
 def test_a_conditional(stage: Stage):
     def run(m, x):
@@ -197,6 +199,7 @@ def test_a_conditional(stage: Stage):
     return scanned(stage, run)
 
 
+@pytest.mark.some(3)
 @scene("9", refusal=REASON)
 def test_a_map(stage: Stage):
     from torch._higher_order_ops import map as mapped
@@ -289,6 +292,7 @@ def _cells() -> list[Any]:
     return [pytest.param(t, s, id=f"{t.__name__}-{name}") for t, name, s in cells]
 
 
+@pytest.mark.some(12)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("trace", "scheduler"), _cells())
 def test_tracing_with_gradients_on(trace, scheduler):

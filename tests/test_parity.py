@@ -22,6 +22,7 @@ _leave_no_trace = test_train._leave_no_trace  # of the training script
 # Parity
 
 
+@pytest.mark.slow
 def test_a_study_runs_and_goes_on(tmp_path, monkeypatch):
     args = [*TINY, "--out", tmp_path, "--epochs", 2]
     assert run(parity.app, *args, "--seeds", 1)[0] == 0

@@ -58,7 +58,7 @@ def test_parts_change_nothing(name, batch, parts, scheduler):
     assert error(gradients(apart, x, scheduler), gradients(whole, x, Naive())) < 1e-10
 
 
-@pytest.mark.some(9)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=str)
 @every_model
 @pytest.mark.parametrize("amp", [False, True])
@@ -125,6 +125,7 @@ def test_the_peak_falls(name):
     assert peak(2) < 0.8 * peak(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "megabytes"), [pytest.param("mvit-b", 30, marks=pytest.mark.slow), ("swin-t", 20)])
 def test_the_goals_in_memory_are_met(model, megabytes):
     """Bytes an image at 224 pixels under Reversible(), simulated: of 32 images, with all that they share."""

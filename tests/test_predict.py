@@ -50,6 +50,7 @@ def lines(*args: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_of_images_gets_the_right_names(learnt, workers):
     out, root = learnt

@@ -188,7 +188,7 @@ def test_the_table_of_the_guide(counts):
     assert table[1:] == want
 
 
-@pytest.mark.some(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("model", GOALS)
 def test_the_goals_in_memory_are_met(model):
     """Bytes an image at 224 pixels under Reversible(), simulated: 512 images less 256."""

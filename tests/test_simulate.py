@@ -124,6 +124,7 @@ def run(tmp_path, *flags):
     return CliRunner().invoke(app, ["--out", str(tmp_path), *flags])
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     flags = ["--model", "tiny", "--img-size", "64", "--schedulers", "naive,reversible", "--memory", "1,2"]
     result = run(tmp_path, *flags, "--batch-size", "256", "--depths", "3")

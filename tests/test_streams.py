@@ -348,6 +348,7 @@ def check(scene, of):
 
 
 # ---------------------------------------------------------------------------------------------- no races
+@pytest.mark.some(9)
 @pytest.mark.parametrize("name", SCENES)
 def test_no_races_and_the_gradients_of_naive(name):
     check(SCENES[name], Reversible())

@@ -114,7 +114,7 @@ def test_what_is_frozen_stays_frozen(name):
     assert not [key for key, p in model.named_parameters() if p.requires_grad]
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", sorted(presets.SIZES))
 def test_shapes_are_as_the_configuration_says(name):
     model = timm.create_model(name, device="meta").eval()
@@ -535,6 +535,7 @@ def test_reparameterized_for_inference(name, inplace):
 # torchvision, and the table
 
 
+@pytest.mark.slow
 def test_torchvision_is_imported_for_the_model_of_clips_alone():
     program = (
         "import sys, revlib.models; assert 'revlib.models.video' not in sys.modules\n"
