@@ -75,9 +75,8 @@ class PassOptions:
 
     tolerance: float | None = None  # how far backward may err, relatively
     look_ahead: cuda_streams.LookAheadPolicy | None = None  # a side stream, and when to use it
-    costs: list[StepCost] | None = (
-        None  # forward adds what the activations of each step would take to keep
-    )
+    # Forward adds what the activations of each step would take to keep.
+    costs: list[StepCost] | None = None
     on_backward: Callable[[], None] | None = None  # called when backward reaches the stack
 
 

@@ -248,9 +248,8 @@ class BoundInverse(BoundStep):
         return self.step.merge(made, f)
 
     def limit_of(self, dtype: torch.dtype) -> float:
-        return (
-            math.inf
-        )  # nobody says that what is given to an inverse lies on the grid of an exact coupling
+        # Nobody says that what is given to an inverse lies on the grid of an exact coupling.
+        return math.inf
 
     def inverse(self) -> BoundStep:
         return self.step

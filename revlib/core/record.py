@@ -47,9 +47,8 @@ class StepRecord:
             guard,
         )
         self.dropped, self.streams_kept = view.dropped, view.streams_kept
-        self.repeated = (
-            repeated  # in backward: for its own activations, or to reach the steps below
-        )
+        # In backward: for its own activations, or to reach the steps below.
+        self.repeated = repeated
         self.numbers = apart(view.numbers, view.layout.taken)[0]  # of the streams that it takes
         self.others_require_grad: tuple[bool, ...] = ()  # the streams that stay
         self.taken: list[_Kind] = []  # what kind of tensors the streams are that it takes away
@@ -211,9 +210,8 @@ class StepRecord:
         except _StopRecomputation:
             pass
         except Exception as error:
-            if (
-                len(saved.tensors) != saved.enough
-            ):  # else it has caught what stopped it, and gone on
+            # Where all has been saved, the function has caught what stopped it, and gone on.
+            if len(saved.tensors) != saved.enough:
                 came = [(t.shape, t.dtype) for t in saved.tensors]
                 if self.dropped and came != expected[: len(came)]:
                     self._refuse_mismatch(came, expected)
@@ -277,9 +275,8 @@ class _Saved:
     def __init__(self, enough: int | None) -> None:
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
-        self.enough = (
-            enough  # number of tensors after which the run may stop; None if its result is needed
-        )
+        # Number of tensors after which the run may stop; None if its result is needed.
+        self.enough = enough
         self.over = False
 
 

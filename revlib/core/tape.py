@@ -143,9 +143,8 @@ class Tape:
             progress.rounded = False
             repeats_from_it = kept < len(self.records) and self.records[kept].repeated
             if consume and not repeats_from_it:
-                self.kept.drop(
-                    kept
-                )  # autograd releases the graph as it goes, and this state with it
+                # Autograd releases the graph as it goes, and this state with it.
+                self.kept.drop(kept)
         elif progress.index < k and shared.index >= k:
             progress.index, progress.state = shared.index, shared.state
             progress.rounded = shared.rounded
@@ -186,9 +185,8 @@ class Tape:
         self.passes.add(task)
         ending = partial(self.finish, task, key)
         if key != SHARED:
-            weakref.finalize(
-                ending, self.forget, key
-            )  # after an exception in backward it is dropped and not called
+            # After an exception in backward it is dropped and not called.
+            weakref.finalize(ending, self.forget, key)
         at_end_of_backward(ending)
         return ending
 

@@ -74,9 +74,8 @@ def run_eagerly(
     trees = [module_tree(step) for step in steps]
     active = transforms()
     if "Jvp" in active or forward_mode_active() or any(tree.is_lazy for tree in trees):
-        return advance(
-            steps, state, contexts
-        )  # forward mode keeps nothing; lazy modules first take their shape
+        # Forward mode keeps nothing; lazy modules first take their shape.
+        return advance(steps, state, contexts)
     for step, tree in zip(steps, trees, strict=True):
         if active and step.needs_data:
             raise RuntimeError(NEEDS_DATA.format(step.name))
@@ -99,9 +98,8 @@ def _untraceable(steps: Sequence[BoundStep]) -> bool:
         if step.begins is not None and step.begins.is_hooked:
             return True
         for m in step.fn.modules():
-            rates = (
-                getattr(m, name, None) for name in ("p", "drop_prob", "dropout")
-            )  # of layers that draw
+            # The rates of layers that draw random numbers.
+            rates = (getattr(m, name, None) for name in ("p", "drop_prob", "dropout"))
             if m.training and (any(isinstance(r, float) and r > 0 for r in rates) or normalises(m)):
                 return True
             if any(isinstance(t, Tensor) and t.requires_grad for t in m.__dict__.values()):
@@ -182,9 +180,8 @@ class _Stack(torch.autograd.Function):
             pairs = zip(output, program.needs, strict=True)
             ctx.mark_non_differentiable(*(y for y, needed in pairs if not needed))
             ctx.set_materialize_grads(False)
-            ctx.required = [
-                t.requires_grad for t in flat
-            ]  # also where some other transform wants the gradient
+            # Also where some other transform wants the gradient.
+            ctx.required = [t.requires_grad for t in flat]
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:

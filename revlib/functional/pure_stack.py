@@ -185,10 +185,8 @@ class Environment:
         guard = self.step_guards[k] = self.guards.step(
             StepView(k, self.steps[k], self.contexts[k], True, False, layout, (), ()), ()
         )
-        with (
-            CpuGeneratorLock(),
-            first_run(guard),
-        ):  # other threads may bind these modules to their tensors
+        # Other threads may bind these modules to their tensors.
+        with CpuGeneratorLock(), first_run(guard):
             yield
 
     @contextmanager
@@ -354,9 +352,8 @@ def _under(settings: Any, function: PureStep, act: Any, mine: Sequence[Tensor]) 
     if not settings:
         return function.run(act, mine)
     kind, enabled, dtype = settings[0]
-    with torch.autocast(
-        kind, dtype, enabled, cache_enabled=False
-    ):  # one by one: the compiler knows no ExitStack
+    # One by one: the compiler knows no ExitStack.
+    with torch.autocast(kind, dtype, enabled, cache_enabled=False):
         return _under(settings[1:], function, act, mine)
 
 

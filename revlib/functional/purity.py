@@ -69,9 +69,8 @@ def asked_directly(t: Tensor) -> bool:
 class Purity:
     """Watches the functions of one forward."""
 
-    arguments: list[
-        Tensor
-    ]  # that functions get: the tensors that the stack reads, or others in their place
+    # What functions get: the tensors that the stack reads, or others in their place.
+    arguments: list[Tensor]
 
     def __init__(self) -> None:
         self.captured: dict[int, weakref.ref[Tensor]] = {}  # what functions read besides
@@ -132,9 +131,8 @@ class GraphPurity(Purity):
         with torch.enable_grad():
             self.arguments = [t if asked_directly(t) else t.view_as(t) for t in tensors]
         self.streams: list[tuple[BoundStep, weakref.ref[Tensor]]] = []
-        self.others: list[
-            tuple[BoundStep, weakref.ref[Tensor]]
-        ] = []  # leaves that are none of these
+        # Leaves of their graphs that are neither streams nor arguments.
+        self.others: list[tuple[BoundStep, weakref.ref[Tensor]]] = []
 
     def run(
         self,
@@ -496,9 +494,8 @@ class TracingPurityMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for arg in (*args, *kwargs.values()):
-            for t in (
-                arg if isinstance(arg, (list, tuple)) else (arg,)
-            ):  # written for the compiler, as all of this
+            # The compiler has to follow this loop, so it is not a comprehension.
+            for t in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if (
                     isinstance(t, Tensor)
                     and t.requires_grad

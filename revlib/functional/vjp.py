@@ -116,9 +116,8 @@ def _invert_and_pull_back(
     chosen = [mine[i] for i in places]
     if step.merge_reads:
         taken = program.unmerge(k, made, mine)
-        if (
-            not torch.is_grad_enabled()
-        ):  # torch says of a view made now that it is a leaf with a gradient
+        # Torch says of a view made now that it is a leaf with a gradient.
+        if not torch.is_grad_enabled():
             taken = tuple(t.detach() for t in taken)
         _, pull = vjp(f, taken, chosen)
         g_taken, g_mine = pull(g_made)

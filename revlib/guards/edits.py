@@ -153,9 +153,8 @@ class _StepEdits(StepGuard):
             t = saved[place] if place < len(saved) else constant
             if view_base(t) is not constant:
                 before = constant if view is None else constant.as_strided(*view)
-                if (
-                    before.shape == t.shape and before.dtype == t.dtype
-                ):  # and is not seen as another dtype
+                # A view may also show the same memory in another dtype, which is not compared.
+                if before.shape == t.shape and before.dtype == t.dtype:
                     reference = inputs[0].detach() if before.is_floating_point() else None
                     self.recovery.compare(
                         key, Comparison(self.step.name, before, t.detach(), reference)

@@ -70,9 +70,8 @@ class ModuleState(StepGuard):
         may_stop: bool = False,
     ) -> None:
         self.name, self.memory = step.name, step.memory
-        self.may_stop = (
-            may_stop  # a repetition that stops early leaves undone what the function would do then
-        )
+        # A repetition that stops early leaves undone what the function would do then.
+        self.may_stop = may_stop
         self.tree = tree = module_tree(step)
         self.parameters = [p for p in tree.parameters if p is not None]
         self.versions = versions_of(self.parameters)
@@ -85,9 +84,8 @@ class ModuleState(StepGuard):
         remote = tree.remote
         if context and not all(isinstance(v, Tensor) for v in context.values()):
             remote = self._look_at_context(context)
-        self.attached: list[
-            tuple[str, weakref.ref[Tensor], int]
-        ] = []  # tensors that are attributes
+        # Tensors that are attributes.
+        self.attached: list[tuple[str, weakref.ref[Tensor], int]] = []
         tensors: list[Tensor] = []
         if tree.has_tensors or self.extra:
             attributes = list(self._attributes_that_are_tensors())
@@ -304,9 +302,8 @@ class ModuleState(StepGuard):
                 if p is not None and p.requires_grad != flag:
                     p = p.detach().requires_grad_(flag)
                 held[name] = p
-            if not any(
-                map(is_dtensor, (*held.values(), *slots.values()))
-            ):  # FSDP exchanges its parameters itself
+            # FSDP exchanges its parameters itself.
+            if not any(map(is_dtensor, (*held.values(), *slots.values()))):
                 yield slots, held
 
     def _bind_hooks(self) -> None:

@@ -71,9 +71,8 @@ def found_in(context: Mapping[str, Any]) -> tuple[list[Holder], list[nn.Module]]
     return list(found.holders.values()), [m for m in found.remote.values() if m._buffers]
 
 
-_OWN_DICTS = frozenset(
-    ("_parameters", "_buffers", "_modules")
-)  # of every module, and looked at separately
+# Every module has these, and they are looked at separately.
+_OWN_DICTS = frozenset(("_parameters", "_buffers", "_modules"))
 _FUNCTIONS = (partial, types.MethodType, types.FunctionType)
 _PLAIN = frozenset(
     (
@@ -316,9 +315,8 @@ _GLOBAL_HOOKS = (
     *("_global_forward_pre_hooks", "_global_forward_hooks"),
     *("_global_forward_hooks_with_kwargs", "_global_forward_hooks_always_called"),
 )
-Hooks = list[
-    tuple[dict[str, Any], str, dict[Any, Any]]
-]  # where a dict of hooks belongs, and a copy of its contents
+# Where a dict of hooks belongs, and a copy of its contents.
+Hooks = list[tuple[dict[str, Any], str, dict[Any, Any]]]
 
 
 class ModuleTree:

@@ -39,11 +39,8 @@ __all__ = [
     "report",
 ]
 
-_SAMPLES, _FEWEST, _ALL = (
-    128,
-    8,
-    2**13,
-)  # elements of a stream: at most, at least, and of a whole stack
+# Elements of a stream: at most, at least, and of a whole stack.
+_SAMPLES, _FEWEST, _ALL = 128, 8, 2**13
 _RESIDUAL = 0.5  # a cosine that residual blocks exceed, and what is added to a residual seldom does
 _serial = itertools.count()
 
@@ -77,9 +74,8 @@ class Sampler:
         for n in t.shape:
             count = min(n, per_dim)
             stride = n // count if count else 1
-            first = (
-                self.offset % (n - stride * (count - 1)) if count else 0
-            )  # each of the n at some offset
+            # Each of the n places comes up at some offset.
+            first = self.offset % (n - stride * (count - 1)) if count else 0
             along = torch.arange(first, first + stride * count, stride, device=t.device)
             places = places[..., None] * n + along
         return places
@@ -91,9 +87,8 @@ class Comparison(NamedTuple):
     name: str  # of the step
     original: Tensor
     recovered: Tensor
-    reference: Tensor | None = (
-        None  # what the difference is measured against, if that is not the original
-    )
+    # What the difference is measured against, if that is not the original.
+    reference: Tensor | None = None
     step: int = -1  # the number of the step, if this is the stream that it merges away
 
 
@@ -135,17 +130,15 @@ class RecoveryCheck(Guard):
 
     def __init__(self, steps: int, tolerance: float | None, outer: RecoveryCheck | None) -> None:
         self.steps, self.tolerance = steps, tolerance
-        self.outer = (
-            None if outer is None else weakref.ref(outer)
-        )  # of the stack that this one runs inside
+        # Of the stack that this one runs inside.
+        self.outer = None if outer is None else weakref.ref(outer)
         self.sampler = Sampler(steps)
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.ranges: list[StreamRange] = []
         self.exact_steps = 0
         self.dtypes: set[torch.dtype] = set()
-        self.total: Tensor | None = (
-            None  # the sum of the last state, which is finite if the state is
-        )
+        # The sum of the last state, which is finite if the state is.
+        self.total: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -208,9 +201,8 @@ class _StepRecovery(StepGuard):
         of.exact_steps += all(step.inverts_exactly(t.dtype) for t in run.taken)
         limit = step.limit_of(made.dtype)
         if limit < math.inf and made.numel():
-            least, largest = torch.aminmax(
-                local_part(made).detach()
-            )  # many times as fast as a norm on a CPU
+            # On a CPU this is many times as fast as a norm.
+            least, largest = torch.aminmax(local_part(made).detach())
             of.ranges.append(StreamRange(step.name, least, largest, limit))
 
     def _sample_activations(self, run: FirstRun) -> None:
@@ -338,9 +330,8 @@ def compare_recovered(
             if exact and device.type == "cpu"
             else default_tolerance(dtypes, device.type != "cpu")
         )
-    autocast = torch.autocast(
-        device.type, enabled=False
-    )  # it would have a say in how samples are put together
+    # Autocast would have a say in how samples are put together.
+    autocast = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), autocast:
         parts = [relative_errors(comparisons, tolerance)] if comparisons else []
         if ranges:
