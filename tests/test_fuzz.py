@@ -922,8 +922,9 @@ class Machine(RuleBasedStateMachine):
         p = self.subject.pending[i]
         inputs = {x.untyped_storage().data_ptr() for x in self.subject.inputs.values()}
         tensors = [t for t in [*p.edges, *p.ys] if t.untyped_storage().data_ptr() not in inputs]
-        # Autograd would forget the hooks of a view, in this world alone.
-        tensors = [t for t in tensors if not t._is_view()]
+        # Autograd would forget the hooks of a view, in this world alone, if the view or its base was edited.
+        bases = {id(t._base) for t in [*p.edges, *p.ys] if t._is_view()}
+        tensors = [t for t in tensors if not t._is_view() and id(t) not in bases]
         if not p.second and tensors:
             for world in self.worlds:
                 world.pending[i].excuses.add("edit")
