@@ -208,7 +208,7 @@ MUTANTS = [
     ),
     Mutant(
         "revlib/guards/edits.py",
-        "                if version_of(source) != read.version:\n",
+        "                if version_of(source) != version:\n",
         "                if False:\n",
         "edits of what a function captures",
         MISUSE,
