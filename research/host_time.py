@@ -153,7 +153,7 @@ def guard_costs(depth: int, at: Setting, rounds: int) -> dict[str, float]:
 
         return run
 
-    names = ["none left out", "Randomness", "Settings", "ModuleStates", "Edits", "RecoveryCheck"]
+    names = ["none left out", "Randomness", "Settings", "ModuleStates", "Edits", "RecoveryCheck", "EarlyStop"]
     return measured({name: leaving_out(name) for name in names}, at, rounds)
 
 

@@ -28,6 +28,7 @@ from revlib._torch import (
 )
 from revlib.core import Guard, Guards, Plan, Tape, surrounding_tape
 from revlib.guards import (
+    EarlyStop,
     Edits,
     Measure,
     ModuleStates,
@@ -177,6 +178,7 @@ def _guards(
         ModuleStates(),
         Edits(recovery),
         recovery,
+        EarlyStop(),
     ]
     if options.costs is not None:
         guards.append(Measure(options.costs))

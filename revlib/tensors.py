@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from revlib._torch import is_traceable_wrapper_subclass, view_base
 
 __all__ = [
+    "LEAF",
     "dense",
     "has_dense_memory",
     "is_dtensor",
@@ -19,8 +21,12 @@ __all__ = [
     "leaves_of",
     "like_strided",
     "local_part",
+    "operations",
     "sum_dtype",
 ]
+
+
+LEAF = "torch::autograd::AccumulateGrad"  # how autograd calls the node of a leaf
 
 
 def is_dtensor(t: Tensor | None) -> bool:
@@ -121,3 +127,15 @@ def leaves_of(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Te
         if not above and (t := getattr(node, "variable", None)) is not None:
             found.append(t)
     return found
+
+
+def operations(results: Sequence[Any], most: int = 64) -> Iterator[Any]:
+    """Autograd's nodes of the last operations of a function, nearest to its results first."""
+    nodes = [t.grad_fn for t in results if isinstance(t, Tensor) and t.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:  # which grows
+        yield node
+        for n, _ in node.next_functions:
+            if n is not None and n not in seen and len(seen) < most and n.name() != LEAF:
+                seen.add(n)
+                nodes.append(n)

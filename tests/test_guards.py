@@ -17,12 +17,12 @@ from revlib.core import Guards
 class Body(nn.Module):
     """A linear layer, and something of a scene's own in front of it."""
 
-    def __init__(self, before):
+    def __init__(self, before, last):
         super().__init__()
-        self.linear, self.before, self.calls = nn.Linear(4, 4), before, 0
+        self.linear, self.last, self.before, self.calls = nn.Linear(4, 4), last, before, 0
 
     def forward(self, x):
-        return self.linear(self.before(self, x)).tanh()
+        return self.last(self.linear(self.before(self, x)))
 
 
 class SinesAreCosines(TorchFunctionMode):
@@ -43,10 +43,12 @@ def chooses(module, x):
     return x * random.choice([1.0, 2.0, 3.0, 4.0])
 
 
-def gradients(scheduler, before, *, forward=None, between=None):
+def gradients(scheduler, before, *, forward=None, between=None, last=nn.Tanh()):  # noqa: B008
     torch.manual_seed(0)
     random.seed(0)
-    stack = ReversibleSequence([(Body(before), Body(before)) for _ in range(3)], scheduler=scheduler).double()
+    stack = ReversibleSequence(
+        [(Body(before, last), Body(before, last)) for _ in range(3)], scheduler=scheduler
+    ).double()
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     if forward is None:
         y = stack(x, x.sin())
@@ -86,6 +88,18 @@ def test_what_is_put_back_is_wrong_without_its_guard(name, monkeypatch):
     assert error(gradients(Reversible(), **SCENES[name]), want) < 1e-9
     leave_out(monkeypatch, name)
     assert error(gradients(Checkpoint(tolerance=math.inf), **SCENES[name]), want) > 1e-2
+
+
+def test_what_a_kernel_writes_after_it_was_saved_is_wrong_without_its_guard(monkeypatch):
+    """RReLU saves its noise and fills it afterwards, so a repetition must not stop at the last saved tensor."""
+
+    def run(scheduler):
+        return gradients(scheduler, lambda module, x: x, last=nn.RReLU(0.1, 0.9))
+
+    want = run(Naive())
+    assert error(run(Checkpoint()), want) < 1e-9
+    leave_out(monkeypatch, "EarlyStop")
+    assert error(run(Checkpoint(tolerance=math.inf)), want) > 1e-2
 
 
 def test_an_edited_tensor_is_refused_and_wrong_without_its_guard(monkeypatch):

@@ -21,7 +21,7 @@ def test_every_contender_and_guard_is_measured(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert {"plain", "checkpoint", "Reversible()", "Checkpoint()", "Functional()"} <= set(found["ms"]["2"])
-    assert all(ms > 0 for ms in found["ms"]["2"].values()) and len(found["guards"]) == 6
+    assert all(ms > 0 for ms in found["ms"]["2"].values()) and len(found["guards"]) == 7
 
 
 def test_a_step_runs_lines_of_many_files():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
@@ -23,9 +23,9 @@ from revlib._torch import (
 from revlib.core.guard import FirstRun, StepGuard, StepView
 from revlib.core.saved_tensors import Key, Placeholder, unedited
 from revlib.step import BoundStep, State, apart
-from revlib.tensors import dense, is_parameter, like_strided
+from revlib.tensors import dense, like_strided
 
-__all__ = ["StepRecord", "last_operation", "operations", "refuse_after_rounding"]
+__all__ = ["StepRecord", "refuse_after_rounding"]
 
 
 _Metadata = tuple[torch.Size, torch.dtype]
@@ -87,7 +87,6 @@ class StepRecord:
                 results = [t for t in leaves if isinstance(t, Tensor)]
                 made = step.merge(taken, f)
             self.differentiable = step.merge_reads or any(t.requires_grad for t in results)
-            self.may_stop = self.streams_kept and self._ends_in_reading(f)
             saved = self.living()
             guard.first_run_done(FirstRun(state, taken, results, made, saved, self.function_saves))
             del saved
@@ -99,7 +98,7 @@ class StepRecord:
             self._forget_values()
         del f, leaves, results  # what nobody but this call holds is gone now
         guard.saved_tensors_dropped()
-        self.may_stop = self.may_stop and not guard.needs_end()
+        self.may_stop = self.streams_kept and not guard.needs_end()
         return made
 
     def _refuse_forbidden_hooks(self, error: RuntimeError) -> None:
@@ -110,19 +109,6 @@ class StepRecord:
                 "memory. Use scheduler=Functional(), which needs none, or torch.autograd.grad(create_graph=True) in "
                 "place of the transform."
             ) from error
-
-    def _ends_in_reading(self, f: Any) -> bool:
-        """Whether a repetition may stop at the last tensor that it saves.
-
-        An operation saves its inputs before its kernel runs, so the last one need not run at all, unless somebody
-        writes to what was saved, as the kernel of RReLU does to its noise. Nobody does to a parameter, nor to a tensor
-        that requires a gradient.
-        """
-        last = self.placeholders[-1]() if self.placeholders else None
-        t = None if last is None else last.tensor
-        if t is None or not (t.requires_grad or is_parameter(t)):
-            return False
-        return last_operation(f) in _READING
 
     def _forget_values(self) -> None:
         for _, placeholder in self.living():
@@ -310,44 +296,6 @@ def _unpack_again(saved: _Saved, name: str, place: int) -> Tensor:
             "be differentiated; use what forward captured, or assign it to an attribute of the module."
         )
     return unedited(saved.tensors[place], saved.versions[place])
-
-
-# Operations whose kernels only read what is saved for them, and such as save nothing.
-_READING = ("Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "Convolution", "Mul", "Div")
-_SAVING_NOTHING = (
-    *("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Unsqueeze", "Squeeze"),
-    *("Clone", "ToCopy", "Slice", "Add", "Sub"),
-)
-_LEAF = "torch::autograd::AccumulateGrad"
-
-
-def operations(results: Sequence[Any], most: int = 64) -> Iterator[Any]:
-    """Autograd's nodes of the last operations of a function, nearest to its results first."""
-    nodes = [t.grad_fn for t in results if isinstance(t, Tensor) and t.grad_fn is not None]
-    seen = set(nodes)
-    for node in nodes:  # which grows
-        yield node
-        for n, _ in node.next_functions:
-            if n is not None and n not in seen and len(seen) < most and n.name() != _LEAF:
-                seen.add(n)
-                nodes.append(n)
-
-
-def _named(node: Any) -> str:
-    name: str = node.name()
-    return name.removesuffix("0").removesuffix("1").removesuffix("Backward")
-
-
-def last_operation(f: Any) -> str:
-    """The name of the last operation of a function that may have saved something, if there is but one."""
-    node = f.grad_fn if isinstance(f, Tensor) else None
-    while node is not None:
-        name = _named(node)
-        if name not in _SAVING_NOTHING:
-            return name
-        above = [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
-        node = above[0] if len(above) == 1 else None
-    return ""
 
 
 def _detached(f: Any) -> Any:

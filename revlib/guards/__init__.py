@@ -8,6 +8,7 @@ module_state        parameters, buffers, modes, attributes, children and hooks o
 containers          state in lists, dicts, arrays and plain objects (not a guard: module_state uses it)
 edits               tensors that the function reads besides: edited in place, or replaced
 recovery_check      everything else, by what it does: the recovered streams are compared with forward's
+early_stop          whether a repetition may end with the last tensor that the function saves
 measure             what each step would take to keep; it refuses nothing
 ==================  ====================================================================================
 
@@ -15,6 +16,7 @@ Each file says what it catches, what it cannot see, and what it costs. They are 
 edge: a captured tensor that was replaced is compared by the recovery check.
 """
 
+from revlib.guards.early_stop import EarlyStop
 from revlib.guards.edits import Edits
 from revlib.guards.measure import Measure, StepCost
 from revlib.guards.module_state import ModuleStates
@@ -23,6 +25,7 @@ from revlib.guards.recovery_check import RecoveryCheck, raise_pending
 from revlib.guards.settings import Settings
 
 __all__ = [
+    "EarlyStop",
     "Edits",
     "Measure",
     "ModuleStates",

@@ -24,9 +24,15 @@ from torch.nn.utils.rnn import pad_sequence
 from revlib import cuda_streams
 from revlib._torch import is_fake, is_opaque_wrapper, saved_unwritten
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
-from revlib.core.record import operations
 from revlib.step import State
-from revlib.tensors import has_dense_memory, is_integral, is_parameter, local_part, sum_dtype
+from revlib.tensors import (
+    has_dense_memory,
+    is_integral,
+    is_parameter,
+    local_part,
+    operations,
+    sum_dtype,
+)
 
 __all__ = [
     "Comparison",
