@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from revlib import cuda_streams
 from revlib._numbers import whole
 from revlib._torch import in_transform, is_fake, tree_leaves, tree_map
-from revlib.core import Guards, StepGuard, StepView, first_run, repetition
-from revlib.guards import ModuleStates, Randomness, Settings
+from revlib.core import StepGuard, StepView
+from revlib.guards import Guards, ModuleStates, Randomness, Settings, first_run, repetition
 from revlib.guards.containers import same_contents
 from revlib.guards.modules import ModuleTree, module_tree
 from revlib.guards.randomness import devices_of

@@ -26,10 +26,11 @@ from revlib._torch import (
     tree_leaves,
     tree_map,
 )
-from revlib.core import Guard, Guards, Plan, Tape, surrounding_tape
+from revlib.core import Guard, Plan, Tape, surrounding_tape
 from revlib.guards import (
     EarlyStop,
     Edits,
+    Guards,
     Measure,
     ModuleStates,
     Randomness,

@@ -168,7 +168,7 @@ MUTANTS = [
         SCHEDULERS,
     ),
     Mutant(
-        "revlib/core/guard.py",
+        "revlib/guards/several.py",
         "            self.entered.pop().exit_repetition()",
         "            self.entered.pop()",
         "leaving a repetition",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
-from revlib.core import Guards
+from revlib.guards import Guards
 
 
 class Body(nn.Module):

@@ -45,16 +45,7 @@ NOTE [ rules that all of this depends on ]
 8. Lock. Two threads may differentiate one graph. Whoever recovers holds the tape's lock.
 """
 
-from revlib.core.guard import (
-    FirstRun,
-    Guard,
-    Guards,
-    StepGuard,
-    StepGuards,
-    StepView,
-    first_run,
-    repetition,
-)
+from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.core.plan import Plan
 from revlib.core.record import StepRecord
 from revlib.core.saved_tensors import SHARED, KeptStates, Key, Placeholder
@@ -64,17 +55,13 @@ __all__ = [
     "SHARED",
     "FirstRun",
     "Guard",
-    "Guards",
     "KeptStates",
     "Key",
     "Placeholder",
     "Plan",
     "StepGuard",
-    "StepGuards",
     "StepRecord",
     "StepView",
     "Tape",
-    "first_run",
-    "repetition",
     "surrounding_tape",
 ]

@@ -10,9 +10,7 @@ holds some, must not be kept.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,16 +18,7 @@ from torch import Tensor
 from revlib.core.saved_tensors import Placeholder
 from revlib.step import BoundStep, Layout, State
 
-__all__ = [
-    "FirstRun",
-    "Guard",
-    "Guards",
-    "StepGuard",
-    "StepGuards",
-    "StepView",
-    "first_run",
-    "repetition",
-]
+__all__ = ["FirstRun", "Guard", "StepGuard", "StepView"]
 
 
 class StepView(NamedTuple):
@@ -112,125 +101,3 @@ class Guard:
 
     def forget(self, key: Hashable) -> None:
         """What was recovered for the pass ``key`` has been dropped, as it is after an exception."""
-
-
-class Guards(Guard):
-    """Several guards of one pass: entered in order, and left in reverse order."""
-
-    def __init__(self, guards: Sequence[Guard]) -> None:
-        self.guards = guards
-
-    def step(self, view: StepView, state: State) -> StepGuards:
-        return StepGuards(
-            [g for guard in self.guards if (g := guard.step(view, state)) is not None]
-        )
-
-    def forward_done(self, state: State) -> None:
-        for guard in self.guards:
-            guard.forward_done(state)
-
-    def backward_done(self, key: Hashable) -> None:
-        for guard in self.guards:
-            guard.backward_done(key)
-
-    def forget(self, key: Hashable) -> None:
-        for guard in self.guards:
-            guard.forget(key)
-
-
-class _Acting(NamedTuple):
-    """The places, among some guards, of those that do something at each point."""
-
-    first_run: tuple[int, ...]
-    first_run_done: tuple[int, ...]
-    saved_tensors_dropped: tuple[int, ...]
-    needs_end: tuple[int, ...]
-    check: tuple[int, ...]
-    repetition: tuple[int, ...]
-    repeated: tuple[int, ...]
-
-
-@lru_cache(maxsize=64)
-def _acting(kinds: tuple[type[StepGuard], ...]) -> _Acting:
-    def places(*methods: str) -> tuple[int, ...]:
-        idle = [getattr(StepGuard, name) for name in methods]
-        return tuple(
-            i for i, kind in enumerate(kinds) if [getattr(kind, name) for name in methods] != idle
-        )
-
-    return _Acting(
-        first_run=places("enter_first_run", "exit_first_run"),
-        first_run_done=places("first_run_done"),
-        saved_tensors_dropped=places("saved_tensors_dropped"),
-        needs_end=places("needs_end"),
-        check=places("check"),
-        repetition=places("enter_repetition", "exit_repetition"),
-        repeated=places("repeated"),
-    )
-
-
-class StepGuards(StepGuard):
-    """Asks only those that do something: of five guards, one or two at most points."""
-
-    def __init__(self, guards: list[StepGuard]) -> None:
-        self.guards, self.acting = guards, _acting(tuple(map(type, guards)))
-        self.entered: list[StepGuard] = []
-
-    def enter_first_run(self) -> None:
-        for i in self.acting.first_run:
-            self.guards[i].enter_first_run()
-            self.entered.append(self.guards[i])
-
-    def first_run_done(self, run: FirstRun) -> None:
-        for i in self.acting.first_run_done:
-            self.guards[i].first_run_done(run)
-
-    def exit_first_run(self) -> None:
-        while self.entered:
-            self.entered.pop().exit_first_run()
-
-    def saved_tensors_dropped(self) -> None:
-        for i in self.acting.saved_tensors_dropped:
-            self.guards[i].saved_tensors_dropped()
-
-    def needs_end(self) -> bool:
-        return any(self.guards[i].needs_end() for i in self.acting.needs_end)
-
-    def check(self) -> None:
-        for i in self.acting.check:
-            self.guards[i].check()
-
-    def enter_repetition(self) -> None:
-        for i in self.acting.repetition:
-            self.guards[i].enter_repetition()
-            self.entered.append(self.guards[i])
-
-    def exit_repetition(self) -> None:
-        while self.entered:
-            self.entered.pop().exit_repetition()
-
-    def repeated(
-        self, key: Hashable, inputs: State, saved: Sequence[Tensor], streams: State
-    ) -> None:
-        for i in self.acting.repeated:
-            self.guards[i].repeated(key, inputs, saved, streams)
-
-
-@contextmanager
-def first_run(guard: StepGuard) -> Iterator[None]:
-    """Around the first run of a function, for whoever runs it outside of a tape."""
-    try:
-        guard.enter_first_run()
-        yield
-    finally:
-        guard.exit_first_run()
-
-
-@contextmanager
-def repetition(guard: StepGuard) -> Iterator[None]:
-    """Around a repetition of a function, for whoever runs it outside of a tape."""
-    try:
-        guard.enter_repetition()
-        yield
-    finally:
-        guard.exit_repetition()

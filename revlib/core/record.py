@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +14,25 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revlib._torch import (
     bypass_compiler,
-    raised_by_forbidding_hooks,
-    saved_tensor_hooks_allowed,
     tree_leaves,
     tree_map,
     version_of,
 )
 from revlib.core.guard import FirstRun, StepGuard, StepView
 from revlib.core.saved_tensors import Key, Placeholder, unedited
-from revlib.step import BoundStep, State, apart
+from revlib.refusals import (
+    Metadata,
+    refuse_after_rounding,
+    refuse_forbidden_hooks,
+    refuse_mismatch,
+    refuse_without_hooks,
+)
+from revlib.step import State, apart
 from revlib.tensors import dense, like_strided
 
-__all__ = ["StepRecord", "refuse_after_rounding"]
+__all__ = ["StepRecord"]
 
 
-_Metadata = tuple[torch.Size, torch.dtype]
 _Kind = tuple[bool, torch.dtype, tuple[int, ...]]  # requires a gradient, dtype, stride
 
 
@@ -54,7 +58,7 @@ class StepRecord:
         self.taken: list[_Kind] = []  # what kind of tensors the streams are that it takes away
         # Of each tensor that autograd wanted to save, in this order. The graph owns the placeholders.
         self.placeholders: list[weakref.ref[Placeholder]] = []
-        self.metadata: list[_Metadata] = []
+        self.metadata: list[Metadata] = []
         self.function_saves = 0  # the function saved so many of them, and then merge the others
         self.differentiable = False  # whether a gradient may enter the function, or the bijection
         self.rounded = False  # whether it runs again on inputs that have rounding errors
@@ -91,7 +95,7 @@ class StepRecord:
             guard.first_run_done(FirstRun(state, taken, results, made, saved, self.function_saves))
             del saved
         except RuntimeError as error:
-            self._refuse_forbidden_hooks(error)
+            refuse_forbidden_hooks(step.name, error)
             raise
         finally:
             guard.exit_first_run()
@@ -100,15 +104,6 @@ class StepRecord:
         guard.saved_tensors_dropped()
         self.may_stop = self.streams_kept and not guard.needs_end()
         return made
-
-    def _refuse_forbidden_hooks(self, error: RuntimeError) -> None:
-        if raised_by_forbidding_hooks(error):
-            raise RuntimeError(
-                f"{self.step.name} uses a torch.func transform (grad, vjp, jacrev, hessian), or enters "
-                "disable_saved_tensors_hooks. Neither can run under saved-tensor hooks, by which this scheduler saves "
-                "memory. Use scheduler=Functional(), which needs none, or torch.autograd.grad(create_graph=True) in "
-                "place of the transform."
-            ) from error
 
     def _forget_values(self) -> None:
         for _, placeholder in self.living():
@@ -141,12 +136,7 @@ class StepRecord:
             return taken
         step, guard, self.rounded = self.step, self.guard, rounded
         recovered: State = ()
-        if not saved_tensor_hooks_allowed():
-            raise RuntimeError(
-                f"backward through a reversible sequence runs {step.name} again under saved-tensor hooks, which "
-                "torch.autograd.graph.disable_saved_tensors_hooks forbids here; call backward outside of it, or use "
-                "scheduler=Naive() or Functional(), which need none."
-            )
+        refuse_without_hooks(step.name)
         guard.check()
         try:
             guard.enter_repetition()
@@ -198,16 +188,15 @@ class StepRecord:
         except Exception as error:
             # Where all has been saved, the function has caught what stopped it, and gone on.
             if len(saved.tensors) != saved.enough:
-                came = [(t.shape, t.dtype) for t in saved.tensors]
-                if self.dropped and came != expected[: len(came)]:
-                    self._refuse_mismatch(came, expected)
+                if self.dropped and saved.metadata() != expected[: len(saved.tensors)]:
+                    refuse_mismatch(self.step.name, saved.metadata(), expected, self.rounded)
                 if self.rounded:
-                    refuse_after_rounding(self.step, error)
+                    refuse_after_rounding(self.step.name, error)
                 raise
         finally:
             saved.over = True  # the function may have captured some of this graph, which nobody can differentiate
-        if self.dropped and [(t.shape, t.dtype) for t in saved.tensors] != expected:
-            self._refuse_mismatch([(t.shape, t.dtype) for t in saved.tensors], expected)
+        if self.dropped and saved.metadata() != expected:
+            refuse_mismatch(self.step.name, saved.metadata(), expected, self.rounded)
         return result, saved
 
     def _refill(self, part: slice, saved: _Saved, key: Key) -> None:
@@ -217,40 +206,10 @@ class StepRecord:
             if placeholder is not None:
                 placeholder.fill(key, tensor, version)
 
-    def _refuse_mismatch(self, came: list[_Metadata], expected: list[_Metadata]) -> NoReturn:
-        i = next((i for i, (a, b) in enumerate(zip(came, expected, strict=False)) if a != b), None)
-        i = min(len(came), len(expected)) if i is None else i
-        kept, now = (
-            f"{tuple(m[i][0])} {m[i][1]}" if i < len(m) else "nothing more"
-            for m in (expected, came)
-        )
-        raise RuntimeError(
-            f"{self.step.name} does not repeat: as saved tensor {i} autograd kept {kept} in forward, and {now} "
-            f"when it ran again in backward. {_ROUNDED if self.rounded else ''}Its result must depend only on its "
-            "streams, its context, its parameters and the default random generators. Something it reads has changed "
-            "since forward, or it chooses at random."
-        )
-
     @property
     def inverts_exactly(self) -> bool:
         """Whether inversion gives back every bit of the streams that the step takes away."""
         return all(self.step.inverts_exactly(dtype) for _, dtype, _ in self.taken)
-
-
-_ROUNDED = (
-    "Its streams were recovered by inversion, which rounds. That is enough to change what a function decides by value "
-    "(routing to experts, argmax, top-k, sorting, thresholds): use coupling=ExactAdditive(), which gives back every "
-    "bit, or scheduler=Checkpoint(), which keeps the streams. If it does not decide by value: "
-)
-
-
-def refuse_after_rounding(step: BoundStep, error: Exception) -> None:
-    """Raises with the likely cause where a function fails on streams that have rounding errors."""
-    if type(error) in (RuntimeError, ValueError, IndexError):
-        raise RuntimeError(
-            f"{step.name} raised {type(error).__name__} when it ran again in backward, and not in forward: {error}. "
-            f"{_ROUNDED}something it reads has changed since forward."
-        ) from error
 
 
 class _Saved:
@@ -265,11 +224,14 @@ class _Saved:
         self.enough = enough
         self.over = False
 
+    def metadata(self) -> list[Metadata]:
+        return [(t.shape, t.dtype) for t in self.tensors]
+
 
 # Autograd calls these, possibly from compiled code.
 @bypass_compiler
 def _pack(
-    step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[_Metadata], t: Tensor
+    step: int, placeholders: list[weakref.ref[Placeholder]], metadata: list[Metadata], t: Tensor
 ) -> Placeholder:
     placeholder = Placeholder(step, t, version_of(t))
     placeholders.append(weakref.ref(placeholder))

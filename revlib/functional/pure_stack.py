@@ -13,14 +13,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from revlib._torch import TreeSpec, tree_flatten, tree_unflatten
-from revlib.core import Guards, StepGuards, StepView, first_run, repetition
-from revlib.core.record import refuse_after_rounding
+from revlib.core import StepView
 from revlib.functional.purity import GraphPurity, Purity, PurityMode
-from revlib.guards import ModuleStates, Randomness, Settings
+from revlib.guards import (
+    Guards,
+    ModuleStates,
+    Randomness,
+    Settings,
+    StepGuards,
+    first_run,
+    repetition,
+)
 from revlib.guards.module_state import ModuleState
 from revlib.guards.modules import ModuleTree, identical, module_tree
 from revlib.guards.randomness import CpuGeneratorLock, devices_of
 from revlib.guards.settings import AutocastSettings, autocast_settings
+from revlib.refusals import refuse_after_rounding
 from revlib.step import BoundStep, Layout, State, apart, layouts, together
 
 __all__ = ["Environment", "PureStack", "pure_stack_of"]
@@ -309,7 +317,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             except Exception as error:
                 above = [f.step for f in self.functions[k + 1 :]]
                 if any(step.limit_of(torch.float32) == math.inf for step in above):
-                    refuse_after_rounding(function.step, error)
+                    refuse_after_rounding(function.step.name, error)
                 raise
 
     def evaluate(self, k: int, inputs: State, mine: Sequence[Tensor]) -> Any:

@@ -9,6 +9,7 @@ containers          state in lists, dicts, arrays and plain objects (not a guard
 edits               tensors that the function reads besides: edited in place, or replaced
 recovery_check      everything else, by what it does: the recovered streams are compared with forward's
 early_stop          whether a repetition may end with the last tensor that the function saves
+several             all of them as one guard, which is what the core is given (not a guard itself)
 measure             what each step would take to keep; it refuses nothing
 ==================  ====================================================================================
 
@@ -23,15 +24,20 @@ from revlib.guards.module_state import ModuleStates
 from revlib.guards.randomness import Randomness
 from revlib.guards.recovery_check import RecoveryCheck, raise_pending
 from revlib.guards.settings import Settings
+from revlib.guards.several import Guards, StepGuards, first_run, repetition
 
 __all__ = [
     "EarlyStop",
     "Edits",
+    "Guards",
     "Measure",
     "ModuleStates",
     "Randomness",
     "RecoveryCheck",
     "Settings",
     "StepCost",
+    "StepGuards",
+    "first_run",
     "raise_pending",
+    "repetition",
 ]
