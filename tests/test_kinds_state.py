@@ -1171,6 +1171,54 @@ def test_weights_decayed_through_data(stage: Stage):
     return train(stage.stack(Decayed))
 
 
+class Decaying(nn.Module):
+    """Its weight decays, from some call on or in training only, by an edit that is not the same when made twice."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.linear, self.after, self.calls = nn.Linear(4, 4), after, 0
+
+    @torch.no_grad()
+    def decay(self) -> None:
+        self.linear.weight.mul_(0.8)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training and self.calls > self.after:
+            self.decay()
+        return self.linear(x).tanh()
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@scene("10")
+def test_weights_decayed_from_a_later_call_on(stage: Stage, after: int):
+    return train(stage.stack(lambda: Decaying(after)), 6, 4, steps=4)
+
+
+@scene("10")
+def test_weights_decayed_in_training_after_a_first_look_in_eval_mode(stage: Stage):
+    stack = stage.stack(Decaying).eval()
+    return [*train(stack, 6, 4, steps=1), *train(stack.train(), 6, 4, steps=2)]
+
+
+class Bounded(nn.Module):
+    """Edits in training by an operation of torch's, of which the user's code has no name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, x):
+        self.table.max_norm = 0.5 if self.training else None
+        return x * self.table(torch.arange(6) % 8)
+
+
+@scene("10")
+def test_a_table_bounded_in_training_after_a_first_look_in_eval_mode(stage: Stage):
+    stack = stage.stack(Bounded).eval()
+    return [*train(stack, 6, 4, steps=1), *train(stack.train(), 6, 4, steps=2)]
+
+
 @scene("10")
 def test_weights_of_unit_length(stage: Stage):
     """Magnitude-preserving layers: forced to unit length whenever they train."""

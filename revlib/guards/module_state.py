@@ -8,7 +8,8 @@ A loss that the run differentiates itself adds to gradients; the repetition adds
 Cannot see: what containers.py cannot, and edits through ``.data`` on other devices than the CPU, other than by the
 recovery check.
 Cost: copies of the buffers that a run changes; a comparison of all attributes, three times a step; of a function that
-names ``.data`` or the like, copies of its parameters while it runs, and no early stop of its repetition.
+names ``.data``, ``no_grad`` or an operation such as ``mul_``, copies of its parameters while it runs; of one that names
+``.data`` or the like, no early stop of its repetition.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class ModuleState(StepGuard):
             # One may belong to the graph of an earlier pass: it is kept without its graph.
             tree.forget_graphs()
         self.buffers = _Buffers(tree, remote, tensors)
-        self.own_edits = _OwnEdits(step, self.parameters, always=tree.edits_unseen)
+        self.own_edits = _OwnEdits(step, self.parameters, tree)
         self.spoiled = False  # whether the run edits a parameter that it has computed with
         self.moved = ""  # what the run changed, and what cannot be put back
         self.holds = True  # whether attributes are what they were, at the last look
@@ -552,16 +553,18 @@ class _Gradients:
 class _OwnEdits:
     """The parameters that a function edits itself, as layers do that keep their weights in range.
 
-    Whether it does is found out when it first runs, by versions and on a CPU by contents; copies are taken then, and
-    whenever a function runs that is known to edit. One that edits only later repeats from its edited parameters once.
+    Whether it does is found out when it first runs in each mode, by versions and on a CPU by contents; copies are taken
+    then, and whenever a function runs that is known to edit, or whose code names what editing takes. Another function
+    that edits only later, such as one of a library, repeats from its edited parameters once.
     """
 
-    def __init__(self, step: BoundStep, parameters: list[Tensor], always: bool) -> None:
-        self.memory = step.memory
+    def __init__(self, step: BoundStep, parameters: list[Tensor], tree: ModuleTree) -> None:
+        self.memory, self.key = step.memory, (_OwnEdits, *tree.training)
         self.copies: dict[int, Tensor] = {}  # by identity, of what was edited: before the run
         self._before: list[Tensor | None] = []
         self._fresh: dict[int, Tensor] = {}
-        if always or self.memory.get(_OwnEdits) is not False:
+        always = tree.edits_unseen or tree.edits_in_place
+        if always or self.memory.get(self.key) is not False:
             self._before = [p.detach().clone() if _can_be_copied(p) else None for p in parameters]
 
     def after_run(self, parameters: list[Tensor], versions: tuple[int, ...]) -> tuple[int, ...]:
@@ -578,8 +581,8 @@ class _OwnEdits:
                 for p, then, after in zip(parameters, versions, now, strict=True)
                 if then != after and _can_be_copied(p)
             }
-        if self.memory.get(_OwnEdits) is not True:
-            self.memory[_OwnEdits] = bool(self.copies)
+        if self.memory.get(self.key) is not True:
+            self.memory[self.key] = bool(self.copies)
         return now
 
     def for_repetition(self, parameters: list[Tensor]) -> dict[int, Tensor]:

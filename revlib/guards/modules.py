@@ -90,6 +90,7 @@ _TAKING = (
     *("acquire", "disable", "enable", "enter", "push", "register_", "remove", "requires_grad_"),
     *("set_", "start", "use_"),
 )
+_UNRECORDED = ("no_grad", "inference_mode", "set_grad_enabled")
 _NEVER_RUNS = ("__init__", "__repr__", "extra_repr", "reset_parameters")  # within a forward
 _MOST, _DEEPEST = 1 << 13, 64  # things that are looked at; whatever leads to more is data
 
@@ -384,6 +385,8 @@ class ModuleTree:
         self.has_tensors = any(isinstance(v, Tensor) for v in entries)
         # Whether edits of tensors may be meant to be unseen by version counters.
         self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
+        # Whether a function may edit what it computes with, where no gradient is recorded or by a name such as mul_.
+        self.edits_in_place = any(map(_edits, found.names))
         # Whether a function takes something that it has to give back, such as a lock, a hook or a setting of torch's.
         self.gives_back = any(name.startswith(_TAKING) for name in found.names)
         self.registers = any(name.startswith("register_") for name in found.names)
@@ -452,6 +455,13 @@ def without_graph(value: Any) -> Any:
 def identical(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two sequences hold the very same objects."""
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _edits(name: str) -> bool:
+    """Whether a function that looks up this name may edit a parameter in place."""
+    return name in _UNRECORDED or (
+        name.endswith("_") and not name.endswith(("__", "requires_grad_"))
+    )
 
 
 def _is_stable(function: Any) -> bool:
