@@ -510,12 +510,12 @@ def many_streams(setting: Setting):
 
 
 # Each of the 60 steps adds a rounding, and Affine and Scaled scale what has come together.
-@situation("thirty blocks", tolerance=1e-8, slow=True)
+@situation("thirty blocks", tolerance=1e-9, slow=True)
 def deep(setting: Setting):
     def make():
         m = mlp()
         with torch.no_grad():
-            m[4].weight.mul_(0.1)
+            m[4].weight.mul_(0.05)  # Affine couplings multiply by thirty scales: what they amplify stays small
         return m
 
     return train(setting.stack(make, depth=30))
