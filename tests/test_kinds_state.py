@@ -20,6 +20,9 @@ from situations.base import everything, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revlib import ReversibleSequence
+from revlib.guards import module_state
+
 
 def trained(stage: Stage, make: Callable[[], nn.Module], *shape: int, steps: int = 4, **context: Any) -> list[Any]:
     """So many steps with an optimizer that learns what there is when it steps."""
@@ -1199,6 +1202,34 @@ def test_weights_decayed_from_a_later_call_on(stage: Stage, after: int):
 def test_weights_decayed_in_training_after_a_first_look_in_eval_mode(stage: Stage):
     stack = stage.stack(Decaying).eval()
     return [*train(stack, 6, 4, steps=1), *train(stack.train(), 6, 4, steps=2)]
+
+
+def test_parameters_of_ordinary_functions_are_copied_in_their_first_call_only(monkeypatch):
+    """Such as that of a class with an initialisation of its own, whose operations edit in place by their names."""
+
+    class Ordinary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.init_weights()
+
+        def init_weights(self):
+            with torch.no_grad():
+                nn.init.trunc_normal_(self.linear.weight).mul_(0.1)
+
+        def forward(self, x):
+            return self.linear(x).tanh()
+
+    copied, can_be_copied = [], module_state._can_be_copied
+    monkeypatch.setattr(module_state, "_can_be_copied", lambda p: copied.append(p.shape) or can_be_copied(p))
+    stack, editing = (ReversibleSequence([(make(), make()) for _ in range(2)]) for make in (Ordinary, Decaying))
+    counts = []
+    for _ in range(3):
+        for each in (stack, editing):
+            copied.clear()
+            loss(each(*leaves(6, 4, dtype=torch.float32))).backward()
+            counts.append(len(copied))
+    assert counts == [8, 8, 0, 8, 0, 8]  # a weight and a bias of four functions
 
 
 class Bounded(nn.Module):

@@ -113,6 +113,7 @@ class _Found:
         self.depth = 0
         self.weak = False  # whether a weak reference was followed
         self.names: set[str] = set()  # that the user's functions look up
+        self.edits = False  # whether they may edit what they compute with
 
     def visit(self, value: Any, name: str = "", *, remote: bool = False) -> None:
         kind = type(value)
@@ -190,6 +191,8 @@ class _Found:
         names = names_of(code)
         if code.co_name not in _NEVER_RUNS:
             self.names.update(names)
+            # What initialises may run in a first call, after which one looks anyway.
+            self.edits |= "init" not in code.co_name and any(map(_edits, names))
         for name in names:
             part = variables.get(name)
             if isinstance(part, types.ModuleType):
@@ -386,7 +389,7 @@ class ModuleTree:
         # Whether edits of tensors may be meant to be unseen by version counters.
         self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
         # Whether a function may edit what it computes with, where no gradient is recorded or by a name such as mul_.
-        self.edits_in_place = any(map(_edits, found.names))
+        self.edits_in_place = found.edits
         # Whether a function takes something that it has to give back, such as a lock, a hook or a setting of torch's.
         self.gives_back = any(name.startswith(_TAKING) for name in found.names)
         self.registers = any(name.startswith("register_") for name in found.names)
