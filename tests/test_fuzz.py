@@ -941,8 +941,11 @@ class Machine(RuleBasedStateMachine):
     @rule(i=numbers, wanted=st.booleans())
     def freeze(self, i, wanted):
         for world in self.worlds:
-            leaves = [*world.parameters(), *world.inputs.values()]
-            leaves[i % len(leaves)].requires_grad_(wanted and (self.thaws or not world.pending))
+            may = self.thaws or not world.pending
+            # The one node of Functional() calls the hooks of all outputs, also of those that lead to a frozen input only.
+            leaves = [*world.parameters(), *(world.inputs.values() if may else ())]
+            if leaves:
+                leaves[i % len(leaves)].requires_grad_(wanted and may)
 
     @rule(i=numbers, train=st.booleans())
     def switch_mode(self, i, train):
