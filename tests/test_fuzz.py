@@ -942,7 +942,7 @@ class Machine(RuleBasedStateMachine):
     def freeze(self, i, wanted):
         for world in self.worlds:
             may = self.thaws or not world.pending
-            # The one node of Functional() calls the hooks of all outputs, also of those that lead to a frozen input only.
+            # The one node of Functional() calls the hooks of every output, also where it leads to a frozen input only.
             leaves = [*world.parameters(), *(world.inputs.values() if may else ())]
             if leaves:
                 leaves[i % len(leaves)].requires_grad_(wanted and may)
