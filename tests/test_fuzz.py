@@ -175,7 +175,10 @@ class Differentiating(Function):
     def call(self, x):
         with torch.enable_grad():
             z = x if x.requires_grad else x.detach().requires_grad_()
-            return torch.autograd.grad(self.linear(z).sin().sum(), z, create_graph=True)[0]
+            found = torch.autograd.grad(self.linear(z).sin().sum(), z, create_graph=True)[0]
+        # Under Functional() a result that leads to nobody's leaf needs no gradient, where plain autograd says it does.
+        leads = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        return found if leads else found.detach()
 
 
 class Auxiliary(Mlp):
