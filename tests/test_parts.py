@@ -126,7 +126,7 @@ def test_the_peak_falls(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "megabytes"), [pytest.param("mvit-b", 30, marks=pytest.mark.slow), ("swin-t", 20)])
+@pytest.mark.parametrize(("model", "megabytes"), [("mvit-b", 30), ("swin-t", 20)])
 def test_the_goals_in_memory_are_met(model, megabytes):
     """Bytes an image at 224 pixels under Reversible(), simulated: of 32 images, with all that they share."""
     (point,) = count(model, ["reversible"], MODELS[model].depth, [32], Setting())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -117,21 +117,20 @@ class StepGuards(StepGuard):
             self.guards[i].repeated(key, inputs, saved, streams)
 
 
-@contextmanager
-def first_run(guard: StepGuard) -> Iterator[None]:
+def first_run(guard: StepGuard) -> AbstractContextManager[None]:
     """Around the first run of a function, for whoever runs it outside of a tape."""
-    try:
-        guard.enter_first_run()
-        yield
-    finally:
-        guard.exit_first_run()
+    return _between(guard.enter_first_run, guard.exit_first_run)
+
+
+def repetition(guard: StepGuard) -> AbstractContextManager[None]:
+    """Around a repetition of a function, for whoever runs it outside of a tape."""
+    return _between(guard.enter_repetition, guard.exit_repetition)
 
 
 @contextmanager
-def repetition(guard: StepGuard) -> Iterator[None]:
-    """Around a repetition of a function, for whoever runs it outside of a tape."""
+def _between(enter: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
     try:
-        guard.enter_repetition()
+        enter()
         yield
     finally:
-        guard.exit_repetition()
+        leave()
