@@ -3,15 +3,19 @@ or an error says what is wrong."""
 
 import math
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
-from common import error
+from common import error, examples
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
-from revlib.guards import Guards
+from revlib.guards import Guards, recovery_check
+from revlib.guards.recovery_check import Comparison
 
 
 class Body(nn.Module):
@@ -143,3 +147,31 @@ def test_one_wrong_element_is_found_in_one_of_several_forwards():
         else:
             refused.append(False)
     assert 0 < sum(refused) < 16
+
+
+NUMBERS = st.sampled_from([0.0, 1e-3, 1.0, -2.0, 1e30, math.inf, -math.inf, math.nan])
+
+
+@st.composite
+def comparisons(draw):
+    """Samples of what forward had, and of what came back: the same, nearly the same, or something else."""
+    dtype, found = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16])), []
+    sizes = draw(st.sampled_from([(3, 3, 3), (3, 2, 3), (4,)]))
+    for size in sizes:
+        original = [draw(NUMBERS), *[1.0] * (size - 1)]
+        other = draw(st.sampled_from([lambda v: v, lambda v: v * (1 + 1e-5), lambda v: v * 1.05, lambda v: 7.0]))
+        recovered = [other(original[0]), *original[1:]]
+        found.append(Comparison("f", torch.tensor(original, dtype=dtype), torch.tensor(recovered, dtype=dtype)))
+    return found
+
+
+def passes(found, tolerance):
+    return bool((recovery_check.relative_errors(found, tolerance) <= tolerance).all())
+
+
+@examples(600)
+@given(comparisons(), st.sampled_from([0.0, 1e-3, 0.5]))
+def test_the_first_look_at_what_came_back_passes_what_a_closer_look_passes(found, tolerance):
+    refused = pytest.raises(RuntimeError, match="recovered what enters f")
+    with nullcontext() if passes(found, tolerance) else refused:
+        recovery_check.compare_recovered(found, [], False, tolerance, {torch.float32}, None)

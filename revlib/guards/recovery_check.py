@@ -311,6 +311,25 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     return (differences / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
+def _agree(comparisons: Sequence[Comparison], tolerance: float) -> bool:
+    """Whether a first look, on a CPU, shows that all came back. Otherwise :func:`relative_errors` looks closely.
+
+    It takes few operations. Each runs once a pass, when its code has left the processor's caches, and so they cost more
+    than the comparison itself.
+    """
+    originals, recovered = [c.original for c in comparisons], [c.recovered for c in comparisons]
+    if not all(t.is_cpu for t in originals):
+        return False
+    if len({t.shape for t in originals}) > 1:  # activations, which come back bit for bit
+        a, b = (torch.cat([t.flatten() for t in ts]) for ts in (originals, recovered))
+        return torch.equal(a, b)
+    rows = _rows(originals, originals[0].device)
+    gaps = _rows(recovered, originals[0].device).sub_(rows)
+    norm = partial(torch.linalg.vector_norm, dim=1)
+    # With infinities and NaNs this is NaN, which is not below zero.
+    return bool((norm(gaps) - tolerance * norm(rows) <= 0).all())
+
+
 def compare_recovered(
     comparisons: Sequence[Comparison],
     ranges: Sequence[StreamRange],
@@ -336,6 +355,8 @@ def compare_recovered(
             if exact and device.type == "cpu"
             else default_tolerance(dtypes, device.type != "cpu")
         )
+    if not ranges and _agree(comparisons, tolerance):
+        return
     # Autocast would have a say in how samples are put together.
     autocast = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), autocast:
