@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from revlib._torch import (
     assert_on_device,
     in_transform,
     tree_flatten,
-    tree_leaves,
     tree_unflatten,
     unwrapped,
 )
@@ -30,41 +31,120 @@ _Gradients = Sequence[Tensor | None]
 
 def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """:func:`torch.func.vjp`, by plain autograd where it can be: functions may checkpoint and nest stacks there."""
-    if torch.compiler.is_compiling() or in_transform():
-        return func.vjp(f, *primals)  # type: ignore[return-value]
-    again = torch.is_grad_enabled()
-    originals, spec = tree_flatten(primals)
-    leaves = [_leaf(t, again=again) for t in originals]
-    with torch.enable_grad():
-        result = f(*tree_unflatten(leaves, spec))
-    _refuse_bypassed(result, leaves, originals)
+    recorded = _record(f, *primals)
+    return recorded.result, recorded.pull
 
-    def pull(gradient: Any) -> Any:
-        both = zip(tree_leaves(result), tree_leaves(gradient), strict=True)
+
+def _record(f: Callable[..., Any], *primals: Any) -> _Recorded | _Transformed:
+    within = torch.compiler.is_compiling() or in_transform()
+    return _Transformed(f, primals) if within else _Recorded(f, primals)
+
+
+class _Transformed:
+    """A function of some trees of tensors, and what gives their gradients, by :func:`torch.func.vjp`."""
+
+    def __init__(self, f: Callable[..., Any], primals: Sequence[Any]) -> None:
+        self.result: Any
+        self.pull: Callable[[Any], Any]
+        self.result, self.pull = func.vjp(f, *primals)  # type: ignore[misc]
+
+    def then(self, f: Callable[..., Any], *primals: Any) -> None:
+        """Go on with a function of some more trees, and of the result."""
+        below = self.pull
+        self.result, above = func.vjp(f, *primals, _detached(self.result))  # type: ignore[misc]
+
+        def pull(gradient: Any) -> list[Any]:
+            *g_primals, g_result = above(gradient)
+            return [*below(g_result), *g_primals]
+
+        self.pull = pull
+
+
+class _Recorded:
+    """The same by plain autograd: a graph that nothing else leads to."""
+
+    def __init__(self, f: Callable[..., Any], primals: Sequence[Any]) -> None:
+        # Whether gradients are to be differentiated themselves.
+        self.again = torch.is_grad_enabled()
+        self.leaves: list[Tensor] = []
+        self.trees: list[tuple[int, Callable[[list[Any]], Any]]] = []
+        originals, arguments = self._enter(primals)
+        with torch.enable_grad():
+            self.result = f(*arguments)
+        self.results = _in_order(self.result)[0]
+        _refuse_bypassed(self.results, self.leaves, originals)
+
+    def then(self, f: Callable[..., Any], *primals: Any) -> None:
+        _, arguments = self._enter(primals)
+        with torch.enable_grad():
+            self.result = f(*arguments, self.result)
+        self.results = _in_order(self.result)[0]
+
+    def _enter(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+        """-> the tensors of these trees, and the trees with leaves of the graph in their places."""
+        originals: list[Tensor] = []
+        arguments: list[Any] = []
+        for primal in primals:
+            tensors, rebuild = _in_order(primal)
+            leaves = [_leaf(t, again=self.again) for t in tensors]
+            self.leaves += leaves
+            self.trees.append((len(leaves), rebuild))
+            originals += tensors
+            arguments.append(rebuild(leaves))
+        return originals, arguments
+
+    def pull(self, gradient: Any) -> list[Any]:
+        """The gradients of all trees, in the order in which they came."""
+        leaves = self.leaves
+        both = zip(self.results, _in_order(gradient)[0], strict=True)
         pairs = [(y, g) for y, g in both if y.requires_grad and g is not None]
         found: list[Tensor | None] = [None] * len(leaves)
-        if not pairs:
-            return tree_unflatten(found, spec)
-        # A tensor may come in twice, as a parameter and as context. Its gradient counts once, for its first place.
-        places = {id(t): i for i, t in reversed(list(enumerate(leaves)))}.values()
-        ys, gs = [y for y, _ in pairs], [g for _, g in pairs]
-        try:
-            gradients = torch.autograd.grad(
-                ys, [leaves[i] for i in places], gs, allow_unused=True, create_graph=again
-            )
-        except RuntimeError as error:
-            if ".grad()" not in str(error):
-                raise
-            raise RuntimeError(
-                "a function of a stack with scheduler=Functional() does what torch.autograd.grad() does not go "
-                "through, such as a checkpoint with use_reentrant=True, or a profiler's or counter's hook in backward; "
-                "use use_reentrant=False, or scheduler=Reversible()."
-            ) from error
-        for i, gradient in zip(places, gradients, strict=True):
-            found[i] = gradient
-        return tree_unflatten(found, spec)
+        if pairs:
+            # A tensor may come in twice, as a parameter and as context. Its gradient counts once, for its first place.
+            places = {id(t): i for i, t in reversed(list(enumerate(leaves)))}.values()
+            gradients = _differentiate(pairs, [leaves[i] for i in places], again=self.again)
+            for i, g in zip(places, gradients, strict=True):
+                found[i] = g
+        rest = iter(found)
+        return [rebuild(list(islice(rest, count))) for count, rebuild in self.trees]
 
-    return result, pull
+
+def _differentiate(
+    pairs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor], *, again: bool
+) -> Sequence[Tensor | None]:
+    ys, gs = [y for y, _ in pairs], [g for _, g in pairs]
+    try:
+        return torch.autograd.grad(ys, leaves, gs, allow_unused=True, create_graph=again)
+    except RuntimeError as error:
+        if ".grad()" not in str(error):
+            raise
+        raise RuntimeError(
+            "a function of a stack with scheduler=Functional() does what torch.autograd.grad() does not go "
+            "through, such as a checkpoint with use_reentrant=True, or a profiler's or counter's hook in backward; "
+            "use use_reentrant=False, or scheduler=Reversible()."
+        ) from error
+
+
+def _detached(tree: Any) -> Any:
+    tensors, rebuild = _in_order(tree)
+    return rebuild([dense(t.detach()) for t in tensors])
+
+
+def _in_order(tree: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]:
+    """The tensors of a tree, and what makes such a tree of as many others. Most trees here are one tensor, or a row of
+    them, for which torch's functions take twenty times as long."""
+    if isinstance(tree, Tensor):
+        return (tree,), _only
+    if (kind := type(tree)) in (tuple, list) and all(
+        t is None or isinstance(t, Tensor) for t in tree
+    ):
+        return tree, kind
+    leaves, spec = tree_flatten(tree)
+    return leaves, partial(tree_unflatten, treespec=spec)
+
+
+def _only(leaves: list[Any]) -> Any:
+    return leaves[0]
 
 
 def _leaf(t: Tensor, *, again: bool) -> Tensor:
@@ -79,13 +159,15 @@ def _leaf(t: Tensor, *, again: bool) -> Tensor:
     return t if again and t.requires_grad else t.detach().requires_grad_()
 
 
-def _refuse_bypassed(result: Any, views: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+def _refuse_bypassed(
+    results: Sequence[Any], views: Sequence[Tensor], originals: Sequence[Tensor]
+) -> None:
     """Raise where a function reaches one of the originals otherwise than through the view that stands for it."""
     pairs = zip(originals, views, strict=True)
     replaced = {id(t) for t, view in pairs if t.requires_grad and t is not view}
     if not replaced:
         return
-    ends = leaves_of([t for t in tree_leaves(result) if t.requires_grad], stop=views)
+    ends = leaves_of([t for t in results if t.requires_grad], stop=views)
     if any(id(t) in replaced for t in ends):
         raise RuntimeError(
             "a function of a stack with scheduler=Functional() reaches a parameter in another way than through the "
@@ -123,15 +205,14 @@ def _invert_and_pull_back(
         g_taken, g_mine = pull(g_made)
         before = together(tuple(g_taken), layout.taken, after)
         return together(taken, layout.taken, others), before, g_mine, {t.dtype for t in taken}
-    result, pull = vjp(f, others, chosen)
-    leaves, spec = tree_flatten(result)
-    detached = tree_unflatten([dense(t.detach()) for t in leaves], spec)
-    taken = tuple(s.to(t.dtype) for s, t in zip(step.unmerge(made, detached), made, strict=True))
-    _, pull_merge = vjp(step.merge, taken, detached)
-    g_taken, g_result = pull_merge(g_made)
-    g_others, g_mine = pull(g_result)
+    recorded = _record(f, others, chosen)
+    result = _detached(recorded.result)
+    taken = tuple(s.to(t.dtype) for s, t in zip(step.unmerge(made, result), made, strict=True))
+    dtypes = {t.dtype for t in (*taken, *_in_order(result)[0])}
+    del result  # its memory may not be needed for the gradient
+    recorded.then(step.merge, taken)
+    g_others, g_mine, g_taken = recorded.pull(g_made)
     before = together(tuple(g_taken), layout.taken, tuple(map(_plus, after, g_others)))
-    dtypes = {t.dtype for t in (*taken, *leaves)}
     return together(taken, layout.taken, others), before, g_mine, dtypes
 
 
