@@ -146,7 +146,7 @@ class GraphPurity(Purity):
         leaves = tuple(
             t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
         )
-        hooks, needed = [_hook_count(t) for t in mine], [t.requires_grad for t in mine]
+        hooks, needed = _hook_counts(mine), [t.requires_grad for t in mine]
         with torch.enable_grad(), _without_outer_hooks():
             f = self._first_call(function, call, leaves, mine)
         results = (f,) if isinstance(f, Tensor) else tree_leaves(f)
@@ -157,7 +157,7 @@ class GraphPurity(Purity):
             others = [t for t in ends if id(t) not in known]
             self.others += [(step, weakref.ref(t)) for t in others]
             del others, ends
-        if any(map(_hook_count, leaves)) or hooks != [_hook_count(t) for t in mine]:
+        if _hook_counts(leaves) or hooks != _hook_counts(mine):
             raise RuntimeError(
                 f"{step.name} calls register_hook() on a stream, a parameter or a tensor of its context while it runs; "
                 "under scheduler=Functional() it sees copies of these, whose hooks nothing would call. Register the "
@@ -265,10 +265,15 @@ def _where(step: BoundStep, t: Tensor) -> str:
     return ""
 
 
-def _hook_count(t: Tensor) -> int:
-    """How many hooks a tensor has that somebody may edit its gradient by."""
-    found = hooks_of(t)
-    return sum(not _is_a_trackers(hook) for hooks in found for hook in hooks.values())
+def _hook_counts(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Of the tensors that have hooks by which somebody may edit their gradients: how many, by identity."""
+    counts = {}
+    for t in tensors:
+        if t._backward_hooks or t._post_accumulate_grad_hooks:
+            hooks = [hook for found in hooks_of(t) for hook in found.values()]
+            if count := sum(not _is_a_trackers(hook) for hook in hooks):
+                counts[id(t)] = count
+    return counts
 
 
 _TRACKERS = ("torch.utils.", "torch.distributed._tools.")
