@@ -355,11 +355,11 @@ def compare_recovered(
             if exact and device.type == "cpu"
             else default_tolerance(dtypes, device.type != "cpu")
         )
-    if not ranges and _agree(comparisons, tolerance):
-        return
     # Autocast would have a say in how samples are put together.
     autocast = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), autocast:
+        if not ranges and _agree(comparisons, tolerance):
+            return
         parts = [relative_errors(comparisons, tolerance)] if comparisons else []
         if ranges:
             ends = torch.stack(
