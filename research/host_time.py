@@ -19,14 +19,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from research.shared.files import replacing
 from research.shared.machine import environment
 from revlib import (
     Anchored,
@@ -157,12 +156,18 @@ def guard_costs(depth: int, at: Setting, rounds: int) -> dict[str, float]:
     return measured({name: leaving_out(name) for name in names}, at, rounds)
 
 
-def table(found: dict[str, float]) -> Table:
-    """Rows of milliseconds, and of ratios to plain autograd and to torch's checkpoint."""
-    shown = Table("contender", "ms", "x plain", "x checkpoint")
-    for name, ms in found.items():
-        shown.add_row(name, f"{ms:.2f}", f"{ms / found['plain']:.2f}", f"{ms / found['checkpoint']:.2f}")
-    return shown
+def markdown(found: dict[str, dict[str, float]], costs: dict[str, float]) -> list[str]:
+    """Two tables: ratios to torch's checkpoint at each depth, and what each guard costs."""
+    depths = list(found)
+    lines = ["| contender | " + " | ".join(f"{d} blocks" for d in depths) + " |"]
+    lines.append("| --- |" + " ---: |" * len(depths))
+    for name in found[depths[0]]:
+        ratios = (f"{found[d][name] / found[d]['checkpoint']:.2f}" for d in depths)
+        lines.append(f"| {name} | {' | '.join(ratios)} |")
+    lines += ["", "| guard left out of 12 blocks | ms | saved, us a step |", "| --- | ---: | ---: |"]
+    for name, ms in costs.items():
+        lines.append(f"| {name} | {ms:.2f} | {(costs['none left out'] - ms) / 24 * 1e3:.1f} |")
+    return lines
 
 
 def main(
@@ -171,24 +176,31 @@ def main(
     width: Annotated[int, typer.Option(help="Width of a stream; 192 with --tokens 197 --batch 8 is a ViT-Ti.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens.")] = 8,
     batch: Annotated[int, typer.Option(help="Images.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write what was measured into this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the tables and numbers into this folder.")] = None,
 ) -> None:
-    """Measure, print two tables, and write the numbers if asked."""
+    """Measure, print two tables, and write them if asked."""
     torch.set_num_threads(1)
-    at, console = Setting(width, max(1, width // 64) if width > 16 else 2, tokens, batch), Console()
-    found: dict[str, dict[str, float]] = {}
-    for depth in map(int, depths.split(",")):
-        found[str(depth)] = measured(contenders(depth, at), at, rounds)
-        console.print(f"{depth} blocks of width {width}, {tokens} tokens, batch {batch}:", table(found[str(depth)]))
+    at = Setting(width, max(1, width // 64) if width > 16 else 2, tokens, batch)
+    found = {depth: measured(contenders(int(depth), at), at, rounds) for depth in depths.split(",")}
     costs = guard_costs(12, at, rounds)
-    shown = Table("guard left out of 12 blocks", "ms", "saved, us a step")
-    for name, ms in costs.items():
-        shown.add_row(name, f"{ms:.2f}", f"{(costs['none left out'] - ms) / 24 * 1e3:.1f}")
-    console.print(shown)
+    here = environment(torch.device("cpu"))
+    lines = [
+        f"Processor time of a training step over that of torch's checkpoint of the same blocks, medians of {rounds}; "
+        f"width {width}, {tokens} tokens, batch {batch}; {here['device']}, one thread, torch {here['torch']}.",
+        "",
+        *markdown(found, costs),
+    ]
+    typer.echo("\n".join(lines))
     if out is not None:
-        data = {"environment": environment(torch.device("cpu")), "width": width, "tokens": tokens, "batch": batch}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**data, "rounds": rounds, "ms": found, "guards": costs}, indent=1) + "\n")
+        sizes = f"--width {width} --tokens {tokens} --batch {batch}"
+        texts = {
+            "table.md": "\n".join(lines),
+            "command.txt": f"python -m research.host_time --depths {depths} --rounds {rounds} {sizes} --out {out}",
+            "host_time.json": json.dumps({"environment": here, "ms": found, "guards": costs}, indent=1),
+        }
+        for file, text in texts.items():
+            with replacing(out / file) as temporary:
+                temporary.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ def cli(module, *args):
 
 
 def test_every_contender_and_guard_is_measured(tmp_path):
-    out = tmp_path / "host.json"
-    result = cli(host_time, "--depths", "2", "--rounds", "1", "--out", str(out))
+    result = cli(host_time, "--depths", "2", "--rounds", "1", "--out", str(tmp_path / "new"))
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
+    found = json.loads((tmp_path / "new" / "host_time.json").read_text())
+    assert (tmp_path / "new" / "table.md").read_text().strip() == result.output[
+        result.output.index("Processor") :
+    ].strip()
+    assert "--depths 2 --rounds 1" in (tmp_path / "new" / "command.txt").read_text()
     assert {"plain", "checkpoint", "Reversible()", "Checkpoint()", "Functional()"} <= set(found["ms"]["2"])
     assert all(ms > 0 for ms in found["ms"]["2"].values()) and len(found["guards"]) == 7
 
