@@ -72,7 +72,7 @@ def encoder_pair(layer: nn.TransformerEncoderLayer) -> tuple[nn.Module, nn.Modul
         >>> y1.shape
         torch.Size([2, 10, 64])
     """
-    if type(layer).forward is not nn.TransformerEncoderLayer.forward:
+    if getattr(type(layer), "forward", None) is not nn.TransformerEncoderLayer.forward:
         raise TypeError(
             f"encoder_pair takes an nn.TransformerEncoderLayer, got {type(layer).__name__}; of a block of your own, "
             "pass what it adds to its input as the two modules of a pair"

@@ -321,6 +321,13 @@ class Pair(nn.Module):
         super().__init__()
         self.F, self.G = F, G
 
+    def forward(self, *streams: Tensor, **context: Any) -> Never:
+        """A pair is run by its sequence, whose coupling and scheduler it needs."""
+        raise TypeError(
+            "a pair of functions is not called by itself; stack[0:1](x1, x2) runs the first pair of a sequence, and "
+            "stack[0].F(x2) one of its functions"
+        )
+
     @property
     def is_hooked(self) -> bool:
         """Whether the pair itself has hooks, which a sequence must call, since nobody calls the pair."""

@@ -168,10 +168,10 @@ def test_a_step_that_does_not_repeat_its_bits_is_an_error():
 
 def test_a_private_mask_that_would_hide_in_the_tolerance_of_bfloat16_is_an_error():
     """Without the grid, which asks for equality, it is known to be silent."""
-    generator = torch.Generator().manual_seed(3)
+    numbers = itertools.count().__next__  # where no guard sees it
 
     def f(m, x):
-        mask = torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+        mask = torch.bernoulli(torch.full_like(x, 0.5), generator=torch.Generator().manual_seed(numbers()))
         return torch.where(mask > 0, m(x), m(x).sin())
 
     torch.manual_seed(0)

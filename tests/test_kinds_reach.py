@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import collections
 import contextvars
+import random
 import types
 import weakref
 from collections.abc import Callable
+from random import uniform
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from common import grads, leaves, loss
+from numpy.random import rand
 from scenes import Stage, scene
 from situations.base import everything
 from torch import Tensor, nn
@@ -490,3 +493,50 @@ def counted_in_a_file_of_a_package(m, x):
 def test_a_count_in_another_file(stage: Stage, use: Any):
     import_of_a_file.step = 0
     return [*steps(stage, lambda: Reaching(use), lambda m: 0), import_of_a_file.step]
+
+
+# ---------------------------------------------------------------------------------------------- generators
+SHARED = torch.Generator()
+
+
+def from_torch(m, x):
+    return x * torch.rand(x.shape, generator=m.torch)
+
+
+def from_a_global(m, x):
+    return x * torch.rand(x.shape, generator=SHARED)
+
+
+def from_python(m, x):
+    return x * (m.python.random() + random.random() + uniform(0.0, 1.0) + m.drawn())
+
+
+def from_numpy(m, x):
+    return x * torch.from_numpy(m.numpy.random(x.shape) + m.older.rand(*x.shape) + np.random.random_sample(x.shape))
+
+
+def from_numpy_by_name(m, x):
+    return x * rand()
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["", "before zeros"])
+@pytest.mark.parametrize("draw", [from_torch, from_a_global, from_python, from_numpy, from_numpy_by_name])
+@scene("1")
+def test_generators_that_a_function_finds(stage: Stage, draw: Any, zero: bool):
+    """Also where a last layer starts at zero, so that no stream tells. In the end all stand where naive leaves them."""
+    np.random.seed(0)
+    SHARED.manual_seed(0)
+
+    def make():
+        python = random.Random(2)
+        held = {"numpy": np.random.default_rng(0), "older": np.random.RandomState(1), "python": python}
+        noisy = Reaching(draw, torch=torch.Generator().manual_seed(3), drawn=python.random, **held)
+        last = nn.Linear(4, 4)
+        if zero:
+            nn.init.zeros_(last.weight)
+        return nn.Sequential(noisy, last)
+
+    def look(m):
+        return [m.python.random(), m.numpy.random(), m.older.rand(), torch.rand(1, generator=m.torch)]
+
+    return [steps(stage, make, look), random.random(), np.random.rand(), torch.rand(1, generator=SHARED)]

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ from revlib import (
     Anchored,
     Budget,
     Checkpoint,
+    ExactAdditive,
+    Functional,
     KeepLast,
     Naive,
     PaReprop,
@@ -131,18 +134,28 @@ def test_a_parameter_edited_by_the_function_itself(scheduler):
 
 
 # ---------------------------------------------------------------------------------------------- what does not repeat
-def privately_random(generator=None):
-    generator = generator or torch.Generator().manual_seed(0)
-    return lambda m, x: m(x) * torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+def hidden_numbers(first=0):
+    """Another number at each call, from behind a method in C, where nobody finds the iterator. So a clock would do."""
+    return itertools.count(first).__next__
+
+
+def privately_random(numbers=None):
+    numbers = numbers or hidden_numbers()
+
+    def f(m, x):
+        generator = torch.Generator().manual_seed(numbers())
+        return m(x) * torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+
+    return f
 
 
 def pythonically_random():
-    rng = random.Random(0)
-    return lambda m, x: m(x) * rng.random()
+    numbers = hidden_numbers()
+    return lambda m, x: m(x) * random.Random(numbers()).random()
 
 
 def counting():
-    calls = itertools.count(1).__next__  # behind a method in C, where nobody finds the iterator
+    calls = hidden_numbers(1)
     return lambda m, x: m(x) * calls()
 
 
@@ -552,3 +565,30 @@ def test_what_a_repetition_puts_out_of_sight_cannot_be_differentiated():
     assert len(told) > in_forward
     with pytest.raises(RuntimeError, match="belongs to its repetition in backward"):
         told[-1].backward()
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan, True, "0.1"], ids=repr)
+@pytest.mark.parametrize("make", [Reversible, Checkpoint, partial(Anchored, 2), Functional])
+def test_a_tolerance_that_is_none(make, tolerance):
+    with pytest.raises(ValueError, match=r"\(tolerance=...\) takes a number from 0 up, or None for the default, got"):
+        make(tolerance=tolerance)
+
+
+@pytest.mark.parametrize("given", ["all", 3, [0.5], [None]], ids=repr)
+@pytest.mark.parametrize("argument", ["activations", "states", "streams"])
+def test_a_plan_of_no_numbers(argument, given):
+    with pytest.raises(TypeError, match=rf"Plan\({argument}=...\) takes a collection of whole numbers"):
+        Plan(**{argument: given})
+
+
+def test_a_pair_that_is_called():
+    with pytest.raises(TypeError, match=r"stack\[0:1\]\(x1, x2\) runs the first pair"):
+        net(Reversible())[0](*leaves())
+
+
+def test_under_functional_exact_sums_ask_for_equality_too():
+    numbers = hidden_numbers()
+    bad = Lambda(lambda f, x: f(x) * (1 + 1e-4 * (numbers() > 0)), nn.Linear(4, 4))
+    xs = leaves(16, 4, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="where 0 is tolerated"):
+        loss(ReversibleSequence([(bad, mlp()), (mlp(), mlp())], ExactAdditive(), Functional())(*xs)).backward()

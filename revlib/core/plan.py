@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral
 
 __all__ = ["Plan"]
 
@@ -25,6 +26,7 @@ class Plan:
     it; of a state, all of its streams, less those that something else keeps alive anyway.
 
     Raises:
+        TypeError: for anything but collections of whole numbers.
         ValueError: in :meth:`check`, which every forward calls.
 
     Example:
@@ -37,6 +39,17 @@ class Plan:
     activations: Collection[int] = ()
     states: Collection[int] = ()
     streams: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "states", "streams"):
+            value = getattr(self, name)
+            if isinstance(value, range):
+                continue
+            counts = isinstance(value, Collection) and all(isinstance(k, Integral) for k in value)
+            if not counts:
+                raise TypeError(
+                    f"Plan({name}=...) takes a collection of whole numbers, such as a list or a range, got {value!r}"
+                )
 
     def check(self, length: int) -> None:
         """Raise ValueError if backward could not recover some step of a stack of ``length`` steps."""

@@ -35,6 +35,7 @@ from revlib.guards.containers import (
     stored_by,
     variable_holder,
 )
+from revlib.guards.randomness import generator_behind, generator_holder
 from revlib.step import BoundStep
 
 __all__ = [
@@ -77,7 +78,7 @@ _FUNCTIONS = (partial, types.MethodType, types.FunctionType)
 _PLAIN = frozenset(
     (
         *(int, float, complex, str, bytes, bool, type(None), type, type(...), Tensor, nn.Parameter),
-        *(torch.dtype, torch.device, torch.Size, types.ModuleType, types.BuiltinFunctionType),
+        *(torch.dtype, torch.device, torch.Size, types.ModuleType),
     )
 )
 _WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
@@ -195,7 +196,10 @@ class _Found:
             self.edits |= "init" not in code.co_name and any(map(_edits, names))
         for name in names:
             part = variables.get(name)
-            if isinstance(part, types.ModuleType):
+            generator = generator_behind(part, names)
+            if generator_holder(generator, name) is not None:
+                self.visit(generator, name, remote=True)
+            elif isinstance(part, types.ModuleType):
                 self._visit_file(part, code, names)
             elif self._is_state(part) or (
                 isinstance(part, types.FunctionType) and part.__module__ == function.__module__
@@ -266,9 +270,12 @@ class _Found:
         elif isinstance(value, torch.optim.Optimizer):
             for part in (value.param_groups, value.state):
                 self.visit(part, name, remote=True)
+        elif isinstance(value, types.BuiltinFunctionType):
+            if generator_holder(value.__self__, name) is not None:  # such as a method ``random``
+                self.visit(value.__self__, name, remote=True)
         elif isinstance(value, (Tensor, type, Enum)):
             return
-        elif (holder := iterator_holder(value, name)) is not None:
+        elif (holder := generator_holder(value, name) or iterator_holder(value, name)) is not None:
             self.holders[id(value)] = holder
         elif is_of_a_user(type(value)):  # type: ignore
             self._visit_object(value, name)

@@ -1,7 +1,8 @@
 """Random numbers: a repetition draws those that the first run drew, and leaves the generators as it found them.
 
-Catches: every draw from the default generator of a device that the stack's tensors are on, and of the CPU.
-Cannot see: generators of the user's own (``torch.Generator``, ``random``, NumPy); the recovery check notices those.
+Catches: every draw from the default generator of a device that the stack's tensors are on, and of the CPU. The module
+state has the generators that a function leads to itself: a ``torch.Generator``, and those of ``random`` and NumPy.
+Cannot see: generators behind other libraries; the recovery check notices those.
 Cost: for a function that draws, 5 kB on the CPU and 16 bytes on CUDA; two snapshots and a comparison a step.
 
 This is the one place that touches random generators.
@@ -10,18 +11,31 @@ This is the one place that touches random generators.
 from __future__ import annotations
 
 import itertools
+import pickle
+import random
+import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from revlib._torch import dispatch_modes_active, no_dispatch_modes
 from revlib.core.guard import Guard, StepGuard, StepView
+from revlib.guards.containers import Contents, Holder
 from revlib.step import State
 
-__all__ = ["CpuGeneratorLock", "Draws", "Randomness", "devices_of"]
+__all__ = [
+    "CpuGeneratorLock",
+    "Draws",
+    "Randomness",
+    "devices_of",
+    "generator_behind",
+    "generator_holder",
+]
 
 
 class CpuGeneratorLock:
@@ -159,3 +173,63 @@ class Randomness(Guard):
 
     def forward_done(self, state: State) -> None:
         self.generators.forget()
+
+
+# ------------------------------------------------------------------------------------------ the user's generators
+def generator_holder(thing: Any, name: str) -> Holder | None:
+    """Of a generator of torch's, Python's or NumPy's, if it is one: its state as bytes, which can be put back."""
+    if isinstance(thing, torch.Generator):
+        return Holder(thing, name, _read_torch, _write_torch)
+    if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):
+        return Holder(thing, name, _read_python, _write_python)
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is None:
+        return None
+    for kind, bits in ((numpy.Generator, "bit_generator"), (numpy.RandomState, "_bit_generator")):
+        thing = getattr(thing, bits) if isinstance(thing, kind) else thing
+    return (
+        Holder(thing, name, _read_bits, _write_bits)
+        if isinstance(thing, numpy.BitGenerator)
+        else None
+    )
+
+
+def generator_behind(part: Any, names: Iterable[str]) -> Any:
+    """The generator that a global variable of a function leads to, if any: itself, or that of which it is a method,
+    such as ``random`` imported from ``random``, or that of the module ``random``, ``numpy`` or ``numpy.random``. Of a
+    module, the function looks up ``names``."""
+    if part is random:
+        return random.random.__self__  # type: ignore[attr-defined]
+    if isinstance(part, types.ModuleType):
+        numpy: Any = sys.modules.get("numpy.random")
+        drawn = part is numpy or (part is sys.modules.get("numpy") and "random" in names)
+        return numpy.rand.__self__ if numpy is not None and drawn else None
+    return getattr(part, "__self__", part)
+
+
+def _read_torch(generator: torch.Generator) -> Contents:
+    try:
+        return (_bytes(generator.get_state()),)
+    except RuntimeError:  # within the capture of a CUDA graph
+        return ()
+
+
+def _write_torch(generator: torch.Generator, contents: Contents) -> None:
+    if contents:
+        generator.set_state(torch.frombuffer(bytearray(contents[0]), dtype=torch.uint8))
+
+
+def _read_python(generator: random.Random) -> Contents:
+    return (generator.getstate(),)
+
+
+def _write_python(generator: random.Random, contents: Contents) -> None:
+    generator.setstate(contents[0])
+
+
+def _read_bits(bits: Any) -> Contents:
+    return (pickle.dumps(bits.state),)
+
+
+def _write_bits(bits: Any, contents: Contents) -> None:
+    bits.state = pickle.loads(contents[0])

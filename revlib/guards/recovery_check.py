@@ -1,10 +1,12 @@
 """Recovery check: what backward recovered must be what forward had.
 
-Catches what no version counter sees: a random generator of the user's own, a function that counts its calls, a stream
-that does not invert accurately. All of them leave a trace: a stream recovered in backward differs from the stream that
-forward merged away. Forward keeps a sample of up to 128 elements of each such stream, and backward compares.
+Catches what no version counter sees: a function that reads a clock or draws from a generator that nobody knows of, a
+stream that does not invert accurately. All of them leave a trace: a stream recovered in backward differs from the
+stream that forward merged away. Forward keeps a sample of up to 128 elements of each such stream, and backward
+compares. Of each step it also compares the last activation, since the results of a function may be small beside its
+stream, or zero, as they are where its last layer starts at zero.
 Cannot see: differences below the tolerance, or outside of the sample. The sample moves from one forward to the next.
-Cost: the samples, 512 bytes a step in float32, and at the end of backward a dozen operations on all of them together.
+Cost: the samples, 1 kB a step in float32, and at the end of backward a dozen operations on all of them together.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ __all__ = [
     "report",
 ]
 
-# Elements of a stream: at most, at least, and of a whole stack.
-_SAMPLES, _FEWEST, _ALL = 128, 8, 2**13
+# Elements of a stream: at most, at least, and of a whole stack. Of an activation that only has to be the same roughly.
+_SAMPLES, _FEWEST, _ALL, _ROUGH = 128, 8, 2**13, 32
 _RESIDUAL = 0.5  # a cosine that residual blocks exceed, and what is added to a residual seldom does
 _serial = itertools.count()
 
@@ -87,6 +89,19 @@ class Sampler:
         return places
 
 
+class _RoughSampler(Sampler):
+    """Picks 32 elements, an odd distance apart, of what only has to be the same roughly."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset, self.places = offset, {}
+
+    def _places(self, t: Tensor) -> Tensor:
+        n = t.numel()
+        count = min(n, _ROUGH)
+        along = torch.arange(count, device=t.device) * (n // max(1, count) | 1)
+        return (along + self.offset) % max(1, n)
+
+
 class Comparison(NamedTuple):
     """A recovered tensor, a stream or an activation, beside the original: samples of both."""
 
@@ -96,6 +111,8 @@ class Comparison(NamedTuple):
     # What the difference is measured against, if that is not the original.
     reference: Tensor | None = None
     step: int = -1  # the number of the step, if this is the stream that it merges away
+    # Of an activation that was computed from recovered streams. It inherits their errors, and may enlarge them.
+    rough: bool = False
 
 
 class StreamRange(NamedTuple):
@@ -139,6 +156,7 @@ class RecoveryCheck(Guard):
         # Of the stack that this one runs inside.
         self.outer = None if outer is None else weakref.ref(outer)
         self.sampler = Sampler(steps)
+        self.rough_sampler = _RoughSampler(self.sampler.offset)
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.ranges: list[StreamRange] = []
         self.exact_steps = 0
@@ -158,7 +176,7 @@ class RecoveryCheck(Guard):
         return _StepRecovery(view, self)
 
     def forward_done(self, state: State) -> None:
-        self.sampler.places.clear()
+        self._forget_places()
         if self.tolerance != math.inf:
             with torch.no_grad():
                 device, parts = state[0].device, map(local_part, state)
@@ -168,8 +186,12 @@ class RecoveryCheck(Guard):
     def compare(self, key: Hashable, comparison: Comparison) -> None:
         self.comparisons.setdefault(key, []).append(comparison)
 
-    def backward_done(self, key: Hashable) -> None:
+    def _forget_places(self) -> None:
         self.sampler.places.clear()
+        self.rough_sampler.places.clear()
+
+    def backward_done(self, key: Hashable) -> None:
+        self._forget_places()
         found = self.comparisons.pop(key, [])
         compare_recovered(found, self.ranges, self.exact, self.tolerance, self.dtypes, self.total)
 
@@ -202,6 +224,7 @@ class _StepRecovery(StepGuard):
                     # If no function reads the first stream, it may be far smaller than what is added to it. Rounding
                     # then destroys it, which is harmless; so its error is measured against the merged stream.
                     self.reference = of.sampler(run.made[-1])
+                self._sample_last_activation(run)
         of.dtypes.update(t.dtype for t in (*run.taken, *run.made, *run.result))
         made, step = run.made[-1], view.step
         of.exact_steps += all(step.inverts_exactly(t.dtype) for t in run.taken)
@@ -210,6 +233,17 @@ class _StepRecovery(StepGuard):
             # On a CPU this is many times as fast as a norm.
             least, largest = torch.aminmax(local_part(made).detach())
             of.ranges.append(StreamRange(step.name, least, largest, limit))
+
+    def _sample_last_activation(self, run: FirstRun) -> None:
+        """Of those that depend on what the function differentiates. What it saves besides may be noise of a generator
+        that is compared where it enters, or memory that nobody has written."""
+        for place, placeholder in reversed(run.saved):
+            t = placeholder.tensor
+            if t is None or place >= run.function_saves or not t.requires_grad:
+                continue
+            if not is_parameter(t) and has_dense_memory(t):
+                self.samples[place] = self.of.rough_sampler(t)
+                return
 
     def _sample_activations(self, run: FirstRun) -> None:
         """The stream is kept, so backward will not recover it. The last activations stand for what it recovers.
@@ -248,11 +282,14 @@ class _StepRecovery(StepGuard):
             else:
                 t = saved[place] if place < len(saved) else None
             if t is not None and (place < 0 or has_dense_memory(t)):
-                t = self.of.sampler(_first_row(t) if place == self.weight >= 0 else t)
+                rough = place >= 0 and not self.view.streams_kept
+                sampler = self.of.rough_sampler if rough else self.of.sampler
+                t = sampler(_first_row(t) if place == self.weight >= 0 else t)
                 if is_fake(t) == is_fake(original):  # what is traced into a graph has no values
                     adds = place < 0 and self.streams == 2 and not self.view.step.merge_reads
                     number = self.view.number if adds else -1
-                    found = Comparison(self.view.step.name, original, t, self.reference, number)
+                    reference = self.samples.get(-1) if rough else self.reference
+                    found = Comparison(self.view.step.name, original, t, reference, number, rough)
                     self.of.compare(key, found)
 
 
@@ -290,28 +327,32 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     """$|r - o| / |o|$ of each recovered sample $r$ and its original $o$.
 
     A stream of zeros is measured against the largest one. A stream that no function sees may lose digits to what was
-    merged into it, but must come back to one digit. The error is infinite where a stream came back as NaN.
+    merged into it, but must come back to one digit. An activation may be nothing but rounding errors of its stream, as
+    the difference of equal elements is, and is measured against these. The error is infinite where a number came back
+    as NaN.
     """
     device = comparisons[0].original.device  # streams may live on several
     originals = _rows([c.original for c in comparisons], device)
     gaps = _rows([c.recovered for c in comparisons], device)
-    same = gaps == originals  # infinities too, which attention may save
+    # Infinities and NaNs too, which attention may save of what is masked.
+    same = (gaps == originals) | (gaps.isnan() & originals.isnan())
     differences = _norms(gaps.sub_(originals).masked_fill_(same, 0.0))
     del gaps, same
     norms = _norms(_finite(originals))
     del originals
     sizes = norms
     if any(c.reference is not None for c in comparisons):
-        references = _rows(
-            [c.original if c.reference is None else c.reference for c in comparisons], device
-        )
-        sizes = torch.maximum(norms, _norms(_finite(references)))
-        sizes = torch.minimum(sizes, norms * max(1.0, 0.1 / tolerance if tolerance else 1.0))
+        others = [c.original if c.reference is None else c.reference for c in comparisons]
+        references = _norms(_finite(_rows(others, device)))
+        rough = torch.tensor([c.rough for c in comparisons], device=device)
+        noise = torch.where(norms > 0, references * tolerance**2, 0.0)
+        most = norms * max(1.0, 0.1 / tolerance if tolerance else 1.0)
+        sizes = torch.maximum(norms, torch.where(rough, noise, references.minimum(most)))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
     return (differences / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _agree(comparisons: Sequence[Comparison], tolerance: float) -> bool:
+def _agree(comparisons: Sequence[Comparison], allowed: float) -> bool:
     """Whether a first look, on a CPU, shows that all came back. Otherwise :func:`relative_errors` looks closely.
 
     It takes few operations. Each runs once a pass, when its code has left the processor's caches, and so they cost more
@@ -320,14 +361,20 @@ def _agree(comparisons: Sequence[Comparison], tolerance: float) -> bool:
     originals, recovered = [c.original for c in comparisons], [c.recovered for c in comparisons]
     if not all(t.is_cpu for t in originals):
         return False
-    if len({t.shape for t in originals}) > 1:  # activations, which come back bit for bit
-        a, b = (torch.cat([t.flatten() for t in ts]) for ts in (originals, recovered))
-        return torch.equal(a, b)
     rows = _rows(originals, originals[0].device)
     gaps = _rows(recovered, originals[0].device).sub_(rows)
     norm = partial(torch.linalg.vector_norm, dim=1)
     # With infinities and NaNs this is NaN, which is not below zero.
-    return bool((norm(gaps) - tolerance * norm(rows) <= 0).all())
+    return bool((norm(gaps) - allowed * norm(rows) <= 0).all())
+
+
+def rough_tolerance(tolerance: float) -> float:
+    """What an activation may be off by, if it was computed from streams that are known up to the tolerance.
+
+    A function may enlarge their errors, or take another branch for single elements. What does not repeat at all is off
+    by more. Where streams come back bit for bit, so do activations.
+    """
+    return max(0.25, 1.5 * tolerance) if tolerance else 0.0
 
 
 def compare_recovered(
@@ -355,10 +402,15 @@ def compare_recovered(
             if exact and device.type == "cpu"
             else default_tolerance(dtypes, device.type != "cpu")
         )
+    rough = rough_tolerance(tolerance)
+    groups = [
+        (limit, [c for c in comparisons if c.rough == r])
+        for r, limit in ((False, tolerance), (True, rough))
+    ]
     # Autocast would have a say in how samples are put together.
     autocast = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), autocast:
-        if not ranges and _agree(comparisons, tolerance):
+        if not ranges and all(_agree(group, limit) for limit, group in groups if group):
             return
         parts = [relative_errors(comparisons, tolerance)] if comparisons else []
         if ranges:
@@ -372,7 +424,11 @@ def compare_recovered(
         values = torch.cat(parts)
         values = values if total is None else torch.where(total.isfinite(), values, 0.0)
     hint = partial(residual_hint, comparisons)
-    report(values, [c.name for c in comparisons], ranges, tolerance, hint)
+    compared = [
+        (f"an activation of {c.name}", rough) if c.rough else (f"what enters {c.name}", tolerance)
+        for c in comparisons
+    ]
+    report(values, compared, ranges, hint)
 
 
 def residual_hint(comparisons: Sequence[Comparison]) -> str:
@@ -402,14 +458,15 @@ def _unreadable(values: Tensor) -> bool:
 
 
 Hint = Callable[[], str]
-_pending: list[tuple[cuda_streams.Arriving, list[str], Sequence[StreamRange], float, Hint]] = []
+# What was compared, in words, and the error that it may have.
+Compared = list[tuple[str, float]]
+_pending: list[tuple[cuda_streams.Arriving, Compared, Sequence[StreamRange], Hint]] = []
 
 
 def report(
     values: Tensor,
-    names: list[str],
+    compared: Compared,
     ranges: Sequence[StreamRange],
-    tolerance: float,
     hint: Hint = str,  # returns what else there is to say where an error is too large
 ) -> None:
     """Raise where one of the errors, or of the magnitudes after them, is too large: at once on a CPU.
@@ -420,9 +477,9 @@ def report(
     if _unreadable(values):
         return
     if values.is_cuda:
-        _pending.append((cuda_streams.Arriving(values), names, ranges, tolerance, hint))
+        _pending.append((cuda_streams.Arriving(values), compared, ranges, hint))
     else:
-        _judge(values, names, ranges, tolerance, hint, "backward")
+        _judge(values, compared, ranges, hint, "backward")
 
 
 def raise_pending(*, wait: bool = True) -> None:
@@ -445,31 +502,26 @@ def raise_pending(*, wait: bool = True) -> None:
         >>> raise_pending()  # after the last step of training
     """
     while _pending and not cuda_streams.driver.capturing() and (wait or _pending[0][0].here()):
-        verdict, names, ranges, tolerance, hint = _pending.pop(0)
-        _judge(verdict.get(), names, ranges, tolerance, hint, "an earlier backward")
+        verdict, compared, ranges, hint = _pending.pop(0)
+        _judge(verdict.get(), compared, ranges, hint, "an earlier backward")
 
 
 def _judge(
-    values: Tensor,
-    names: Sequence[str],
-    ranges: Sequence[StreamRange],
-    tolerance: float,
-    hint: Hint,
-    when: str,
+    values: Tensor, compared: Compared, ranges: Sequence[StreamRange], hint: Hint, when: str
 ) -> None:
     """Raise for the first of the magnitudes, then errors, that is too large."""
-    errors, sizes = values[: len(names)].tolist(), values[len(names) :].tolist()
+    errors, sizes = values[: len(compared)].tolist(), values[len(compared) :].tolist()
     for size, (name, _, _, limit) in zip(sizes, ranges, strict=True):
         if not size < limit:
             raise RuntimeError(
                 f"{name} took its stream to a magnitude of {size:.6g}, beyond the limit of {limit:g} below which its "
                 "coupling is exact. Give the coupling a larger limit, at a coarser resolution, or normalise the branch."
             )
-    for error, name in zip(errors, names, strict=True):
-        if error > tolerance:
+    for error, (what, allowed) in zip(errors, compared, strict=True):
+        if error > allowed:
             raise RuntimeError(
-                f"{when} recovered what enters {name} with a relative error of {error:.2g}, "
-                f"where {tolerance:.2g} is tolerated, so its gradients are wrong. Either that function does not "
+                f"{when} recovered {what} with a relative error of {error:.2g}, "
+                f"where {allowed:.2g} is tolerated, so its gradients are wrong. Either that function does not "
                 "repeat, or its stream does not invert accurately, and rounding is enough where a function decides by "
                 "value (routing, argmax, thresholds): there use coupling=ExactAdditive(). With scheduler=Checkpoint(), "
                 "which inverts nothing, only a function that does not repeat is refused. 'When backward refuses' in "

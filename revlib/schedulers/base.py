@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from revlib import engine
+from revlib._numbers import real
 from revlib._torch import exporting, tracing
 from revlib.engine import PassOptions, Plan
 from revlib.step import BoundStep, State
@@ -28,7 +30,8 @@ class Scheduler(ABC):
 
     Raises:
         TypeError: in forward, if :meth:`plan` returns anything but a :class:`~revlib.schedulers.Plan`.
-        ValueError: in forward, if some step could not be recovered from what the plan keeps.
+        ValueError: for a tolerance that is no number from 0 up; in forward, if some step could not be recovered from
+            what the plan keeps.
 
     Example:
         >>> from dataclasses import dataclass
@@ -43,6 +46,12 @@ class Scheduler(ABC):
     """
 
     tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            accepts = lambda t: t >= 0 and not math.isnan(t)  # noqa: E731
+            wanted = "a number from 0 up, or None for the default"
+            real(f"{type(self).__name__}(tolerance=...)", self.tolerance, accepts, wanted)
 
     @abstractmethod
     def plan(self, length: int) -> Plan:

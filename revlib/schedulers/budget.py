@@ -31,10 +31,10 @@ class Budget(Wrapper):
 
     The first forward of each shape keeps no activations, and measures what each step would take; from the second on,
     the budget is used: for activations, and what is left for single streams (see :class:`Checkpoint`). It bounds what
-    all stacks that share this value keep between one forward pass and its backward (give several stages of a model the
-    same ``Budget``, and the last steps of the last stage come first). The peak of backward is higher by what
-    differentiating a step takes, as it is for ``Naive``. The very last step is always kept: backward starts with it, so
-    keeping it costs no peak.
+    all stacks that share this object keep between one forward pass and its backward (give several stages of a model the
+    same ``Budget``, not an equal one, and the last steps of the last stage come first). The peak of backward is higher
+    by what differentiating a step takes, as it is for ``Naive``. The very last step is always kept: backward starts
+    with it, so keeping it costs no peak.
 
     Cost where k of n equal steps fit, in units of one forward: time 4 - k/n over ``Reversible``.
 

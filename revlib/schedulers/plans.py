@@ -91,6 +91,7 @@ class Checkpoint(Scheduler):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("Checkpoint(every=...)", self.every, 1)
 
     def plan(self, length: int) -> Plan:
@@ -124,6 +125,7 @@ class Anchored(Scheduler):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("Anchored(every=...)", self.every, 1)
 
     def plan(self, length: int) -> Plan:

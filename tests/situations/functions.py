@@ -1,8 +1,10 @@
 """What functions do."""
 
 import functools
+import itertools
 import random
 
+import numpy as np
 import torch
 from common import Lambda, grads, leaves, loss, mlp
 from torch import nn
@@ -78,6 +80,27 @@ def own_generator(setting: Setting):
 @situation("Python's random numbers")
 def python_random(setting: Setting):
     return train(setting.stack(lambda: Lambda(lambda m, x: m(x * random.random()).tanh(), nn.Linear(4, 4))))
+
+
+@situation("NumPy's random numbers")
+def numpy_random(setting: Setting):
+    np.random.seed(0)
+    draws = np.random.default_rng(0)
+
+    def noisy(m, x):
+        return m(x * draws.uniform()).tanh() * torch.from_numpy(np.random.random_sample(x.shape))
+
+    return train(setting.stack(lambda: Lambda(noisy, nn.Linear(4, 4))))
+
+
+@situation("random numbers seeded by what no check finds, such as a clock")
+def hidden_random(setting: Setting):
+    clock = itertools.count().__next__
+
+    def noisy(m, x):
+        return m(x).sin() * torch.rand(x.shape, generator=torch.Generator().manual_seed(clock()))
+
+    return train(setting.stack(lambda: Lambda(noisy, nn.Linear(4, 4))))
 
 
 @situation("a function that counts its calls, and computes with the count")
