@@ -220,7 +220,14 @@ MUTANTS = [
         "captured tensors that were replaced",
         MISUSE,
     ),
-    Mutant("revlib/guards/recovery_check.py", "if error > tolerance:", "if False:", "the comparison", MISUSE),
+    Mutant("revlib/guards/recovery_check.py", "if error > allowed:", "if False:", "the comparison", MISUSE),
+    Mutant(
+        "revlib/guards/recovery_check.py",
+        "                self._sample_last_activation(run)",
+        "                pass",
+        "the activation before a last layer that starts at zero",
+        MISUSE,
+    ),
     Mutant("revlib/guards/recovery_check.py", "if not size < limit:", "if False:", "the range of a grid", COUPLINGS),
     Mutant(
         "revlib/guards/recovery_check.py",
@@ -231,7 +238,7 @@ MUTANTS = [
     ),
     Mutant(
         "revlib/guards/recovery_check.py",
-        "same = gaps == originals",
+        "same = (gaps == originals) | (gaps.isnan() & originals.isnan())",
         "same = torch.zeros_like(gaps, dtype=torch.bool)",
         "infinities that came back",
         MISUSE,

@@ -278,7 +278,8 @@ def test_blocks_of_all_three_models(tmp_path):
         for how in ("naive", "reversible", "torch-checkpoint"):
             assert points[model, how, 4].gradient_error < 1e-5
         held = {how: points[model, how, 4].held - points[model, how, 2].held for how in ("naive", "reversible")}
-        assert held["naive"] > 20 * 2 * 16 * 8 * 4 and held["reversible"] < held["naive"] / 40
+        # Two more blocks: all that they save, or samples of a stream and of an activation of each step to compare.
+        assert held["naive"] > 20 * 2 * 16 * 8 * 4 and held["reversible"] <= 4 * (128 + 16) * 4
 
 
 def test_blocks_are_those_of_the_models():

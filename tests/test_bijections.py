@@ -1,6 +1,7 @@
 """Bijections as steps: laws, every scheduler, shapes and numbers of streams that change, sums as streams, refusals."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -534,14 +535,17 @@ def test_a_wrong_log_determinant_is_noticed_by_assert_bijects():
 
 @pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint()], ids=str)
 def test_a_bijection_that_does_not_repeat_is_refused(scheduler):
-    generator = torch.Generator().manual_seed(0)
+    numbers = itertools.count().__next__  # as a clock, which nobody turns back
+
+    def noise(x):
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(numbers())).exp()
 
     class Noisy(Bijection):
         def forward(self, x):
-            return (x * torch.rand(x.shape, generator=generator).exp()).tanh()
+            return (x * noise(x)).tanh()
 
         def inverse(self, y):
-            return y.atanh() / torch.rand(y.shape, generator=generator).exp()
+            return y.atanh() / noise(y)
 
     stack = ReversibleSequence([Noisy(), Split(2), (nn.Tanh(), nn.Tanh())], scheduler=scheduler)
     ys = stack(torch.randn(4, 6, requires_grad=True))
