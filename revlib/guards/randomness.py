@@ -204,7 +204,8 @@ def generator_behind(part: Any, names: Iterable[str]) -> Any:
         numpy: Any = sys.modules.get("numpy.random")
         drawn = part is numpy or (part is sys.modules.get("numpy") and "random" in names)
         return numpy.rand.__self__ if numpy is not None and drawn else None
-    return getattr(part, "__self__", part)
+    bound = isinstance(part, (types.BuiltinFunctionType, types.MethodType))
+    return part.__self__ if bound else part
 
 
 def _read_torch(generator: torch.Generator) -> Contents:
