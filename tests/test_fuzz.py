@@ -12,6 +12,7 @@ import contextlib
 import copy
 import os
 import pickle
+import random
 import re
 import types
 import warnings
@@ -304,6 +305,22 @@ class Hooking(Mlp):
         return super().forward(*streams)
 
 
+class Drawing(Mlp):
+    """Draws from a generator of its own, in front of a last layer that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = random.Random(0)
+        nn.init.zeros_(self.call[4].weight)
+
+    def forward(self, *streams: Tensor) -> Tensor:
+        first, last = self.call[:4], self.call[4]
+        if self.armed:
+            raise UsersError
+        x = streams[0] if len(streams) == 1 else streams[0] + streams[1].sin()
+        return last(first(x) * self.draws.random())
+
+
 def halved(gradient: Tensor | None) -> Tensor | None:
     """An autograd.Function calls the hooks of what does not matter with None."""
     return None if gradient is None else 0.5 * gradient
@@ -358,7 +375,7 @@ class Gated(Coupling):
 
 FUNCTIONS = [
     *(Mlp, Dropping, Normalised, Attention, Shared, Gained, Checkpointed, Nested, WithoutGradient, StochasticDepth),
-    *(Differentiating, Auxiliary, Counting, Remembering, Unit, Building, Averaging, Hidden, Routed, Hooking),
+    *(Differentiating, Auxiliary, Counting, Remembering, Unit, Building, Averaging, Hidden, Routed, Hooking, Drawing),
 ]
 _asked = os.environ.get("REVLIB_FUZZ_KINDS", "").split(",")
 FUNCTIONS += [kind for kind in FUNCTIONS if kind.__name__ in _asked] * 9  # mostly these
