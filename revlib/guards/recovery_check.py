@@ -90,14 +90,14 @@ class Sampler:
 
 
 class _RoughSampler(Sampler):
-    """Picks 16 elements, an odd distance apart, of what only has to be the same roughly."""
+    """Picks up to 16 elements, an odd distance apart, of what only has to be the same roughly."""
 
-    def __init__(self, offset: int) -> None:
-        self.offset, self.places = offset, {}
+    def __init__(self, other: Sampler) -> None:
+        self.samples, self.offset, self.places = min(_ROUGH, other.samples // 4), other.offset, {}
 
     def _places(self, t: Tensor) -> Tensor:
         n = t.numel()
-        count = min(n, _ROUGH)
+        count = min(n, self.samples)
         along = torch.arange(count, device=t.device) * (n // max(1, count) | 1)
         return (along + self.offset) % max(1, n)
 
@@ -156,7 +156,7 @@ class RecoveryCheck(Guard):
         # Of the stack that this one runs inside.
         self.outer = None if outer is None else weakref.ref(outer)
         self.sampler = Sampler(steps)
-        self.rough_sampler = _RoughSampler(self.sampler.offset)
+        self.rough_sampler = _RoughSampler(self.sampler)
         self.comparisons: dict[Hashable, list[Comparison]] = {}
         self.ranges: list[StreamRange] = []
         self.exact_steps = 0
@@ -327,9 +327,9 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     """$|r - o| / |o|$ of each recovered sample $r$ and its original $o$.
 
     A stream of zeros is measured against the largest one. A stream that no function sees may lose digits to what was
-    merged into it, but must come back to one digit. An activation may be nothing but rounding errors of its stream, as
-    the difference of equal elements is, and is measured against these. The error is infinite where a number came back
-    as NaN.
+    merged into it, but must come back to one digit. Activations, which come last, may be small by chance, or be nothing
+    but rounding errors of their streams, and are measured against the errors that these may have. The error is infinite
+    where a number came back as NaN.
     """
     device = comparisons[0].original.device  # streams may live on several
     originals = _rows([c.original for c in comparisons], device)
@@ -344,10 +344,19 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
     if any(c.reference is not None for c in comparisons):
         others = [c.original if c.reference is None else c.reference for c in comparisons]
         references = _norms(_finite(_rows(others, device)))
-        rough = torch.tensor([c.rough for c in comparisons], device=device)
-        noise = torch.where(norms > 0, references * tolerance**2, 0.0)
         most = norms * max(1.0, 0.1 / tolerance if tolerance else 1.0)
-        sizes = torch.maximum(norms, torch.where(rough, noise, references.minimum(most)))
+        floors = references.minimum(most)
+        # Of activations: the errors that a stream may have, on as many elements as were taken of it. A list of numbers
+        # would be copied to the device, which waits for it.
+        rough = [
+            math.sqrt(c.original.numel() / max(1, o.numel()))
+            for c, o in zip(comparisons, others, strict=True)
+            if c.rough
+        ]
+        if rough:
+            noise = references[-len(rough) :] * (tolerance * max(rough))
+            floors = torch.cat([floors[: -len(rough)], noise])
+        sizes = torch.maximum(norms, torch.where(norms > 0, floors, 0.0))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
     return (differences / sizes).nan_to_num(nan=math.inf, posinf=math.inf)
 
@@ -410,6 +419,7 @@ def compare_recovered(
             if exact and device.type == "cpu"
             else default_tolerance(dtypes, device.type != "cpu")
         )
+    comparisons = sorted(comparisons, key=lambda c: c.rough)
     rough = rough_tolerance(tolerance)
     groups = [
         (limit, [c for c in comparisons if c.rough == r])
