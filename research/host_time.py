@@ -125,14 +125,18 @@ def measured(runs: dict[str, Run], at: Setting, rounds: int) -> dict[str, float]
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}
 
 
+ALL = "all of them"
+
+
 @contextmanager
 def without(name: str) -> Iterator[None]:
-    """Passes that lack one guard. For measuring only: gradients may be wrong."""
+    """Passes that lack one guard, or all of them. For measuring only: gradients may be wrong."""
     make: Any = engine._guards
 
     def some(*args: Any) -> Any:
         guards, recovery = make(*args)
-        return type(guards)([g for g in guards.guards if type(g).__name__ != name]), recovery
+        left = [g for g in guards.guards if name != ALL and type(g).__name__ != name]
+        return type(guards)(left), recovery
 
     engine._guards = some
     try:
@@ -152,7 +156,7 @@ def guard_costs(depth: int, at: Setting, rounds: int) -> dict[str, float]:
 
         return run
 
-    names = ["none left out", "Randomness", "Settings", "ModuleStates", "Edits", "RecoveryCheck", "EarlyStop"]
+    names = ["none left out", "Randomness", "Settings", "ModuleStates", "Edits", "RecoveryCheck", "EarlyStop", ALL]
     return measured({name: leaving_out(name) for name in names}, at, rounds)
 
 

@@ -24,7 +24,7 @@ def test_every_contender_and_guard_is_measured(tmp_path):
     ].strip()
     assert "--depths 2 --rounds 1" in (tmp_path / "new" / "command.txt").read_text()
     assert {"plain", "checkpoint", "Reversible()", "Checkpoint()", "Functional()"} <= set(found["ms"]["2"])
-    assert all(ms > 0 for ms in found["ms"]["2"].values()) and len(found["guards"]) == 7
+    assert all(ms > 0 for ms in found["ms"]["2"].values()) and len(found["guards"]) == 8
 
 
 def test_a_step_runs_lines_of_many_files():
