@@ -236,8 +236,8 @@ def _saved(ctx: Any) -> Sequence[Tensor]:
 
 
 # Where the compiler breaks its graph within a function, these are called as they are. Compiled as frames of their own,
-# they would take themselves for a part of a whole graph.
-for _called in (_Stack.forward, _Stack.setup_context, _Stack.backward):
+# they would take themselves for a part of a whole graph, and guards look at what the compiler cannot trace.
+for _called in (run_eagerly, _Stack.forward, _Stack.setup_context, _Stack.backward):
     bypass_compiler(_called)
 
 
