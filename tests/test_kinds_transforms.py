@@ -174,7 +174,8 @@ def test_a_scan(stage: Stage):
 
     def run(m, x):
         h = m(x)
-        return scan(cell, h[:, 0] * 0, h, dim=1)[1]
+        found = scan(cell, h[:, 0] * 0, h, dim=1)[1]
+        return found if found.shape == h.shape else found.movedim(0, 1)  # torch 2.11 puts the results side by side
 
     return scanned(stage, run)
 
