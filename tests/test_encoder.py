@@ -84,3 +84,8 @@ def test_what_cannot_be_taken_apart_is_refused():
 
     with pytest.raises(TypeError, match="got Own"):
         encoder_pair(Own(8, 2, norm_first=True))
+
+
+def test_what_is_no_layer_at_all():
+    with pytest.raises(TypeError, match=r"encoder_pair takes an nn\.TransformerEncoderLayer, got str"):
+        encoder_pair("layer")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from revlib import Checkpoint, Functional, Naive, Reversible, ReversibleSequence, engine, reversible
+from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
 from revlib.guards import Guards, recovery_check
 from revlib.guards.recovery_check import Comparison
 
@@ -138,8 +138,6 @@ def test_a_function_that_does_not_repeat_is_refused_and_wrong_without_the_check(
 @every_recomputing_scheduler
 def test_noise_is_found_before_a_last_layer_that_starts_at_zero(scheduler, dtype, last):
     """No stream tells, since functions return next to nothing. The gradients of their last layers depend on it."""
-    if scheduler == Functional():
-        pytest.skip("compares streams only")
 
     class Branch(nn.Module):
         def __init__(self):

@@ -305,6 +305,19 @@ def test_an_uninitialised_part_of_a_saved_tensor(stage: Stage):
     return train(stage.stack(lambda: Lambda(lambda m, x: Padded.apply(m(x)), nn.Linear(4, 4))))
 
 
+@scene("8", refusal="recovered what enters", refusing="Checkpoint Checkpoint(every=2) Anchored Budget")
+def test_a_buffer_that_is_filled_in_part(stage: Stage):
+    """No gradient reads the rest, which holds something else in backward."""
+
+    def padded(m, x):
+        litter((2 * len(x), *x.shape[1:]))
+        rows = torch.empty(2 * len(x), *x.shape[1:])
+        rows[: len(x)] = m(x)
+        return rows.sin()[: len(x)]
+
+    return train(stage.stack(lambda: Lambda(padded, nn.Linear(4, 4))))
+
+
 WITHOUT_CHECK = [Checkpoint(tolerance=math.inf), KeepLast(1, Checkpoint(tolerance=math.inf))]
 
 

@@ -91,6 +91,7 @@ _TAKING = (
     *("acquire", "disable", "enable", "enter", "push", "register_", "remove", "requires_grad_"),
     *("set_", "start", "use_"),
 )
+_UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _UNRECORDED = ("no_grad", "inference_mode", "set_grad_enabled")
 _NEVER_RUNS = ("__init__", "__repr__", "extra_repr", "reset_parameters")  # within a forward
 _MOST, _DEEPEST = 1 << 13, 64  # things that are looked at; whatever leads to more is data
@@ -395,6 +396,8 @@ class ModuleTree:
         self.has_tensors = any(isinstance(v, Tensor) for v in entries)
         # Whether edits of tensors may be meant to be unseen by version counters.
         self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
+        # Whether a function makes tensors that hold what was in memory before.
+        self.leaves_unwritten = not found.names.isdisjoint(_UNWRITTEN)
         # Whether a function may edit what it computes with, where no gradient is recorded or by a name such as mul_.
         self.edits_in_place = found.edits
         # Whether a function takes something that it has to give back, such as a lock, a hook or a setting of torch's.

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from revlib import cuda_streams
 from revlib._torch import is_fake, is_opaque_wrapper, saved_unwritten
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
+from revlib.guards.modules import current_tree
 from revlib.step import State
 from revlib.tensors import (
     has_dense_memory,
@@ -236,7 +237,10 @@ class _StepRecovery(StepGuard):
 
     def _sample_last_activation(self, run: FirstRun) -> None:
         """Of those that depend on what the function differentiates. What it saves besides may be noise of a generator
-        that is compared where it enters, or memory that nobody has written."""
+        that is compared where it enters, or memory that nobody has written. Where the function makes such memory
+        itself, as padding that it fills in part, its activations may hold that, too, and none is compared."""
+        if current_tree(self.view.step).leaves_unwritten:
+            return
         for place, placeholder in reversed(run.saved):
             t = placeholder.tensor
             if t is None or place >= run.function_saves or not t.requires_grad:
