@@ -215,3 +215,17 @@ def test_the_hooks_of_a_flop_counter_are_known():
     assert counter.get_total_flops() > 0
     assert seen and all(map(_is_a_trackers, seen))
     assert not _is_a_trackers(F.relu) and not _is_a_trackers(lambda g: g)
+
+
+@scene("5", without="Functional")
+def test_a_backward_hook_that_comes_after_a_forward_whose_parameter_is_then_frozen(stage: Stage):
+    """The repetition puts the parameter back as it was, and must not take the hook for a part of that."""
+    stack, xs, seen = stage.stack(lambda: Lambda(lambda m, x: m(x).tanh(), nn.Linear(4, 4))), leaves(3, 4), []
+    note = seen.append
+    outputs = stack(*xs)
+    for m in [m for m in stack.modules() if isinstance(m, Lambda)]:
+        m.register_full_backward_hook(lambda m, before, after: note(len(after)))
+        next(m.parameters()).requires_grad_(False)
+    loss(outputs).backward()
+    loss(stack(*xs)).backward()
+    return [len(seen), *grads(*xs, stack)]

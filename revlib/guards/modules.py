@@ -83,8 +83,9 @@ _PLAIN = frozenset(
 )
 _WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
-# Dicts that hold what a module is, and its hooks: another dict in their place would be overlooked.
-_LOOKED_AT = _OWN_DICTS | {"_forward_pre_hooks", "_forward_hooks"}
+# Dicts that hold what a module is, and its hooks: another dict in their place would be overlooked. And what torch sets
+# when a backward hook is registered, which must outlive a repetition.
+_LOOKED_AT = _OWN_DICTS | {"_forward_pre_hooks", "_forward_hooks", "_is_full_backward_hook"}
 _UNSEEN = ("data", "numpy", "from_numpy", "from_dlpack", "set_", "untyped_storage", "storage")
 # How the names begin of what a function may do and undo without `with` or `finally`, and that no guard puts back.
 _TAKING = (
