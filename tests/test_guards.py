@@ -147,7 +147,7 @@ def test_noise_is_found_before_a_last_layer_that_starts_at_zero(scheduler, dtype
                 nn.init.constant_(p, last)
 
         def forward(self, x):
-            h = self.first(x).relu()
+            h = 3 * self.first(x).relu()
             return self.last(h * (torch.rand(h.shape, generator=torch.Generator().manual_seed(self.numbers())) < 0.5))
 
     torch.manual_seed(0)

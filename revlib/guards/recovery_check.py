@@ -350,15 +350,15 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
         references = _norms(_finite(_rows(others, device)))
         most = norms * max(1.0, 0.1 / tolerance if tolerance else 1.0)
         floors = references.minimum(most)
-        # Of activations: the errors that a stream may have, on as many elements as were taken of it. A list of numbers
-        # would be copied to the device, which waits for it.
+        # Of activations: the errors that a stream may have, on as many elements as were taken of it, but no more than a
+        # tenth, or little would be noticed in bfloat16. A list of numbers would be copied to the device, which waits.
         rough = [
             math.sqrt(c.original.numel() / max(1, o.numel()))
             for c, o in zip(comparisons, others, strict=True)
             if c.rough
         ]
         if rough:
-            noise = references[-len(rough) :] * (tolerance * max(rough))
+            noise = references[-len(rough) :] * (min(tolerance, 0.1) * max(rough))
             floors = torch.cat([floors[: -len(rough)], noise])
         sizes = torch.maximum(norms, torch.where(norms > 0, floors, 0.0))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
