@@ -107,7 +107,8 @@ def test_what_a_kernel_writes_after_it_was_saved_is_wrong_without_its_guard(monk
     want = run(Naive())
     assert error(run(Checkpoint()), want) < 1e-9
     leave_out(monkeypatch, "EarlyStop")
-    assert error(run(Checkpoint(tolerance=math.inf)), want) > 1e-2
+    # Unwritten memory may hold anything, so that the error may be NaN.
+    assert not error(run(Checkpoint(tolerance=math.inf)), want) <= 1e-2
 
 
 def test_an_edited_tensor_is_refused_and_wrong_without_its_guard(monkeypatch):
