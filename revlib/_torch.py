@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import (
@@ -58,6 +59,7 @@ __all__ = [
     "no_dispatch_modes",
     "normalises",
     "raised_by_forbidding_hooks",
+    "saved_by",
     "saved_tensor_hooks",
     "saved_tensor_hooks_allowed",
     "saved_unwritten",
@@ -211,6 +213,23 @@ def saved_unwritten(node: Any) -> Any:
     """
     name = node.name().rstrip("01").removesuffix("Backward")
     return getattr(node, _UNWRITTEN[name]).data if name in _UNWRITTEN else None
+
+
+def saved_by(node: Any) -> list[Any]:
+    """What an operation saves: tensors, or what hooks put in their place, or None. Always as many, in the same order.
+
+    The public attributes would call hooks, of which one repeats what a checkpoint has run.
+    """
+    if isinstance(node, BackwardCFunction):
+        found = list(node._raw_saved_tensors or ())  # type: ignore[attr-defined]
+    else:
+        found = [getattr(node, name) for name in _raw_names(type(node))]  # type: ignore[arg-type]
+    return [getattr(saved, "data", None) for saved in found]
+
+
+@functools.cache
+def _raw_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 def forward_mode_active() -> bool:

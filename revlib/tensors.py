@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revlib._torch import is_traceable_wrapper_subclass, view_base
+from revlib._torch import is_traceable_wrapper_subclass, saved_by, view_base
 
 __all__ = [
     "LEAF",
+    "SavedPlace",
     "dense",
     "has_dense_memory",
     "is_dtensor",
     "is_integral",
     "is_parameter",
+    "last_activation",
     "leaves_of",
     "like_strided",
     "local_part",
     "operations",
+    "saved_at",
     "sum_dtype",
 ]
 
@@ -139,3 +142,36 @@ def operations(results: Sequence[Any], most: int = 64) -> Iterator[Any]:
             if n is not None and n not in seen and len(seen) < most and n.name() != LEAF:
                 seen.add(n)
                 nodes.append(n)
+
+
+# Where in a graph something is saved: the number of a result, that of an edge for each step from there, and the number
+# of a tensor among those that the operation saves.
+SavedPlace = tuple[int, tuple[int, ...], int]
+
+
+def last_activation(results: Sequence[Any], most: int = 16) -> tuple[SavedPlace, Tensor] | None:
+    """What one of the last operations of a function saves, and where: a tensor that depends on what the function
+    differentiates, and is no parameter. Operations nearest to the results come first."""
+    found = [((i, ()), t.grad_fn) for i, t in enumerate(results) if isinstance(t, Tensor)]
+    nodes: list[tuple[tuple[int, tuple[int, ...]], Any]] = [
+        (p, n) for p, n in found if n is not None
+    ]
+    for (result, path), node in nodes:  # which grows
+        for i, t in enumerate(saved_by(node)):
+            if isinstance(t, Tensor) and t.requires_grad and not is_parameter(t):
+                return (result, path, i), t
+        above = node.next_functions if len(nodes) < most else ()
+        edges = [(edge, n) for edge, (n, _) in enumerate(above) if n is not None]
+        nodes += [((result, (*path, edge)), n) for edge, n in edges if n.name() != LEAF]
+    return None
+
+
+def saved_at(results: Sequence[Any], place: SavedPlace) -> Tensor | None:
+    """The same tensor of another run of the function, if its graph leads to one."""
+    result, path, i = place
+    node = getattr(results[result], "grad_fn", None) if result < len(results) else None
+    for edge in path:
+        above = () if node is None else node.next_functions
+        node = above[edge][0] if edge < len(above) else None
+    saved = [] if node is None else saved_by(node)
+    return saved[i] if i < len(saved) and isinstance(saved[i], Tensor) else None

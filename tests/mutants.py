@@ -228,6 +228,13 @@ MUTANTS = [
         "the activation before a last layer that starts at zero",
         MISUSE,
     ),
+    Mutant(
+        "revlib/functional/vjp.py",
+        "    if activations and program.environment is not None:",
+        "    if False:",
+        "the same under Functional()",
+        MISUSE,
+    ),
     Mutant("revlib/guards/recovery_check.py", "if not size < limit:", "if False:", "the range of a grid", COUPLINGS),
     Mutant(
         "revlib/guards/recovery_check.py",

@@ -5,6 +5,7 @@ The processes are real, over gloo. Starting them is what takes time here, so eac
 
 import datetime
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -446,6 +447,9 @@ def play(rank: int, store: str, work: Callable[[], None]) -> None:
         work()
     finally:
         dist.destroy_process_group()
+    # Threads of gloo may outlive its process group, and drop the last reference to a tensor while the interpreter is
+    # taken down. That aborts the process (https://github.com/pytorch/pytorch/issues/190489), so this one just ends.
+    os._exit(0)
 
 
 def train_as_one(family: str, all_for: int) -> None:

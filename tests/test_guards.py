@@ -7,15 +7,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from common import error, every_recomputing_scheduler, examples
+from common import error, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from revlib import Checkpoint, Naive, Reversible, ReversibleSequence, engine, reversible
+from revlib import Checkpoint, Functional, Naive, Reversible, ReversibleSequence, engine, reversible
 from revlib.guards import Guards, recovery_check
 from revlib.guards.recovery_check import Comparison
+from revlib.tensors import last_activation, saved_at
 
 
 class Body(nn.Module):
@@ -136,7 +137,7 @@ def test_a_function_that_does_not_repeat_is_refused_and_wrong_without_the_check(
 
 @pytest.mark.parametrize("last", [0.0, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@every_recomputing_scheduler
+@pytest.mark.parametrize("scheduler", [Reversible(), Checkpoint(), Functional()], ids=lambda s: type(s).__name__)
 def test_noise_is_found_before_a_last_layer_that_starts_at_zero(scheduler, dtype, last):
     """No stream tells, since functions return next to nothing. The gradients of their last layers depend on it."""
 
@@ -156,6 +157,34 @@ def test_noise_is_found_before_a_last_layer_that_starts_at_zero(scheduler, dtype
     total = sum(y.square().mean() for y in stack(*torch.randn(2, 32, 16, dtype=dtype)))
     with pytest.raises(RuntimeError, match=r"recovered (an activation of|what enters) [FG] of block \d \(Branch\)"):
         total.backward()
+
+
+WITH_ACTIVATIONS = {
+    "layers": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)),
+    "attention": nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0),
+    "scaled": lambda x: (x.sin() * x.exp()) * nn.Parameter(torch.zeros(4)),
+    "several results": lambda x: (x.detach(), (x.sin() + 1) * x),
+}
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("function", WITH_ACTIVATIONS.values(), ids=WITH_ACTIVATIONS)
+def test_the_last_activation_is_found_again_in_another_graph(function, needs_gradient):
+    """Streams of a repetition always need a gradient; the first that enter a stack seldom do."""
+    x = torch.randn(2, 3, 4)
+    first, again = (
+        results if isinstance(results, tuple) else (results,)
+        for results in (function(x.clone().requires_grad_(needs)) for needs in (needs_gradient, True))
+    )
+    found = last_activation(first)
+    if found is None:
+        assert not needs_gradient, "only a stream leads to an activation here"
+        return
+    place, t = found
+    other = saved_at(again, place)
+    assert t.requires_grad and other is not t and torch.equal(other, t)
+    assert not isinstance(t, nn.Parameter)
+    assert saved_at([torch.ones(2)], place) is None, "no graph"
 
 
 def test_one_wrong_element_is_found_in_one_of_several_forwards():

@@ -92,6 +92,33 @@ def test_what_operations_leave_unwritten_is_found():
         assert _torch.saved_unwritten((x * 2).grad_fn) is None
 
 
+def test_what_an_operation_saves_is_read_without_calling_hooks():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, None)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    linear, x, runs = torch.nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True), []
+    h = x.tanh()
+    assert any(t is h for t in _torch.saved_by(linear(h).grad_fn))
+    assert _torch.saved_by(Twice.apply(h).grad_fn)[0] is h
+
+    def counted(t):
+        runs.append(t)
+        return linear(t.tanh())
+
+    out = torch.utils.checkpoint.checkpoint(counted, x, use_reentrant=False)
+    assert not any(isinstance(t, torch.Tensor) for t in _torch.saved_by(out.grad_fn)) and len(runs) == 1
+    y = linear(h)
+    y.sum().backward()
+    assert set(_torch.saved_by(y.grad_fn)) == {None}, "it was freed"
+
+
 def test_saved_tensor_hooks_are_seen():
     assert _torch.saved_tensor_hooks() is None and _torch.saved_tensor_hooks_allowed()
     pack = lambda t: t  # noqa: E731

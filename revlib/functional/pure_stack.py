@@ -27,6 +27,7 @@ from revlib.guards import (
 from revlib.guards.module_state import ModuleState
 from revlib.guards.modules import ModuleTree, identical, module_tree
 from revlib.guards.randomness import CpuGeneratorLock, devices_of
+from revlib.guards.recovery_check import Activations
 from revlib.guards.settings import AutocastSettings, autocast_settings
 from revlib.refusals import refuse_after_rounding
 from revlib.step import BoundStep, Layout, State, apart, layouts, together
@@ -157,6 +158,7 @@ class Environment:
         devices = devices_of(tensors)
         self.guards = Guards([Randomness(devices), Settings(devices), ModuleStates()])
         self.step_guards: dict[int, StepGuards] = {}
+        self.activations = Activations(len(steps))
         self.purity: Purity | None = None
 
     def watching(self, streams: State, tensors: Sequence[Tensor]) -> Purity:
@@ -164,7 +166,7 @@ class Environment:
         if self.transformed:
             self.purity = PurityMode(streams, tensors, self._buffers())
         else:
-            self.purity = GraphPurity(tensors, self._buffers)
+            self.purity = GraphPurity(tensors, self._buffers, self.activations.keep)
         return self.purity
 
     def _state(self, k: int) -> ModuleState | None:

@@ -121,11 +121,17 @@ class GraphPurity(Purity):
     Args:
         tensors: all that the stack reads besides streams.
         watched: finds the buffers, which others watch.
+        graph_made: is called with each step and the results of its function, while these have their graph.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], watched: Callable[[], list[Tensor]]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        watched: Callable[[], list[Tensor]],
+        graph_made: Callable[[BoundStep, Sequence[Any]], None],
+    ) -> None:
         super().__init__()
-        self.watched = watched
+        self.watched, self.graph_made = watched, graph_made
         # A gradient of what has hooks, or is part of a graph, can be asked for at a view alone. What somebody keeps of
         # a function's graph leads through the view to the tensor itself.
         with torch.enable_grad():
@@ -157,6 +163,8 @@ class GraphPurity(Purity):
             others = [t for t in ends if id(t) not in known]
             self.others += [(step, weakref.ref(t)) for t in others]
             del others, ends
+            if not step.merge_reads:
+                self.graph_made(step, results)
         if _hook_counts(leaves) or hooks != _hook_counts(mine):
             raise RuntimeError(
                 f"{step.name} calls register_hook() on a stream, a parameter or a tensor of its context while it runs; "

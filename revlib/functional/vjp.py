@@ -183,8 +183,12 @@ def _invert_and_pull_back(
     gradients: _Gradients,
     mine: list[Tensor],
     places: Sequence[int],
+    activations: list[recovery_check.Comparison],
 ) -> tuple[State, _Gradients, _Gradients, set[torch.dtype]]:
-    """One step. -> the state before it, gradients of that, and of the tensors at some places of those that it reads."""
+    """One step. -> the state before it, gradients of that, and of the tensors at some places of those that it reads.
+
+    Its last activation is put among the ``activations``, beside that of forward.
+    """
     step, layout = program.functions[k].step, program.layouts[k]
     made, others = apart(state, layout.made)
     g_made, after = apart(tuple(gradients), layout.made)
@@ -206,6 +210,8 @@ def _invert_and_pull_back(
         before = together(tuple(g_taken), layout.taken, after)
         return together(taken, layout.taken, others), before, g_mine, {t.dtype for t in taken}
     recorded = _record(f, others, chosen)
+    if isinstance(recorded, _Recorded) and program.environment is not None:
+        activations += program.environment.activations.compared(step, recorded.results)
     result = _detached(recorded.result)
     taken = tuple(s.to(t.dtype) for s, t in zip(step.unmerge(made, result), made, strict=True))
     dtypes = {t.dtype for t in (*taken, *_in_order(result)[0])}
@@ -226,6 +232,7 @@ def backward_by_inversion(
     state, gradients = y, g
     dtypes: set[torch.dtype] = set()
     sizes: list[tuple[str, Tensor, float]] = []
+    activations: list[recovery_check.Comparison] = []
     for k in reversed(range(len(program.functions))):
         reads, step = program.functions[k].reads, program.functions[k].step
         made = state[program.layouts[k].made[-1]]
@@ -234,14 +241,14 @@ def backward_by_inversion(
             sizes.append((step.name, local_part(made).abs().amax(), limit))
         places = [i for i, place in enumerate(reads) if needs[place]]
         state, gradients, found, kinds = _invert_and_pull_back(
-            program, k, state, gradients, program.mine_again(k, tensors), places
+            program, k, state, gradients, program.mine_again(k, tensors), places, activations
         )
         for i, gradient in zip(places, found, strict=True):
             totals[reads[i]] = _plus(totals[reads[i]], gradient)
         dtypes = dtypes | kinds
     # Gradients tell the compiler that there is nothing to compare before backward; elsewhere they may be mapped over.
     given = [*y, *(t for t in g if t is not None)] if torch.compiler.is_compiling() else y
-    _close(program, dtypes, sizes, tuple(flat[:m]), state, given)
+    _close(program, dtypes, sizes, activations, tuple(flat[:m]), state, given)
     return [t for t, w in zip([*gradients, *totals], wanted, strict=True) if w]
 
 
@@ -254,11 +261,13 @@ def _close(
     program: PureStack,
     dtypes: set[torch.dtype],
     sizes: list[tuple[str, Tensor, float]],
+    activations: Sequence[recovery_check.Comparison],
     x: State,
     back: State,
     given: Sequence[Tensor],
 ) -> None:
-    """Compare the streams that came back with those that went in, and the sizes of streams with their limits.
+    """Compare the streams that came back with those that went in, activations of functions with those of forward, and
+    the sizes of streams with their limits.
 
     Unless what backward was ``given`` has overflowed: naive autograd has no gradients then either.
     """
@@ -284,8 +293,14 @@ def _close(
         return
     ranges = [recovery_check.StreamRange(name, size, size, limit) for name, size, limit in sizes]
     values = torch.stack([unwrapped(v).amax().double() for v in found])
-    entered = f"what enters {program.functions[0].step.name}"
-    recovery_check.report(values, [(entered, tolerance)], ranges)
+    compared = [(f"what enters {program.functions[0].step.name}", tolerance)]
+    if activations and program.environment is not None:
+        largest = max((*x, *given), key=lambda t: t.numel())
+        off, named = program.environment.activations.errors(activations, largest, tolerance)
+        if off is not None:
+            off = torch.where(finite, off.to(values.device), 0.0)
+            values, compared = torch.cat([values[:1], off, values[1:]]), compared + named
+    recovery_check.report(values, compared, ranges)
 
 
 _WRONG = (

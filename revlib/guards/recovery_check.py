@@ -17,7 +17,7 @@ import statistics
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,21 @@ from revlib import cuda_streams
 from revlib._torch import is_fake, is_opaque_wrapper, saved_unwritten
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
 from revlib.guards.modules import current_tree
-from revlib.step import State
+from revlib.step import BoundStep, State
 from revlib.tensors import (
+    SavedPlace,
     has_dense_memory,
     is_integral,
     is_parameter,
+    last_activation,
     local_part,
     operations,
+    saved_at,
     sum_dtype,
 )
 
 __all__ = [
+    "Activations",
     "Comparison",
     "RecoveryCheck",
     "Sampler",
@@ -52,6 +56,8 @@ __all__ = [
 _SAMPLES, _FEWEST, _ALL, _ROUGH = 128, 8, 2**13, 16
 _RESIDUAL = 0.5  # a cosine that residual blocks exceed, and what is added to a residual seldom does
 _serial = itertools.count()
+# What was compared, in words, and the error that it may have.
+Compared = list[tuple[str, float]]
 
 
 class Sampler:
@@ -301,7 +307,51 @@ def _first_row(t: Tensor) -> Tensor:
     return t[:1] if t.ndim else t
 
 
+class Activations:
+    """The last activations of the functions of a stack, for an engine that has the graph of each function at hand."""
+
+    def __init__(self, steps: int) -> None:
+        self.sampler = _RoughSampler(Sampler(steps))
+        self.originals: dict[BoundStep, tuple[SavedPlace, Tensor]] = {}
+
+    def keep(self, step: BoundStep, results: Sequence[Any]) -> None:
+        """Of the first run of a step's function, a sample. See :meth:`_StepRecovery._sample_last_activation`."""
+        found = None if current_tree(step).leaves_unwritten else last_activation(results)
+        if found is not None and has_dense_memory(found[1]):
+            self.originals[step] = found[0], self.sampler(found[1])
+
+    def compared(self, step: BoundStep, results: Sequence[Any]) -> list[Comparison]:
+        """The same of its repetition, beside that sample, if there is one."""
+        if step not in self.originals:
+            return []
+        place, original = self.originals[step]
+        t = saved_at(results, place)
+        if t is None or not has_dense_memory(t) or is_fake(t) != is_fake(original):
+            return []
+        return [Comparison(step.name, original, self.sampler(t), rough=True)]
+
+    def errors(
+        self, comparisons: Sequence[Comparison], stream: Tensor, tolerance: float
+    ) -> tuple[Tensor | None, Compared]:
+        """How far off they are, measured against the errors that a stream may have, and what each may be off by."""
+        self.sampler.places.clear()
+        limit = rough_tolerance(tolerance)
+        if not comparisons or _unreadable(comparisons[0].original):
+            return None, []
+        with torch.no_grad(), torch.autocast(stream.device.type, enabled=False):
+            if _agree(comparisons, limit):
+                return None, []
+            reference = self.sampler(stream)
+            beside = [c._replace(reference=reference) for c in comparisons]
+            return relative_errors(beside, tolerance), [named(c, limit) for c in beside]
+
+
 # ------------------------------------------------------------------------------------------ comparing
+def named(c: Comparison, allowed: float) -> tuple[str, float]:
+    """What was compared, in words, and the error that it may have."""
+    return f"{'an activation of' if c.rough else 'what enters'} {c.name}", allowed
+
+
 def _rows(samples: Sequence[Tensor], device: torch.device) -> Tensor:
     """Samples as the rows of a matrix, in at least single precision, filled up with zeros."""
     if len({(t.shape, t.dtype, t.device) for t in samples}) == 1:  # as nearly always
@@ -446,10 +496,7 @@ def compare_recovered(
         values = torch.cat(parts)
         values = values if total is None else torch.where(total.isfinite(), values, 0.0)
     hint = partial(residual_hint, comparisons)
-    compared = [
-        (f"an activation of {c.name}", rough) if c.rough else (f"what enters {c.name}", tolerance)
-        for c in comparisons
-    ]
+    compared = [named(c, rough if c.rough else tolerance) for c in comparisons]
     report(values, compared, ranges, hint)
 
 
@@ -480,8 +527,6 @@ def _unreadable(values: Tensor) -> bool:
 
 
 Hint = Callable[[], str]
-# What was compared, in words, and the error that it may have.
-Compared = list[tuple[str, float]]
 _pending: list[tuple[cuda_streams.Arriving, Compared, Sequence[StreamRange], Hint]] = []
 
 
