@@ -98,7 +98,7 @@ ALIVE: list[Meter] = []
 
 
 @pytest.mark.parametrize("hold", [in_a_weak_reference, in_an_object, in_a_namespace])
-@scene("4", refusal="Functional|modified by an inplace", refusing="Functional")
+@scene("4")
 def test_numbers_of_a_module_that_a_function_only_leads_to(stage: Stage, hold: Any):
     ALIVE.clear()
 
@@ -109,7 +109,7 @@ def test_numbers_of_a_module_that_a_function_only_leads_to(stage: Stage, hold: A
     return steps(stage, make, lambda m: (m.held().count, len(m.held().seen), m.held().mean))
 
 
-@scene("4", refusal="Functional|modified by an inplace", refusing="Functional")
+@scene("4")
 def test_a_batch_norm_in_a_namespace(stage: Stage):
     def make():
         norm = nn.BatchNorm1d(4, affine=False)
@@ -127,7 +127,7 @@ Statistics = collections.namedtuple("Statistics", "mean variance")
 
 
 @pytest.mark.parametrize("kind", [tuple, Statistics])
-@scene("3", refusal="Functional|modified by an inplace", refusing="Functional")
+@scene("3")
 def test_running_statistics_in_a_tuple(stage: Stage, kind: Any):
     def make():
         both = torch.zeros(4), torch.ones(4)
@@ -139,7 +139,7 @@ def test_running_statistics_in_a_tuple(stage: Stage, kind: Any):
     return steps(stage, make, lambda m: tuple(t.clone() for t in m.running))
 
 
-@scene("3", refusal="Functional|modified by an inplace", refusing="Functional")
+@scene("3")
 def test_a_tuple_of_a_closure_whose_tensors_move(stage: Stage):
     kept: list[Any] = []
 

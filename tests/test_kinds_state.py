@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import dataclasses
+import inspect
 import itertools
 import types
 import weakref
@@ -546,6 +547,112 @@ def test_a_default_argument(stage: Stage):
         *train(stage.stack(lambda: Lambda(use, nn.Linear(4, 4))), steps=3),
         use.__defaults__[0][0],
     ]
+
+
+MEAN = torch.zeros(4, dtype=torch.float64)
+FILE: Any = types.ModuleType("settings_of_a_user")
+BOTH = torch.zeros(4, dtype=torch.float64), [torch.ones(4, dtype=torch.float64)]
+
+
+def moved_by(mean: Tensor, x: Tensor) -> Tensor:
+    mean.lerp_(x.detach().mean(0), 0.5)
+    return x - mean
+
+
+def by_a_global_tensor():
+    return (lambda linear, x: moved_by(MEAN, linear(x)).tanh()), MEAN
+
+
+def by_a_global_tuple():
+    return (lambda linear, x: moved_by(BOTH[0], linear(x)).tanh()), BOTH[0]
+
+
+def by_a_default(mean):
+    return (lambda linear, x, mean=mean: moved_by(mean, linear(x)).tanh()), mean
+
+
+def by_a_default_in_a_tuple(mean):
+    return (lambda linear, x, state=(mean, 3): moved_by(state[0], linear(x)).tanh()), mean
+
+
+def by_a_keyword(mean):
+    return (lambda linear, x, *, mean=mean: moved_by(mean, linear(x)).tanh()), mean
+
+
+def by_another_file(mean):
+    FILE.mean = mean
+    return (lambda linear, x: moved_by(FILE.mean, linear(x)).tanh()), mean
+
+
+def only_written(mean):
+    def use(linear, x, mean=mean):
+        moved_by(mean, x)
+        return linear(x).tanh()
+
+    return use, mean
+
+
+TENSORS = [by_a_global_tensor, by_a_global_tuple, by_a_default, by_a_default_in_a_tuple, by_a_keyword]
+
+
+@pytest.mark.parametrize("held", [*TENSORS, by_another_file, only_written])
+@scene("3")
+def test_a_tensor_that_a_function_moves_wherever_it_finds_it(stage: Stage, held: Any):
+    """All functions of the stack move the same one, or each its own. The file holds the last."""
+    tensors: list[Tensor] = []
+
+    def make():
+        use, mean = held(torch.zeros(4)) if inspect.signature(held).parameters else held()
+        tensors.append(mean)
+        return Lambda(use, nn.Linear(4, 4))
+
+    MEAN.zero_()
+    BOTH[0].zero_()
+    return [*train(stage.stack(make), steps=3), *(mean.clone() for mean in tensors)]
+
+
+@scene("3", refusal="modified by an inplace operation|recovered what enters")
+def test_a_tensor_that_one_function_reads_and_a_later_one_moves(stage: Stage):
+    mean = torch.ones(4)
+    functions = iter([lambda linear, x: linear(x) + mean, *[lambda linear, x: moved_by(mean, linear(x))] * 7])
+    return [*train(stage.stack(lambda: Lambda(next(functions), nn.Linear(4, 4))), steps=2), mean]
+
+
+@scene("3")
+def test_not_a_number_among_captured_tensors(stage: Stage):
+    """It is not equal to itself, but nobody has changed it."""
+    mask, scale = torch.ones(3, 4), torch.ones(3, 4)
+    mask[1, 2] = scale[0, 1] = torch.nan
+    scale.requires_grad_()
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.mask = nn.Linear(4, 4), mask
+
+        def forward(self, x, scale=None):
+            return torch.where(self.mask.isnan(), x, self.linear(x)) * kept[0].nan_to_num(0.5)
+
+    kept = [scale]
+    return [*train(stage.stack(Masked), scale=scale), scale.grad]
+
+
+@pytest.mark.parametrize("edit", ["data", "numpy"])
+@scene("3", refusal="context tensor|tensor of its context", refusing="Functional")
+def test_a_captured_tensor_of_the_context_that_is_edited_unseen(stage: Stage, edit: str):
+    scale = torch.ones(4).requires_grad_()
+    kept = [scale]
+
+    def use(linear, x, scale=None):
+        if edit == "data":
+            kept[0].data.mul_(0.9)
+        else:
+            kept[0].detach().numpy()[:] *= 0.9
+        return linear(x) * kept[0]
+
+    functions = iter([use, *[lambda linear, x: linear(x)] * 7])
+    stack = stage.stack(lambda: Lambda(next(functions), nn.Linear(4, 4)))
+    return [*train(stack, scale=scale), scale.grad, scale]
 
 
 @scene("3", refusal=NAMED)

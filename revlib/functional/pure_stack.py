@@ -184,6 +184,17 @@ class Environment:
         fresh = {} if state is None else state.own_edits.for_repetition(state.parameters)
         return [fresh.get(id(t), t) for t in tensors] if fresh else tensors
 
+    def refuse_edited(self, k: int, mine: Sequence[Tensor]) -> None:
+        """After the first run of a step's function. Raise if it edited a tensor that it reads as an argument, and also
+        holds: its repetition holds a copy, from which no gradient would flow."""
+        state = self._state(k)
+        changed = {} if state is None else state.buffers.changed_tensors
+        if changed and any(id(t) in changed for t in mine if t.requires_grad):
+            raise RuntimeError(
+                f"{self.steps[k].name} edits a tensor of its context that needs a gradient, so its step cannot be "
+                "repeated; clone the tensor before editing it, or use an out-of-place operation."
+            )
+
     def _buffers(self) -> list[Tensor]:
         slots = [named for tree in self.trees for named in tree.buffer_slots]
         slots += [m._buffers for tree in self.trees for m in tree.remote]
@@ -206,7 +217,9 @@ class Environment:
         with CpuGeneratorLock():
             guard.check()
             if self.purity is not None:
-                self.purity.check(self.steps[k].name)
+                state = self._state(k)
+                changed = {} if state is None else state.buffers.changed_tensors
+                self.purity.check(self.steps[k], changed)
             with repetition(guard):
                 yield
 
@@ -297,6 +310,7 @@ class PureStack:  # not a tuple: transforms would look for tensors in it
             with environment.first_run(k, layout):
                 inputs = (taken, need) if step.merge_reads else (others, others_need)
                 f, needing = purity.run(function, call, *inputs, mine)
+            environment.refuse_edited(k, mine)
             made = f if step.merge_reads else self._merged(step, taken, f)
             state = together(made, layout.made, others)
             if not step.merge_reads:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,8 @@ class Purity:
     arguments: list[Tensor]
 
     def __init__(self) -> None:
-        self.captured: dict[int, weakref.ref[Tensor]] = {}  # what functions read besides
-        self.versions: list[tuple[weakref.ref[Tensor], int]] = []  # of what is left of that
+        # Of what functions read besides: each by itself, or all together under None.
+        self.versions: dict[BoundStep | None, list[tuple[weakref.ref[Tensor], int]]] = {}
 
     def run(
         self,
@@ -96,16 +96,21 @@ class Purity:
 
     def close(self) -> None:
         """After forward."""
-        left = ((ref, ref()) for ref in self.captured.values())
-        self.versions = [(ref, version_of(t)) for ref, t in left if t is not None]
+        raise NotImplementedError
 
-    def check(self, name: str) -> None:
-        """Before a repetition. Raise where a tensor was edited that functions read unasked."""
-        for ref, version in self.versions:
+    def _watch(self, step: BoundStep | None, captured: dict[int, weakref.ref[Tensor]]) -> None:
+        """From now on, what is left of the tensors that were captured."""
+        left = ((ref, ref()) for ref in captured.values())
+        self.versions[step] = [(ref, version_of(t)) for ref, t in left if t is not None]
+
+    def check(self, step: BoundStep, put_back: Container[int]) -> None:
+        """Before a repetition. Raise where a tensor was edited that the function reads unasked, unless it is one of
+        those that are ``put_back``, by identity."""
+        for ref, version in (*self.versions.get(step, ()), *self.versions.get(None, ())):
             t = ref()
-            if t is not None and version_of(t) != version:
+            if t is not None and version_of(t) != version and id(t) not in put_back:
                 raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that {name}, or another function of its stack, reads was "
+                    f"a tensor of shape {tuple(t.shape)} that {step.name}, or another function of its stack, reads was "
                     "modified by an inplace operation between forward and backward; edit a clone of it instead."
                 )
 
@@ -193,9 +198,11 @@ class GraphPurity(Purity):
             tree = current_tree(step)
             if step.memory.get(_Captures) is tree:
                 return call(leaves)
-            with _Captures((*leaves, *mine, *self.watched()), self.captured) as captures:
+            with _Captures((*leaves, *mine, *self.watched())) as captures:
                 f = call(leaves)
             captures.returned(f)
+            # Another function may edit them, after which this one cannot be repeated.
+            self._watch(step, captures.found)
             if tree.reusable and not captures.found and not function.context:
                 step.memory[_Captures] = tree
             return f
@@ -219,7 +226,6 @@ class GraphPurity(Purity):
             for step, ref in self.others:
                 if (t := ref()) is not None:
                     _refuse_captured(step, t)
-        super().close()
 
     def _refuse_kept(self, step: BoundStep, ref: weakref.ref[Tensor]) -> None:
         # Views that were made without gradients keep a stream as well, and are harmless. So is what only autograd
@@ -336,11 +342,11 @@ def _refuse_captured(step: BoundStep, t: Tensor) -> None:
 class _Captures(TorchFunctionMode):
     """Which tensors a function reads that need no gradient, and that it was not given."""
 
-    def __init__(self, known: Iterable[Tensor], into: dict[int, weakref.ref[Tensor]]) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.alive = list(known)  # numbers of tensors are used again
         self.known = {id(t) for t in self.alive}
-        self.into, self.found = into, False
+        self.found: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -349,15 +355,14 @@ class _Captures(TorchFunctionMode):
         self.returned((args, kwargs))
         result = func(*args, **kwargs)
         for t in tree_leaves(result):
-            if isinstance(t, Tensor) and id(t) not in self.into:
+            if isinstance(t, Tensor) and id(t) not in self.found:
                 self.known.add(id(t))
         return result
 
     def returned(self, values: Any) -> None:
         for t in tree_leaves(values):
             if isinstance(t, Tensor) and id(t) not in self.known and not is_transformed(t):
-                self.into[id(t)] = weakref.ref(t)
-                self.found = True
+                self.found[id(t)] = weakref.ref(t)
 
 
 # ------------------------------------------------------------------------------------------ transforms
@@ -386,6 +391,7 @@ class PurityMode(TorchFunctionMode, Purity):
             id(t) for t, o in zip(needing, (*streams, *tensors), strict=True) if o.requires_grad
         }
         self.made: list[weakref.ref[Tensor]] = []  # out of those
+        self.captured: dict[int, weakref.ref[Tensor]] = {}  # what functions read besides
         self.transforms = transforms()
 
     def run(
@@ -455,7 +461,7 @@ class PurityMode(TorchFunctionMode, Purity):
             t = ref()
             if t is not None:
                 raise RuntimeError(f"{_FUNCTION} keeps a tensor of shape {tuple(t.shape)} {_KEEPS}")
-        super().close()
+        self._watch(None, self.captured)
 
 
 # ------------------------------------------------------------------------------------------ compiled

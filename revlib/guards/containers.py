@@ -34,6 +34,7 @@ __all__ = [
     "attributes_of_module",
     "cell_holder",
     "container_holder",
+    "defaults_holders",
     "global_holder",
     "is_installed",
     "is_of_a_user",
@@ -305,6 +306,29 @@ def global_holder(variables: dict[str, Any], names: tuple[str, ...]) -> Holder:
                 variables[k] = value
 
     return Holder(variables, ", ".join(names), read, put)
+
+
+def defaults_holders(function: types.FunctionType) -> list[Holder]:
+    """Of a function's default arguments."""
+
+    def read(function: Any) -> Contents:
+        return function.__defaults__ or ()
+
+    def put(function: Any, contents: Contents) -> None:
+        function.__defaults__ = contents or None
+
+    def read_keywords(function: Any) -> Contents:
+        return _read_dict(function.__kwdefaults__ or {})
+
+    def put_keywords(function: Any, contents: Contents) -> None:
+        if function.__kwdefaults__ is not None:
+            _write_dict(function.__kwdefaults__, contents)
+
+    name = f"{function.__name__} (a default argument of a closure)"
+    return [
+        Holder(function, name, read, put),
+        Holder(function, f"{name} by keyword", read_keywords, put_keywords),
+    ]
 
 
 def variable_holder(variable: ContextVar[Any], name: str) -> Holder:

@@ -494,7 +494,9 @@ def _is_changed(t: Tensor, version: int, before: Tensor) -> bool:
         return False
     # The comparison is not the user's, and no mode of his needs to see it.
     with no_dispatch_modes() if dispatch_modes_active() else nullcontext():
-        return not torch.equal(t, before)
+        # NaN is not equal to itself.
+        same = torch.equal(t, before) or bool(((t == before) | (t.isnan() & before.isnan())).all())
+        return not same
 
 
 def _is_comparable(t: Tensor) -> bool:

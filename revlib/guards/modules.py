@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
@@ -24,6 +24,7 @@ from revlib.guards.containers import (
     attributes_of_module,
     cell_holder,
     container_holder,
+    defaults_holders,
     global_holder,
     is_installed,
     is_of_a_user,
@@ -111,7 +112,7 @@ class _Found:
         self.remote: dict[int, nn.Module] = {}
         self.containers: dict[int, Any] = {}
         self.functions: dict[int, Any] = {}
-        self.holders: dict[int, Holder] = {}
+        self.holders: dict[Hashable, Holder] = {}
         self.seen: dict[int, Any] = {}
         self.depth = 0
         self.weak = False  # whether a weak reference was followed
@@ -187,10 +188,12 @@ class _Found:
 
     def _visit_code(self, function: types.FunctionType, *, remote: bool) -> None:
         code, variables = function.__code__, function.__globals__
-        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self.visit(
-                default, f"{function.__name__} (a default argument of a closure)", remote=remote
-            )
+        for holder in defaults_holders(function):
+            values = holder.read()
+            if any(map(_holds_a_tensor, values)):
+                self.holders[id(holder.thing), holder.name] = holder
+            for default in values:
+                self.visit(default, holder.name, remote=remote)
         names = names_of(code)
         if code.co_name not in _NEVER_RUNS:
             self.names.update(names)
@@ -208,9 +211,11 @@ class _Found:
             ):
                 inside = isinstance(part, (nn.Module, _FUNCTIONS))
                 self.visit(part, name, remote=remote or not inside)
-        stored = stored_by(code, "STORE_GLOBAL")
+        stored = (*stored_by(code, "STORE_GLOBAL"), *_naming_tensors(names, variables))
         if stored:
-            self.holders.setdefault(id(code), global_holder(variables, stored))
+            self.holders.setdefault(
+                id(code), global_holder(variables, tuple(dict.fromkeys(stored)))
+            )
 
     def _visit_file(
         self, file: types.ModuleType, code: types.CodeType, names: Sequence[str]
@@ -226,9 +231,10 @@ class _Found:
                 self._visit_file(part, code, names)
             elif self._is_state(part):
                 self.visit(part, name, remote=True)
-        stored = tuple(k for k in stored_by(code, "STORE_ATTR") if k in vars(file))
+        stored = [k for k in stored_by(code, "STORE_ATTR") if k in vars(file)]
+        stored += _naming_tensors(names, vars(file))
         if stored:
-            self.holders[place] = global_holder(vars(file), stored)
+            self.holders[place] = global_holder(vars(file), tuple(dict.fromkeys(stored)))
 
     @staticmethod
     def _is_state(part: Any) -> bool:
@@ -320,6 +326,17 @@ class _Found:
         )
 
 
+def _holds_a_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, tuple) and any(map(_holds_a_tensor, value))
+    )
+
+
+def _naming_tensors(names: Sequence[str], variables: Mapping[str, Any]) -> list[str]:
+    """Which names stand for variables that hold tensors, themselves or in a tuple."""
+    return [name for name in names if _holds_a_tensor(variables.get(name))]
+
+
 _HOOKS = (
     *("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -394,7 +411,7 @@ class ModuleTree:
         self._seen = self._look()
         self.held = [h.read() for h in self.holders]
         entries = chain(*self.values, *self.held, *found.containers.values())
-        self.has_tensors = any(isinstance(v, Tensor) for v in entries)
+        self.has_tensors = any(map(_holds_a_tensor, entries))
         # Whether edits of tensors may be meant to be unseen by version counters.
         self.edits_unseen = not found.names.isdisjoint(_UNSEEN)
         # Whether a function makes tensors that hold what was in memory before.
