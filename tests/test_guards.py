@@ -7,13 +7,23 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from common import error, examples
+from common import Lambda, error, examples, grads, leaves, loss, mlp, net, train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from revlib import Checkpoint, Functional, Naive, Reversible, ReversibleSequence, engine, reversible
+from revlib import (
+    Checkpoint,
+    ExactAdditive,
+    Functional,
+    KeepLast,
+    Naive,
+    Reversible,
+    ReversibleSequence,
+    engine,
+    reversible,
+)
 from revlib.guards import Guards, recovery_check
 from revlib.guards.recovery_check import Comparison
 from revlib.tensors import last_activation, saved_at
@@ -185,6 +195,96 @@ def test_the_last_activation_is_found_again_in_another_graph(function, needs_gra
     assert t.requires_grad and other is not t and torch.equal(other, t)
     assert not isinstance(t, nn.Parameter)
     assert saved_at([torch.ones(2)], place) is None, "no graph"
+
+
+INVERTING = pytest.mark.parametrize(
+    "scheduler", [Reversible(), Checkpoint(), KeepLast(1), Functional()], ids=lambda s: type(s).__name__
+)
+
+
+class Float8(torch.autograd.Function):
+    """Keeps what it needs in eight bits, as low-memory activations do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.sigmoid().to(torch.float8_e4m3fn))
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].to(g.dtype)
+
+
+@INVERTING
+def test_functions_that_save_eight_bits(scheduler):
+    def run(scheduler):
+        torch.manual_seed(0)
+        stack = ReversibleSequence([(Lambda(lambda m, x: Float8.apply(m(x)), mlp()), mlp())] * 2, scheduler=scheduler)
+        return train(stack.double(), *leaves())
+
+    assert error(run(scheduler), run(Naive())) < 1e-10
+
+
+@INVERTING
+def test_functions_that_return_more_digits_than_they_compute_with_are_no_false_alarm(scheduler):
+    """Under autocast, where the last operation is a product with a parameter in float32."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.scale = mlp(32), nn.Parameter(torch.ones(32))
+
+        def forward(self, x):
+            return self.mlp(x) * self.scale
+
+    def run(scheduler):
+        torch.manual_seed(0)
+        stack, xs = net(scheduler, Scaled, 48, torch.float32), leaves(32, 32, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = stack(*xs)
+        loss(outputs).backward()
+        return grads(*xs, stack)
+
+    assert error(run(scheduler), run(Naive())) < 0.05
+
+
+@INVERTING
+@pytest.mark.parametrize("zero", [(), (0,), (1,), (0, 1)], ids=str)
+def test_activations_that_are_nothing_but_rounding_are_no_false_alarm(scheduler, zero):
+    """A norm makes such of constant images, which a first try of a model is often given."""
+
+    def block():
+        norm = nn.InstanceNorm2d(16)
+        return nn.Sequential(nn.Conv2d(4, 16, 1), norm, nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+    def run(scheduler):
+        torch.manual_seed(0)
+        stack = ReversibleSequence([(block(), block()) for _ in range(6)], scheduler=scheduler)
+        flat = torch.randn(2, 2, 4, 1, 1).expand(2, 2, 4, 8, 8)
+        xs = [(0 * x if i in zero else 1 * x).requires_grad_() for i, x in enumerate(flat)]
+        return train(stack, *xs)
+
+    got, want = (torch.cat([t.flatten() for t in run(s)]) for s in (scheduler, Naive()))
+    assert error([got], [want]) < 1e-3
+
+
+@INVERTING
+def test_exact_streams_allow_activations_the_rounding_of_kernels(scheduler):
+    """Kernels add in another order where the number of threads is another. Here half an ulp stands for that."""
+    count = hidden_numbers()
+
+    class Nudged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 64), nn.Linear(64, 16)
+            nn.init.zeros_(self.last.weight)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu() * (1 + 2e-7 * (count() % 2)))
+
+    stack = ReversibleSequence([(Nudged(), nn.Linear(16, 16))], ExactAdditive(), scheduler)
+    loss(stack(*leaves(32, 16, dtype=torch.float32))).backward()
+    assert count() == 2, "it did not run twice"
 
 
 def test_one_wrong_element_is_found_in_one_of_several_forwards():

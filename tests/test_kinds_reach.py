@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import contextvars
+import functools
 import random
 import types
 import weakref
@@ -18,7 +20,7 @@ import torch
 from common import grads, leaves, loss
 from numpy.random import rand
 from scenes import Stage, scene
-from situations.base import everything
+from situations.base import everything, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -519,8 +521,52 @@ def from_numpy_by_name(m, x):
     return x * rand()
 
 
+def normal_from_numpy(m, x):  # which draws two at once and keeps one for later
+    return x * (m.older.randn(3)[0] + np.random.normal())
+
+
+DRAWN = functools.partial(torch.rand, generator=SHARED)
+PAIRED = SHARED, "cpu"
+import_of_a_file.generator = SHARED
+
+
+def from_a_partial(m, x):
+    return x * DRAWN(x.shape)
+
+
+def from_a_tuple(m, x):
+    return x * torch.rand(x.shape, generator=PAIRED[0], device=PAIRED[1])
+
+
+def from_a_file(m, x):
+    return x * torch.rand(x.shape, generator=import_of_a_file.generator)
+
+
+def from_a_module_as_an_attribute(m, x):
+    return x * (m.numbers.rand() + m.numbers.normal())
+
+
+def from_a_module_as_a_default(m, x, numbers=np.random):
+    return x * numbers.rand()
+
+
+def from_a_module_imported_inside(m, x):
+    from random import random
+
+    import numpy
+
+    return x * (numpy.random.rand() + random())
+
+
+DRAWING = [
+    *(from_torch, from_a_global, from_python, from_numpy, from_numpy_by_name, normal_from_numpy, from_a_partial),
+    *(from_a_tuple, from_a_file, from_a_module_as_an_attribute, from_a_module_as_a_default),
+    from_a_module_imported_inside,
+]
+
+
 @pytest.mark.parametrize("zero", [False, True], ids=["", "before zeros"])
-@pytest.mark.parametrize("draw", [from_torch, from_a_global, from_python, from_numpy, from_numpy_by_name])
+@pytest.mark.parametrize("draw", DRAWING)
 @scene("1")
 def test_generators_that_a_function_finds(stage: Stage, draw: Any, zero: bool):
     """Also where a last layer starts at zero, so that no stream tells. In the end all stand where naive leaves them."""
@@ -530,7 +576,8 @@ def test_generators_that_a_function_finds(stage: Stage, draw: Any, zero: bool):
     def make():
         python = random.Random(2)
         held = {"numpy": np.random.default_rng(0), "older": np.random.RandomState(1), "python": python}
-        noisy = Reaching(draw, torch=torch.Generator().manual_seed(3), drawn=python.random, **held)
+        own = torch.Generator().manual_seed(3)
+        noisy = Reaching(draw, torch=own, drawn=python.random, numbers=np.random, **held)
         last = nn.Linear(4, 4)
         if zero:
             nn.init.zeros_(last.weight)
@@ -539,4 +586,59 @@ def test_generators_that_a_function_finds(stage: Stage, draw: Any, zero: bool):
     def look(m):
         return [m.python.random(), m.numpy.random(), m.older.rand(), torch.rand(1, generator=m.torch)]
 
-    return [steps(stage, make, look), random.random(), np.random.rand(), torch.rand(1, generator=SHARED)]
+    after = random.random(), np.random.rand(), np.random.normal(), torch.rand(1, generator=SHARED)
+    return [steps(stage, make, look), *after]
+
+
+# ---------------------------------------------------------------------------------------------- numbers by name
+TEMPERATURE = 1.0
+import_of_a_file.temperature = 1.0
+
+
+@contextlib.contextmanager
+def another_temperature(value):
+    global TEMPERATURE
+    TEMPERATURE, import_of_a_file.temperature = value, value
+    try:
+        yield
+    finally:
+        TEMPERATURE = import_of_a_file.temperature = 1.0
+
+
+def by_a_global_number(m, x):
+    return (x * TEMPERATURE).tanh()
+
+
+def by_a_number_in_a_file(m, x):
+    return (x * import_of_a_file.temperature).tanh()
+
+
+@pytest.mark.parametrize("use", [by_a_global_number, by_a_number_in_a_file])
+@scene("3")
+def test_a_number_that_is_another_in_backward(stage: Stage, use: Any):
+    """Far less than a tolerance, and far more."""
+    stack, found = stage.stack(lambda: Reaching(use)), []
+    for value in (1 + 1e-9, 0.5):
+        xs = leaves(3, 4)
+        with another_temperature(value):
+            total = loss(stack(*xs))
+        total.backward()
+        found += [*grads(*xs, stack), TEMPERATURE, import_of_a_file.temperature]
+        stack.zero_grad()
+    return found
+
+
+@scene("3")
+def test_counts_that_the_first_call_sets(stage: Stage):
+    """As attributes of a class, and of a function."""
+
+    class Counted(Reaching):
+        def forward(self, x):
+            Counted.calls = getattr(Counted, "calls", 0) + 1
+            return self.use(self, self.layer(x)) * 0.9**Counted.calls
+
+    def counted(m, x):
+        counted.calls = getattr(counted, "calls", 0) + 1
+        return x * 0.9**counted.calls
+
+    return [*train(stage.stack(lambda: Counted(counted)), steps=3), Counted.calls, counted.calls]

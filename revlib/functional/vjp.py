@@ -246,6 +246,7 @@ def backward_by_inversion(
         for i, gradient in zip(places, found, strict=True):
             totals[reads[i]] = _plus(totals[reads[i]], gradient)
         dtypes = dtypes | kinds
+    dtypes = dtypes | recovery_check.coarse(activations)
     # Gradients tell the compiler that there is nothing to compare before backward; elsewhere they may be mapped over.
     given = [*y, *(t for t in g if t is not None)] if torch.compiler.is_compiling() else y
     _close(program, dtypes, sizes, activations, tuple(flat[:m]), state, given)
@@ -295,8 +296,9 @@ def _close(
     values = torch.stack([unwrapped(v).amax().double() for v in found])
     compared = [(f"what enters {program.functions[0].step.name}", tolerance)]
     if activations and program.environment is not None:
-        largest = max((*x, *given), key=lambda t: t.numel())
-        off, named = program.environment.activations.errors(activations, largest, tolerance)
+        off, named = program.environment.activations.errors(
+            activations, given[-1], tolerance, dtypes
+        )
         if off is not None:
             off = torch.where(finite, off.to(values.device), 0.0)
             values, compared = torch.cat([values[:1], off, values[1:]]), compared + named

@@ -18,7 +18,7 @@ import threading
 import types
 import zlib
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -210,14 +210,16 @@ def slots_holder(thing: Any, name: str) -> Holder | None:
     return _named(thing, names, name) if names else None
 
 
-def attributes_of_class(kind: type) -> Holder | None:
-    """Of the values among a class's attributes, if there are any: not its methods and descriptors."""
+def attributes_of_class(kind: type, assigned: Sequence[str] = ()) -> Holder | None:
+    """Of the values among a class's attributes, if there are any: not its methods and descriptors. And of those that
+    its methods may assign, to the class or to its objects."""
     names = [
         k
         for k, v in vars(kind).items()
         if not (k.startswith("__") or k.startswith("_abc_") or hasattr(type(v), "__get__"))
         and not isinstance(v, type)
     ]
+    names += [k for k in dict.fromkeys(assigned) if k not in vars(kind)]
     return _named(kind, names, ", ".join(names)) if names else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
@@ -79,9 +80,10 @@ _FUNCTIONS = (partial, types.MethodType, types.FunctionType)
 _PLAIN = frozenset(
     (
         *(int, float, complex, str, bytes, bool, type(None), type, type(...), Tensor, nn.Parameter),
-        *(torch.dtype, torch.device, torch.Size, types.ModuleType),
+        *(torch.dtype, torch.device, torch.Size),
     )
 )
+_VALUES = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 # Dicts that hold what a module is, and its hooks: another dict in their place would be overlooked. And what torch sets
@@ -121,6 +123,9 @@ class _Found:
 
     def visit(self, value: Any, name: str = "", *, remote: bool = False) -> None:
         kind = type(value)
+        if kind is types.ModuleType:  # it may be that of a generator
+            value = generator_behind(value, ("random",))
+            kind = type(value)
         if kind in _PLAIN:
             return
         if isinstance(value, nn.Module):
@@ -181,7 +186,9 @@ class _Found:
                         self.visit(part, key, remote=remote)
             if users:
                 self._visit_code(function, remote=remote)
-                if function.__dict__:
+                code = function.__code__
+                sets = code.co_name not in _NEVER_RUNS and stored_by(code, "STORE_ATTR")
+                if function.__dict__ or sets:  # it may set an attribute of its own
                     self._hold_dict(function.__dict__, function.__name__)
                     for key, part in list(function.__dict__.items()):
                         self.visit(part, key, remote=True)
@@ -199,23 +206,30 @@ class _Found:
             self.names.update(names)
             # What initialises may run in a first call, after which one looks anyway.
             self.edits |= "init" not in code.co_name and any(map(_edits, names))
+        for name in stored_by(code, "IMPORT_NAME"):
+            self._visit_variable(sys.modules.get(name), name, code, names, remote=True)
         for name in names:
             part = variables.get(name)
-            generator = generator_behind(part, names)
-            if generator_holder(generator, name) is not None:
-                self.visit(generator, name, remote=True)
-            elif isinstance(part, types.ModuleType):
-                self._visit_file(part, code, names)
-            elif self._is_state(part) or (
-                isinstance(part, types.FunctionType) and part.__module__ == function.__module__
-            ):
-                inside = isinstance(part, (nn.Module, _FUNCTIONS))
-                self.visit(part, name, remote=remote or not inside)
-        stored = (*stored_by(code, "STORE_GLOBAL"), *_naming_tensors(names, variables))
-        if stored:
-            self.holders.setdefault(
-                id(code), global_holder(variables, tuple(dict.fromkeys(stored)))
-            )
+            if isinstance(part, types.FunctionType) and part.__module__ == function.__module__:
+                self.visit(part, name, remote=remote)
+            else:
+                self._visit_variable(part, name, code, names, remote=remote)
+        held = (*stored_by(code, "STORE_GLOBAL"), *_naming_values(names, variables))
+        if held:
+            self.holders.setdefault(id(code), global_holder(variables, tuple(dict.fromkeys(held))))
+
+    def _visit_variable(
+        self, part: Any, name: str, code: types.CodeType, names: Sequence[str], *, remote: bool
+    ) -> None:
+        """What a global variable of a function leads to, or one of another file that the function names."""
+        generator = generator_behind(part, names)
+        if generator_holder(generator, name) is not None:
+            self.visit(generator, name, remote=True)
+        elif isinstance(part, types.ModuleType):
+            self._visit_file(part, code, names)
+        elif self._is_state(part):
+            inside = isinstance(part, (nn.Module, _FUNCTIONS))
+            self.visit(part, name, remote=remote or not inside)
 
     def _visit_file(
         self, file: types.ModuleType, code: types.CodeType, names: Sequence[str]
@@ -226,15 +240,11 @@ class _Found:
             return
         self.seen[place] = file
         for name in names:
-            part = vars(file).get(name)
-            if isinstance(part, types.ModuleType):
-                self._visit_file(part, code, names)
-            elif self._is_state(part):
-                self.visit(part, name, remote=True)
-        stored = [k for k in stored_by(code, "STORE_ATTR") if k in vars(file)]
-        stored += _naming_tensors(names, vars(file))
-        if stored:
-            self.holders[place] = global_holder(vars(file), tuple(dict.fromkeys(stored)))
+            self._visit_variable(vars(file).get(name), name, code, names, remote=True)
+        held = [k for k in stored_by(code, "STORE_ATTR") if k in vars(file)]
+        held += _naming_values(names, vars(file))
+        if held:
+            self.holders[place] = global_holder(vars(file), tuple(dict.fromkeys(held)))
 
     @staticmethod
     def _is_state(part: Any) -> bool:
@@ -243,9 +253,8 @@ class _Found:
             file = part.__module__
             return is_of_a_user_module(file) and not is_installed(file)
         kind = type(part)
-        return (
-            isinstance(part, (nn.Module, ContextVar)) or kind in CONTAINERS or is_of_a_user(kind)  # type: ignore
-        )
+        known = (nn.Module, ContextVar, partial, tuple)
+        return isinstance(part, known) or kind in CONTAINERS or is_of_a_user(kind)  # type: ignore
 
     def _visit_thing(self, value: Any, name: str, *, remote: bool) -> None:
         holder = container_holder(value, name)
@@ -310,7 +319,10 @@ class _Found:
             if base is object or id(base) in self.seen or not is_of_a_user(base):
                 continue
             self.seen[id(base)] = base
-            holder = attributes_of_class(base)
+            functions = [getattr(v, "__func__", v) for v in vars(base).values()]
+            codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType)]
+            sets = [stored_by(c, "STORE_ATTR") for c in codes if c.co_name not in _NEVER_RUNS]
+            holder = attributes_of_class(base, list(chain.from_iterable(sets)))
             if holder is not None:
                 self.holders[id(base)] = holder
                 for part in holder.read():
@@ -332,9 +344,10 @@ def _holds_a_tensor(value: Any) -> bool:
     )
 
 
-def _naming_tensors(names: Sequence[str], variables: Mapping[str, Any]) -> list[str]:
-    """Which names stand for variables that hold tensors, themselves or in a tuple."""
-    return [name for name in names if _holds_a_tensor(variables.get(name))]
+def _naming_values(names: Sequence[str], variables: Mapping[str, Any]) -> list[str]:
+    """Which names stand for variables that hold a number, a text or None, or a tensor, also in a tuple."""
+    found = ((name, variables[name]) for name in names if name in variables)
+    return [name for name, value in found if type(value) in _VALUES or _holds_a_tensor(value)]
 
 
 _HOOKS = (

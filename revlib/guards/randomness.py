@@ -185,11 +185,12 @@ def generator_holder(thing: Any, name: str) -> Holder | None:
     numpy: Any = sys.modules.get("numpy.random")
     if numpy is None:
         return None
-    for kind, bits in ((numpy.Generator, "bit_generator"), (numpy.RandomState, "_bit_generator")):
-        thing = getattr(thing, bits) if isinstance(thing, kind) else thing
+    if isinstance(thing, numpy.RandomState):  # which keeps every second normal number for later
+        return Holder(thing, name, _read_legacy, _write_legacy)
+    bits = thing.bit_generator if isinstance(thing, numpy.Generator) else thing
     return (
-        Holder(thing, name, _read_bits, _write_bits)
-        if isinstance(thing, numpy.BitGenerator)
+        Holder(bits, name, _read_bits, _write_bits)
+        if isinstance(bits, numpy.BitGenerator)
         else None
     )
 
@@ -226,6 +227,14 @@ def _read_python(generator: random.Random) -> Contents:
 
 def _write_python(generator: random.Random, contents: Contents) -> None:
     generator.setstate(contents[0])
+
+
+def _read_legacy(generator: Any) -> Contents:
+    return (pickle.dumps(generator.get_state(legacy=False)),)
+
+
+def _write_legacy(generator: Any, contents: Contents) -> None:
+    generator.set_state(pickle.loads(contents[0]))
 
 
 def _read_bits(bits: Any) -> Contents:

@@ -54,6 +54,8 @@ __all__ = [
 
 # Elements of a stream: at most, at least, and of a whole stack. Of an activation that only has to be the same roughly.
 _SAMPLES, _FEWEST, _ALL, _ROUGH = 128, 8, 2**13, 16
+# What functions may compute in, and return something wider, as under autocast.
+_COARSE = frozenset((torch.float16, torch.bfloat16))
 _RESIDUAL = 0.5  # a cosine that residual blocks exceed, and what is added to a residual seldom does
 _serial = itertools.count()
 # What was compared, in words, and the error that it may have.
@@ -80,6 +82,8 @@ class Sampler:
             places = self.places[key] = self._places(t)
         if type(t) is not Tensor and is_fake(t) and not is_fake(places):
             return t  # a fake tensor outside of its mode has nothing to compare
+        if t.dtype.itemsize == 1 and t.is_floating_point():  # of float8 torch takes none
+            return torch.take(t.view(torch.uint8), places).view(t.dtype).float()
         return torch.take(t, places)
 
     def _places(self, t: Tensor) -> Tensor:
@@ -120,6 +124,8 @@ class Comparison(NamedTuple):
     step: int = -1  # the number of the step, if this is the stream that it merges away
     # Of an activation that was computed from recovered streams. It inherits their errors, and may enlarge them.
     rough: bool = False
+    # Of an activation that was computed from a stream that was kept. Only kernels may round it in another way.
+    computed: bool = False
 
 
 class StreamRange(NamedTuple):
@@ -233,6 +239,10 @@ class _StepRecovery(StepGuard):
                     self.reference = of.sampler(run.made[-1])
                 self._sample_last_activation(run)
         of.dtypes.update(t.dtype for t in (*run.taken, *run.made, *run.result))
+        saved = (placeholder.tensor for _, placeholder in run.saved)
+        of.dtypes.update(
+            t.dtype for t in saved if t is not None and t.dtype in _COARSE and t.requires_grad
+        )
         made, step = run.made[-1], view.step
         of.exact_steps += all(step.inverts_exactly(t.dtype) for t in run.taken)
         limit = step.limit_of(made.dtype)
@@ -299,7 +309,10 @@ class _StepRecovery(StepGuard):
                     adds = place < 0 and self.streams == 2 and not self.view.step.merge_reads
                     number = self.view.number if adds else -1
                     reference = self.samples.get(-1) if rough else self.reference
-                    found = Comparison(self.view.step.name, original, t, reference, number, rough)
+                    computed = place >= 0 and not rough and place != self.weight
+                    found = Comparison(
+                        self.view.step.name, original, t, reference, number, rough, computed
+                    )
                     self.of.compare(key, found)
 
 
@@ -331,11 +344,15 @@ class Activations:
         return [Comparison(step.name, original, self.sampler(t), rough=True)]
 
     def errors(
-        self, comparisons: Sequence[Comparison], stream: Tensor, tolerance: float
+        self,
+        comparisons: Sequence[Comparison],
+        stream: Tensor,
+        tolerance: float,
+        dtypes: set[torch.dtype],
     ) -> tuple[Tensor | None, Compared]:
         """How far off they are, measured against the errors that a stream may have, and what each may be off by."""
         self.sampler.places.clear()
-        limit = rough_tolerance(tolerance)
+        limit = rough_tolerance(tolerance, dtypes)
         if not comparisons or _unreadable(comparisons[0].original):
             return None, []
         with torch.no_grad(), torch.autocast(stream.device.type, enabled=False):
@@ -344,6 +361,11 @@ class Activations:
             reference = self.sampler(stream)
             beside = [c._replace(reference=reference) for c in comparisons]
             return relative_errors(beside, tolerance), [named(c, limit) for c in beside]
+
+
+def coarse(activations: Sequence[Comparison]) -> set[torch.dtype]:
+    """The formats of half precision that functions have computed in, whatever they returned."""
+    return {c.original.dtype for c in activations} & _COARSE
 
 
 # ------------------------------------------------------------------------------------------ comparing
@@ -408,7 +430,10 @@ def relative_errors(comparisons: Sequence[Comparison], tolerance: float) -> Tens
             if c.rough
         ]
         if rough:
-            noise = references[-len(rough) :] * (min(tolerance, 0.1) * max(rough))
+            others_of = references[-len(rough) :]
+            # A stream of zeros says nothing of the one that entered the function.
+            others_of = torch.where(others_of > 0, others_of, others_of.max())
+            noise = others_of * (min(tolerance, 0.1) * max(rough))
             floors = torch.cat([floors[: -len(rough)], noise])
         sizes = torch.maximum(norms, torch.where(norms > 0, floors, 0.0))
     sizes = torch.where(sizes > 0, sizes, sizes.max().clamp_min(torch.finfo(torch.float64).tiny))
@@ -439,13 +464,16 @@ def _within(ranges: Sequence[StreamRange]) -> bool:
     return torch.stack(ends).abs().max().item() < min(r.limit for r in ranges)
 
 
-def rough_tolerance(tolerance: float) -> float:
+def rough_tolerance(tolerance: float, dtypes: set[torch.dtype]) -> float:
     """What an activation may be off by, if it was computed from streams that are known up to the tolerance.
 
     A function may enlarge their errors, or take another branch for single elements. What does not repeat at all is off
-    by more. Where streams come back bit for bit, so do activations.
+    by more. Where streams come back bit for bit, so do activations, up to the order in which kernels add: that depends
+    on the number of threads.
     """
-    return max(0.25, 1.5 * tolerance) if tolerance else 0.0
+    if tolerance:
+        return max(0.25, 1.5 * tolerance)
+    return 16 * max((torch.finfo(d).eps for d in dtypes), default=0.0)
 
 
 def compare_recovered(
@@ -474,15 +502,18 @@ def compare_recovered(
             else default_tolerance(dtypes, device.type != "cpu")
         )
     comparisons = sorted(comparisons, key=lambda c: c.rough)
-    rough = rough_tolerance(tolerance)
+    rough = rough_tolerance(tolerance, dtypes)
+    limits = [
+        rough if c.rough or (c.computed and not tolerance) else tolerance for c in comparisons
+    ]
     groups = [
-        (limit, [c for c in comparisons if c.rough == r])
-        for r, limit in ((False, tolerance), (True, rough))
+        (limit, [c for c, own in zip(comparisons, limits, strict=True) if own == limit])
+        for limit in dict.fromkeys(limits)
     ]
     # Autocast would have a say in how samples are put together.
     autocast = torch.autocast(device.type, enabled=False)
     with torch.no_grad(), autocast:
-        if _within(ranges) and all(_agree(group, limit) for limit, group in groups if group):
+        if _within(ranges) and all(_agree(group, limit) for limit, group in groups):
             return
         parts = [relative_errors(comparisons, tolerance)] if comparisons else []
         if ranges:
@@ -496,7 +527,7 @@ def compare_recovered(
         values = torch.cat(parts)
         values = values if total is None else torch.where(total.isfinite(), values, 0.0)
     hint = partial(residual_hint, comparisons)
-    compared = [named(c, rough if c.rough else tolerance) for c in comparisons]
+    compared = list(map(named, comparisons, limits))
     report(values, compared, ranges, hint)
 
 
