@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,34 +144,42 @@ def operations(results: Sequence[Any], most: int = 64) -> Iterator[Any]:
                 nodes.append(n)
 
 
-# Where in a graph something is saved: the number of a result, that of an edge for each step from there, and the number
-# of a tensor among those that the operation saves.
-SavedPlace = tuple[int, tuple[int, ...], int]
+class SavedPlace(NamedTuple):
+    """Where in the graph of a function something is saved, so that it can be found in another graph of the function."""
+
+    result: int  # the number of the result that leads there
+    edges: tuple[int, ...]  # for each operation on the way, the number of its input that leads on
+    names: tuple[str, ...]  # of these operations and of the one that saves
+    number: int  # among what that saves
 
 
 def last_activation(results: Sequence[Any], most: int = 16) -> tuple[SavedPlace, Tensor] | None:
     """What one of the last operations of a function saves, and where: a tensor that depends on what the function
     differentiates, and is no parameter. Operations nearest to the results come first."""
-    found = [((i, ()), t.grad_fn) for i, t in enumerate(results) if isinstance(t, Tensor)]
-    nodes: list[tuple[tuple[int, tuple[int, ...]], Any]] = [
-        (p, n) for p, n in found if n is not None
+    nodes: list[tuple[int, tuple[int, ...], tuple[str, ...], Any]] = [
+        (i, (), (t.grad_fn.name(),), t.grad_fn)
+        for i, t in enumerate(results)
+        if isinstance(t, Tensor) and t.grad_fn is not None
     ]
-    for (result, path), node in nodes:  # which grows
-        for i, t in enumerate(saved_by(node)):
+    for result, edges, names, node in nodes:  # which grows
+        for number, t in enumerate(saved_by(node)):
             if isinstance(t, Tensor) and t.requires_grad and not is_parameter(t):
-                return (result, path, i), t
+                return SavedPlace(result, edges, names, number), t
         above = node.next_functions if len(nodes) < most else ()
-        edges = [(edge, n) for edge, (n, _) in enumerate(above) if n is not None]
-        nodes += [((result, (*path, edge)), n) for edge, n in edges if n.name() != LEAF]
+        for edge, (n, _) in enumerate(above):
+            if n is not None and n.name() != LEAF:
+                nodes.append((result, (*edges, edge), (*names, n.name()), n))
     return None
 
 
 def saved_at(results: Sequence[Any], place: SavedPlace) -> Tensor | None:
-    """The same tensor of another run of the function, if its graph leads to one."""
-    result, path, i = place
-    node = getattr(results[result], "grad_fn", None) if result < len(results) else None
-    for edge in path:
-        above = () if node is None else node.next_functions
+    """The same tensor of another run of the function, if its graph leads to one in the same way."""
+    node = getattr(results[place.result], "grad_fn", None) if place.result < len(results) else None
+    for edge, name in zip((*place.edges, 0), place.names, strict=True):
+        if node is None or node.name() != name:
+            return None
+        here, above = node, node.next_functions
         node = above[edge][0] if edge < len(above) else None
-    saved = [] if node is None else saved_by(node)
-    return saved[i] if i < len(saved) and isinstance(saved[i], Tensor) else None
+    saved = saved_by(here)
+    t = saved[place.number] if place.number < len(saved) else None
+    return t if isinstance(t, Tensor) else None
