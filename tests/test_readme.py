@@ -173,6 +173,10 @@ def test_the_numbers_of_the_front_page():
     mb = {p.contender: f"{p.peak / 1e6:.0f} MB" for p in deep.values()}
     assert f"needs {mb['reversible']} of activations instead of {mb['naive']}, and takes" in text
     assert f"takes {deep['reversible'].to_naive:.2f} times as long" in text
+    recomputing = [
+        f"{100 * deep[name].to_naive - 100:.0f}" for name in ("budget-0.75", "reversible-in-2-parts", "reversible")
+    ]
+    assert "by {} to {} % in the [figure](#schedulers) below, and by {} % under".format(*recomputing) in text
     one, ours = twelve["one-stream-checkpoint"], twelve["reversible"]
     assert f"takes {one.peak / 1e6:.0f} MB where `Reversible()` takes {ours.peak / 1e6:.0f} MB" in text
     assert f"{one.to_naive:.2f} times plain autograd instead of {ours.to_naive:.2f}." in text
