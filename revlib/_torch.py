@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter
 from types import FunctionType
@@ -215,16 +215,17 @@ def saved_unwritten(node: Any) -> Any:
     return getattr(node, _UNWRITTEN[name]).data if name in _UNWRITTEN else None
 
 
-def saved_by(node: Any) -> list[Any]:
+def saved_by(node: Any) -> Iterator[Any]:
     """What an operation saves: tensors, or what hooks put in their place, or None. Always as many, in the same order.
 
     The public attributes would call hooks, of which one repeats what a checkpoint has run.
     """
     if isinstance(node, BackwardCFunction):
-        found = list(node._raw_saved_tensors or ())  # type: ignore[attr-defined]
+        for saved in node._raw_saved_tensors or ():  # type: ignore[attr-defined]
+            yield saved.data
     else:
-        found = [getattr(node, name) for name in _raw_names(type(node))]  # type: ignore[arg-type]
-    return [getattr(saved, "data", None) for saved in found]
+        for name in _raw_names(type(node)):  # type: ignore[arg-type]
+            yield getattr(getattr(node, name), "data", None)
 
 
 @functools.cache

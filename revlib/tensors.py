@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -180,6 +181,5 @@ def saved_at(results: Sequence[Any], place: SavedPlace) -> Tensor | None:
             return None
         here, above = node, node.next_functions
         node = above[edge][0] if edge < len(above) else None
-    saved = saved_by(here)
-    t = saved[place.number] if place.number < len(saved) else None
+    t = next(islice(saved_by(here), place.number, None), None)
     return t if isinstance(t, Tensor) else None

@@ -158,7 +158,7 @@ class Environment:
         devices = devices_of(tensors)
         self.guards = Guards([Randomness(devices), Settings(devices), ModuleStates()])
         self.step_guards: dict[int, StepGuards] = {}
-        self.activations = Activations(len(steps))
+        self.activations = Activations(dict(zip(steps, trees, strict=True)))
         self.purity: Purity | None = None
 
     def watching(self, streams: State, tensors: Sequence[Tensor]) -> Purity:

@@ -15,7 +15,7 @@ import itertools
 import math
 import statistics
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from revlib import cuda_streams
 from revlib._torch import is_fake, is_opaque_wrapper, saved_unwritten
 from revlib.core.guard import FirstRun, Guard, StepGuard, StepView
-from revlib.guards.modules import current_tree
+from revlib.guards.modules import ModuleTree, current_tree
 from revlib.step import BoundStep, State
 from revlib.tensors import (
     SavedPlace,
@@ -323,13 +323,14 @@ def _first_row(t: Tensor) -> Tensor:
 class Activations:
     """The last activations of the functions of a stack, for an engine that has the graph of each function at hand."""
 
-    def __init__(self, steps: int) -> None:
-        self.sampler = _RoughSampler(Sampler(steps))
+    def __init__(self, trees: Mapping[BoundStep, ModuleTree]) -> None:
+        self.trees = trees
+        self.sampler = _RoughSampler(Sampler(len(trees)))
         self.originals: dict[BoundStep, tuple[SavedPlace, Tensor]] = {}
 
     def keep(self, step: BoundStep, results: Sequence[Any]) -> None:
         """Of the first run of a step's function, a sample. See :meth:`_StepRecovery._sample_last_activation`."""
-        found = None if current_tree(step).leaves_unwritten else last_activation(results)
+        found = None if self.trees[step].leaves_unwritten else last_activation(results)
         if found is not None and has_dense_memory(found[1]):
             self.originals[step] = found[0], self.sampler(found[1])
 
