@@ -591,18 +591,19 @@ def test_generators_that_a_function_finds(stage: Stage, draw: Any, zero: bool):
 
 
 # ---------------------------------------------------------------------------------------------- numbers by name
-TEMPERATURE = 1.0
+TEMPERATURE, ACTIVATION, BOUNDS = 1.0, torch.tanh, (0.9, 1.0)
 import_of_a_file.temperature = 1.0
 
 
 @contextlib.contextmanager
 def another_temperature(value):
-    global TEMPERATURE
-    TEMPERATURE, import_of_a_file.temperature = value, value
+    global TEMPERATURE, ACTIVATION, BOUNDS
+    TEMPERATURE, import_of_a_file.temperature, BOUNDS, ACTIVATION = value, value, (0.9, value), torch.sigmoid
     try:
         yield
     finally:
         TEMPERATURE = import_of_a_file.temperature = 1.0
+        ACTIVATION, BOUNDS = torch.tanh, (0.9, 1.0)
 
 
 def by_a_global_number(m, x):
@@ -613,9 +614,17 @@ def by_a_number_in_a_file(m, x):
     return (x * import_of_a_file.temperature).tanh()
 
 
-@pytest.mark.parametrize("use", [by_a_global_number, by_a_number_in_a_file])
+def by_a_global_tuple(m, x):
+    return (x * BOUNDS[1]).tanh()
+
+
+def by_a_global_function(m, x):
+    return ACTIVATION(x)
+
+
+@pytest.mark.parametrize("use", [by_a_global_number, by_a_number_in_a_file, by_a_global_tuple, by_a_global_function])
 @scene("3")
-def test_a_number_that_is_another_in_backward(stage: Stage, use: Any):
+def test_a_global_variable_that_is_another_in_backward(stage: Stage, use: Any):
     """Far less than a tolerance, and far more."""
     stack, found = stage.stack(lambda: Reaching(use)), []
     for value in (1 + 1e-9, 0.5):

@@ -83,7 +83,6 @@ _PLAIN = frozenset(
         *(torch.dtype, torch.device, torch.Size),
     )
 )
-_VALUES = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 # Dicts that hold what a module is, and its hooks: another dict in their place would be overlooked. And what torch sets
@@ -214,7 +213,8 @@ class _Found:
                 self.visit(part, name, remote=remote)
             else:
                 self._visit_variable(part, name, code, names, remote=remote)
-        held = (*stored_by(code, "STORE_GLOBAL"), *_naming_values(names, variables))
+        read = _present(stored_by(code, "LOAD_GLOBAL"), variables)
+        held = (*stored_by(code, "STORE_GLOBAL"), *read)
         if held:
             self.holders.setdefault(id(code), global_holder(variables, tuple(dict.fromkeys(held))))
 
@@ -242,7 +242,7 @@ class _Found:
         for name in names:
             self._visit_variable(vars(file).get(name), name, code, names, remote=True)
         held = [k for k in stored_by(code, "STORE_ATTR") if k in vars(file)]
-        held += _naming_values(names, vars(file))
+        held += _present(names, vars(file))
         if held:
             self.holders[place] = global_holder(vars(file), tuple(dict.fromkeys(held)))
 
@@ -344,10 +344,10 @@ def _holds_a_tensor(value: Any) -> bool:
     )
 
 
-def _naming_values(names: Sequence[str], variables: Mapping[str, Any]) -> list[str]:
-    """Which names stand for variables that hold a number, a text or None, or a tensor, also in a tuple."""
+def _present(names: Sequence[str], variables: Mapping[str, Any]) -> list[str]:
+    """Which names stand for variables that somebody may replace: not for files."""
     found = ((name, variables[name]) for name in names if name in variables)
-    return [name for name, value in found if type(value) in _VALUES or _holds_a_tensor(value)]
+    return [name for name, value in found if not isinstance(value, types.ModuleType)]
 
 
 _HOOKS = (
