@@ -47,6 +47,7 @@ LIFETIME = ("tests/test_lifetime.py",)
 MISUSE = ("tests/test_misuse.py", "tests/test_regressions.py", "tests/test_guards.py", "tests/test_situations.py")
 REPLAY = ("tests/test_replay.py", "tests/test_modes.py", "tests/test_situations.py")
 BIJECTIONS = ("tests/test_bijections.py",)
+STATE = ("tests/test_kinds_state.py", "tests/test_kinds_reach.py")
 
 MUTANTS = [
     Mutant("revlib/couplings/additive.py", "return merged - f\n", "return merged + f\n", "inversion", COUPLINGS),
@@ -334,6 +335,62 @@ MUTANTS = [
         "if True), steps[k])",
         "streams enter for the coupling behind a bijection",
         BIJECTIONS,
+    ),
+    Mutant(
+        "revlib/guards/modules.py",
+        'held = (*stored_by(code, "STORE_GLOBAL"), *read)',
+        'held = stored_by(code, "STORE_GLOBAL")',
+        "global variables that a function only reads",
+        STATE,
+    ),
+    Mutant(
+        "revlib/guards/modules.py",
+        "            if any(map(_holds_a_tensor, values)):",
+        "            if False:",
+        "tensors among default arguments",
+        STATE,
+    ),
+    Mutant(
+        "revlib/guards/randomness.py",
+        "if isinstance(thing, numpy.RandomState):",
+        "if False:",
+        "NumPy's older generators",
+        STATE,
+    ),
+    Mutant(
+        "revlib/guards/module_state.py",
+        " or bool(((t == before) | (t.isnan() & before.isnan())).all())",
+        "",
+        "NaN is no change",
+        STATE,
+    ),
+    Mutant(
+        "revlib/functional/pure_stack.py",
+        "            environment.refuse_edited(k, mine)",
+        "            pass",
+        "a captured tensor of the context that a function edits unseen",
+        STATE,
+    ),
+    Mutant(
+        "revlib/functional/purity.py",
+        " and id(t) not in put_back:",
+        ":",
+        "captured tensors that several functions move, under Functional()",
+        STATE,
+    ),
+    Mutant(
+        "revlib/tensors.py",
+        "if node is None or node.name() != name:",
+        "if node is None:",
+        "activations are compared where both graphs lead in the same way",
+        ("tests/test_situations.py",),
+    ),
+    Mutant(
+        "revlib/guards/recovery_check.py",
+        "others_of = torch.where(others_of > 0, others_of, others_of.max())",
+        "pass",
+        "activations beside a stream of zeros",
+        MISUSE,
     ),
 ]
 
