@@ -670,7 +670,7 @@ def test_published_stages_have_the_gradients_of_naive_with_stochastic_depth():
     [
         ({"img_size": 40}, "img_size .* divisible by 16 .* got 40x40; resize to 48x48"),
         ({"num_heads": 3}, "embed_dim .* num_heads=3, got 8"),
-        ({"depths": (1, 0)}, r"depths .* at least one block, got \(1, 0\)"),
+        ({"depths": (1, 0)}, r"depths\[1\] takes a whole number from 1 up, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(wrong, message):
