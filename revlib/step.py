@@ -290,6 +290,8 @@ class Step(nn.Module):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
+        if isinstance(fn, type) and issubclass(fn, nn.Module):
+            raise TypeError(f"Step(fn=...) takes a module or a function, got {given(fn)}")
         if streams is not None:
             whole("Step(streams=...)", streams, 2)
         self.fn = fn
@@ -375,6 +377,13 @@ class Pair(nn.Module):
         return (self.F, self.G)[index]
 
 
+def given(value: object) -> str:
+    """How messages call what came in place of a value of another kind."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}; call it to make one"
+    return type(value).__name__
+
+
 def checked(coupling: Coupling) -> Coupling:
     if not isinstance(coupling, Coupling):
         raise TypeError(
@@ -439,7 +448,8 @@ def _refuse_signature(
         names = f" and {', '.join(sorted(context))}" if context else ""
         raise TypeError(
             f"{step.name} was called with {step.counted(len(inputs))},{names} but "
-            f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence"
+            f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence: "
+            "each positional argument is a stream, and context such as a mask goes by keyword, seq(x, x, mask=mask)"
         ) from error
 
 

@@ -116,7 +116,8 @@ class ExactAdditive(Coupling):
 
     Raises:
         ValueError: ``limit`` is no power of two.
-        TypeError: if ``functions`` is no floating-point dtype; in forward, for streams in other than float32 and float64, unless they are cast by ``functions``.
+        TypeError: ``functions`` is no floating-point dtype; in forward, for streams in other than float32 and float64,
+            unless they are cast by ``functions``.
         RuntimeError: in backward, where a stream has reached the limit.
 
     Source: the exactness of sums on a common grid is that of fixed-point numbers; Maclaurin et al. 2015 and MacKay et
