@@ -308,9 +308,23 @@ def test_settings_out_of_range_are_refused(options):
         convert.residual([mlp(4) for _ in range(4)], **options)
 
 
+def test_an_unknown_option_is_refused_by_the_function_that_got_it():
+    known = "group, momentum, limit, resolution, scheduler"
+    for name, call in (
+        (r"convert\.vit .* inplace, ", lambda: convert.vit(tiny(2), gamma=1)),
+        (r"convert\.residual .* are ", lambda: convert.residual([mlp(4)], gamma=1)),
+    ):
+        with pytest.raises(TypeError, match=name) as found:
+            call()
+        assert "takes no keyword 'gamma'" in str(found.value)
+        assert sorted(str(found.value).split(" are ")[1].replace("inplace, ", "").split(", ")) == sorted(
+            known.split(", ")
+        )
+
+
 def test_what_cannot_be_undone_is_refused():
     branches = [nn.Identity() for _ in range(40)]
-    with pytest.raises(ValueError, match=r"cannot be undone with any momentum.*Raise group"):
+    with pytest.raises(ValueError, match=r"40 functions .* cannot be undone with any momentum.*Raise group"):
         convert.residual(branches, group=1)
     assert convert.residual(branches[:31], group=1).momentum == 0.5
     with pytest.raises(ValueError, match=r"must be 2\*\*-1 to"):
