@@ -162,6 +162,9 @@ class BoundStep:
         except TypeError as error:
             _refuse_signature(self, inputs, context, error)
             raise
+        except RuntimeError as error:
+            _note_where(self, inputs, error)
+            raise
         if versions_of(watched) != before:
             raise RuntimeError(
                 f"{self.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
@@ -451,6 +454,16 @@ def _refuse_signature(
             f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence: "
             "each positional argument is a stream, and context such as a mask goes by keyword, seq(x, x, mask=mask)"
         ) from error
+
+
+def _note_where(step: BoundStep, inputs: State, error: RuntimeError) -> None:
+    """Notes the step beneath a message of torch, as of shapes that do not fit. Errors of other classes get no note."""
+    noted = hasattr(error, "add_note")  # from Python 3.11 on
+    if type(error) is not RuntimeError or not noted:
+        return
+    note = f"This was raised by {step.name}, called with streams of shapes {[tuple(s.shape) for s in inputs]}."
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:

@@ -479,6 +479,26 @@ def test_a_function_that_does_not_take_what_it_is_given():
         reversible([(lambda x: torch.cos("x"), lambda x: x)], *leaves())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+@every_scheduler
+def test_an_error_of_torch_has_a_note_of_the_step(scheduler):
+    x = torch.randn(3, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as found:
+        net(scheduler)(x, x)
+    assert str(found.value).startswith("Given normalized_shape=[4], expected input")
+    (note,) = found.value.__notes__
+    assert re.fullmatch(r"This was raised by F of block 0 \(.*\), called with streams of shapes \[\(3, 2\)\].", note)
+    own = RuntimeError("its own")
+
+    def refuse(x):
+        raise own
+
+    for _ in range(2):  # the same exception may be raised again
+        with pytest.raises(RuntimeError) as found:
+            reversible([(refuse, refuse)], *leaves(), scheduler=scheduler)
+        assert found.value is own and len(own.__notes__) == 1
+
+
 def test_context_that_is_passed_by_position():
     mask = torch.ones(3, 4)
     with pytest.raises(TypeError, match=r"context such as a mask goes by keyword, seq\(x, x, mask=mask\)"):
