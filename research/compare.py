@@ -55,8 +55,9 @@ def read_runs(logs: Sequence[Path]) -> dict[str, list[Row]]:
     try:
         return {name: read_log(path).rows for name, path in zip(names, paths, strict=True)}
     except (OSError, ValueError) as error:
+        told = f"{error.filename} cannot be read ({error.strerror})" if isinstance(error, OSError) else error
         raise typer.BadParameter(
-            f"{error}; name log.jsonl files that research.train wrote.", param_hint="LOGS"
+            f"{told}; name folders that research.train wrote, or the log.jsonl in them.", param_hint="LOGS"
         ) from error
 
 

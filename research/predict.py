@@ -75,7 +75,7 @@ def predict(
         collate_fn=together,
         generator=torch.Generator(),
     )
-    unreadable = Refuse("IMAGES") if corrupt == "refuse" else Skip()
+    unreadable = Refuse("IMAGES", advice="") if corrupt == "refuse" else Skip()
     for pixels, which, broken in tqdm(loader, "predicting", leave=False, disable=None):
         for path, reason in broken:
             unreadable(path, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 
 __all__ = ["divisible", "is_power_of_two", "real", "whole"]
@@ -11,9 +12,11 @@ __all__ = ["divisible", "is_power_of_two", "real", "whole"]
 def whole(argument: str, value: object, least: int, *, of: str = "", advice: str = "") -> None:
     """Require a whole number, of something such as bytes, that is not below ``least``.
 
+    Integers of NumPy are whole numbers, too.
+
     Raises: ValueError with ``advice`` at its end.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         counted = f" of {of}" if of else ""
         raise ValueError(
             f"{argument} takes a whole number{counted} from {least} up, got {value!r}{advice}"
@@ -32,7 +35,7 @@ def real(
 
     Raises: ValueError with ``advice`` at its end.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not accepts(float(value)):
         raise ValueError(f"{argument} takes {wanted}, got {value!r}{advice}")
 
 

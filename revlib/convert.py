@@ -248,7 +248,7 @@ def residual(branches: Iterable[nn.Module], **options: Unpack[Options]) -> Rever
     Shapes and cost are those of :class:`ReversibleResidual`.
 
     Raises:
-        TypeError: for a branch that is no module, or a timm ``Block``, which adds its own input.
+        TypeError: for a branch that is no module, or a timm ``Block``, which adds its own input; for an unknown option.
         ValueError: as :class:`ReversibleResidual`.
 
     Example:
@@ -258,6 +258,7 @@ def residual(branches: Iterable[nn.Module], **options: Unpack[Options]) -> Rever
         >>> torch.allclose(residual(branches)(x), h + branches[1](h), atol=1e-3)  # one cycle is the original
         True
     """
+    _refuse_unknown("convert.residual", options, (*Options.__annotations__,))
     branches = list(branches)
     for f in branches:
         if not isinstance(f, nn.Module):
@@ -283,7 +284,8 @@ def vit(
     :mod:`revlib.convert` has the numbers, also of how close the converted model starts.
 
     Raises:
-        TypeError: if ``model`` is no timm VisionTransformer, or has blocks that are no pre-norm residuals.
+        TypeError: if ``model`` is no timm VisionTransformer, or has blocks that are no pre-norm residuals; for an
+            unknown option.
         ValueError: for hooks on blocks, which nobody would call; and as :class:`ReversibleResidual`.
 
     Source: our own, see :mod:`revlib.convert`.
@@ -294,6 +296,7 @@ def vit(
         >>> torch.allclose(vit(model)(images), model(images), atol=1e-3)
         True
     """
+    _refuse_unknown("convert.vit", options, ("inplace", *Options.__annotations__))
     blocks = getattr(model, "blocks", None)
     if not isinstance(model, timm_vit.VisionTransformer) or not isinstance(blocks, nn.Sequential):
         raise TypeError(
@@ -325,6 +328,14 @@ def restore(model: Model) -> Model:
         raise TypeError(f"expected a model that convert.vit returned, got {type(model).__name__}")
     model.blocks = nn.Sequential(*blocks)
     return model
+
+
+def _refuse_unknown(name: str, options: Iterable[str], known: Sequence[str]) -> None:
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"{name} takes no keyword {option!r}; the keywords it takes are {', '.join(known)}"
+            )
 
 
 def _sum(*streams: Tensor) -> Tensor:
@@ -368,7 +379,7 @@ def _momentum(
     """The momentum to use, checked: unless given, the smallest whose products fit into the digits of a float64."""
     if not branches:
         raise ValueError("expected branches, got none; a stack has at least one")
-    whole("group", group, 1, of="branches")
+    whole("group", group, 1, of="functions")
     values = {"limit": limit, "resolution": resolution, "momentum": momentum}
     for name, value in values.items():
         if value is not None:
@@ -380,7 +391,7 @@ def _momentum(
     if bits < 1 or bits > most:
         asked = "any momentum" if momentum is None else f"momentum=2**{-bits}"
         raise ValueError(
-            f"{branches} branches in cycles of {group} cannot be undone with {asked}: {undone} products have {room} "
+            f"{branches} functions in cycles of {group} cannot be undone with {asked}: {undone} products have {room} "
             f"bits, so it must be 2**-{most} to 1/2. Raise group, at one float64 stream each, or momentum."
         )
     return 2.0**-bits

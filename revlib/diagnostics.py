@@ -82,6 +82,7 @@ class DriftMonitor:
     ``history`` holds every :class:`Drift` measured, of each forward from the last step to the first. Clear it freely.
 
     Raises:
+        TypeError: ``stack`` is no ReversibleSequence.
         ValueError: ``every`` is no whole number from 1 up.
 
     Example:
@@ -102,6 +103,10 @@ class DriftMonitor:
         scheduler: Scheduler | None = None,
     ) -> None:
         whole("DriftMonitor(every=...)", every, 1)
+        if not (isinstance(stack, ReversibleSequence) or hasattr(stack, "bound_steps")):
+            raise TypeError(
+                f"DriftMonitor(stack=...) takes a ReversibleSequence, got {type(stack).__name__}, {_held(stack)}"
+            )
         self.every, self.warn_above, self.scheduler = every, warn_above, scheduler
         self.history: list[Drift] = []
         self._forwards, self._above = 0, False
@@ -141,6 +146,13 @@ class DriftMonitor:
         if self._above and not was:
             # So many frames up, the user's code calls the stack.
             warnings.warn(_ADVICE.format(forward, *worst, threshold), stacklevel=6)
+
+
+def _held(module: object) -> str:
+    """What a module holds that could be watched in its place."""
+    modules = module.named_modules() if isinstance(module, torch.nn.Module) else ()
+    names = [name for name, held in modules if isinstance(held, ReversibleSequence)]
+    return f"which holds one as {names[0]!r}; pass that" if names else "which holds none"
 
 
 @torch.no_grad()

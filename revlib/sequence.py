@@ -13,7 +13,7 @@ from revlib.bijections import Bijection
 from revlib.couplings import Coupling, DefaultAdditive
 from revlib.schedulers import Reversible, Scheduler
 from revlib.schedulers.base import checked as _checked_scheduler
-from revlib.step import BoundStep, Pair, State, Step, apart, layouts, numbered
+from revlib.step import BoundStep, Pair, State, Step, apart, given, layouts, numbered
 from revlib.step import checked as _checked_coupling
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _bind(items: Iterable[Functions], coupling: Coupling) -> list[BoundStep]:
         elif isinstance(item, Bijection):
             steps.append(item.bind(f"bijection {i} ({_name(item)})"))
         else:
-            F, G = _pair(item)
+            F, G = _pair(item, i)
             if isinstance(item, Pair) and type(item) is not Pair:
                 _refuse_sharded(item, i)
             steps.append(BoundStep(F, coupling, f"F of block {i} ({_name(F)})"))
@@ -71,8 +71,9 @@ def checked_streams(streams: State, least: int = 2) -> State:
             )
         if not (stream.is_floating_point() or stream.is_complex()):
             advice = "call its dequantize()" if stream.is_quantized else "cast or embed it"
+            context = ", or pass it by keyword, seq(x, x, mask=mask), if it is no stream"
             raise TypeError(
-                f"stream {i} must be floating-point, got {stream.dtype}; {advice} first"
+                f"stream {i} must be floating-point, got {stream.dtype}; {advice} first{context if i else ''}"
             )
         if stream.is_floating_point() and stream.dtype.itemsize == 1:
             raise TypeError(
@@ -96,7 +97,7 @@ def _instead_of(stream: object) -> str:
         return "torch.fx cannot trace what a sequence does: make ReversibleSequence a leaf module of the tracer"
     if hasattr(stream, "__array__"):
         return "convert it by torch.from_numpy first"
-    return "pass context by keyword"
+    return "pass context by keyword, as in seq(x, x, scale=scale)"
 
 
 def _check_kind(i: int, stream: Tensor) -> None:
@@ -141,37 +142,44 @@ def _left(steps: list[BoundStep], streams: State, state: State) -> State:
     return tuple(s.to(streams[0].dtype) for s in state)
 
 
-def _pair(item: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _pair(item: Any, i: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     try:
         if isinstance(item, nn.Sequential):
             raise TypeError  # of two layers, one function: the second sees what the first returns
         F, G = item
     except (TypeError, ValueError):
-        given = f"{len(item)} functions" if isinstance(item, (tuple, list)) else type(item).__name__
+        got = f"{len(item)} functions" if isinstance(item, (tuple, list)) else given(item)
         raise TypeError(
-            f"expected a pair (F, G) or a Step, got {given}; give functions two by two, or wrap each as Step(fn); "
-            "a map with an inverse of its own is a Bijection"
+            f"expected a pair (F, G) or a Step as block {i}, got {got}; give functions two by two, or wrap each as "
+            "Step(fn); to pass one pair, put it into a list: [(F, G)]; a map with an inverse of its own is a Bijection"
         ) from None
     for name, fn in (("F", F), ("G", G)):
         if not callable(fn):
-            raise TypeError(f"{name} of a pair must be callable, got {type(fn).__name__}")
+            raise TypeError(f"{name} of block {i} must be callable, got {given(fn)}")
+        if isinstance(fn, type) and issubclass(fn, nn.Module):
+            raise TypeError(f"{name} of block {i} must be an nn.Module, got {given(fn)}")
     return F, G
 
 
-def _item(item: Modules) -> Item:
+def _item(item: Modules, i: int) -> Item:
     if isinstance(item, (Step, Pair, Bijection)):
         return item
-    F, G = _pair(item)
-    return Pair(_module("F", F), _module("G", G))
+    F, G = _pair(item, i)
+    return Pair(_module(f"F of block {i}", F), _module(f"G of block {i}", G))
 
 
 def _module(name: str, fn: Callable[..., Any]) -> nn.Module:
     if not isinstance(fn, nn.Module):
         raise TypeError(
-            f"{name} of a pair must be an nn.Module, got {type(fn).__name__}; "
-            "for plain functions use revlib.reversible(...)"
+            f"{name} must be an nn.Module, got {given(fn)}; for plain functions use revlib.reversible(...)"
         )
     return fn
+
+
+def _is_one_function(items: object) -> bool:
+    """Whether what is given for the items of a sequence are the layers of one function."""
+    kinds = (Step, Pair, Bijection)
+    return isinstance(items, nn.Sequential) and not all(isinstance(item, kinds) for item in items)
 
 
 class ReversibleSequence(nn.Module):
@@ -231,9 +239,10 @@ class ReversibleSequence(nn.Module):
         super().__init__()
         self.coupling = coupling or DefaultAdditive()
         self.scheduler = scheduler or Reversible()
-        if not isinstance(items, Iterable):
+        if not isinstance(items, Iterable) or _is_one_function(items):
             raise TypeError(
-                f"expected a list of pairs (F, G), Steps and Bijections, got {type(items).__name__}; put it into a list"
+                f"expected a list of pairs (F, G), Steps and Bijections, got {type(items).__name__}; put it into a "
+                "list, in a pair with another function, [(F, G)], or as a step, [Step(F)]"
             )
         for item in items:
             self.append(item)
@@ -244,7 +253,7 @@ class ReversibleSequence(nn.Module):
         Raises:
             TypeError: if the item is none of these, or if a function of the pair is no ``nn.Module``.
         """
-        self.add_module(str(len(self)), _item(item))
+        self.add_module(str(len(self)), _item(item, len(self)))
         return self
 
     def extend(self, items: Iterable[Modules]) -> Self:
@@ -262,7 +271,7 @@ class ReversibleSequence(nn.Module):
         if not -len(self) <= index <= len(self):
             raise IndexError(f"a stack of {len(self)} items has no place {index} to insert at")
         items = list(self)
-        items.insert(index, _item(item))
+        items.insert(index, _item(item, index if index >= 0 else index + len(self)))
         return self._hold(items)
 
     def pop(self, index: int = -1) -> Item:

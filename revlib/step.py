@@ -162,6 +162,9 @@ class BoundStep:
         except TypeError as error:
             _refuse_signature(self, inputs, context, error)
             raise
+        except RuntimeError as error:
+            _note_where(self, inputs, error)
+            raise
         if versions_of(watched) != before:
             raise RuntimeError(
                 f"{self.name} edited a stream or a context tensor in place, so its step cannot be inverted; "
@@ -290,6 +293,8 @@ class Step(nn.Module):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Step(fn=...) takes a module or a function, got {type(fn).__name__}")
+        if isinstance(fn, type) and issubclass(fn, nn.Module):
+            raise TypeError(f"Step(fn=...) takes a module or a function, got {given(fn)}")
         if streams is not None:
             whole("Step(streams=...)", streams, 2)
         self.fn = fn
@@ -375,6 +380,13 @@ class Pair(nn.Module):
         return (self.F, self.G)[index]
 
 
+def given(value: object) -> str:
+    """How messages call what came in place of a value of another kind."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}; call it to make one"
+    return type(value).__name__
+
+
 def checked(coupling: Coupling) -> Coupling:
     if not isinstance(coupling, Coupling):
         raise TypeError(
@@ -439,8 +451,19 @@ def _refuse_signature(
         names = f" and {', '.join(sorted(context))}" if context else ""
         raise TypeError(
             f"{step.name} was called with {step.counted(len(inputs))},{names} but "
-            f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence"
+            f"takes {signature} ({mismatch}); change its signature, or the streams and keywords given to the sequence: "
+            "each positional argument is a stream, and context such as a mask goes by keyword, seq(x, x, mask=mask)"
         ) from error
+
+
+def _note_where(step: BoundStep, inputs: State, error: RuntimeError) -> None:
+    """Notes the step beneath a message of torch, as of shapes that do not fit. Errors of other classes get no note."""
+    noted = hasattr(error, "add_note")  # from Python 3.11 on
+    if type(error) is not RuntimeError or not noted:
+        return
+    note = f"This was raised by {step.name}, called with streams of shapes {[tuple(s.shape) for s in inputs]}."
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 def _merged(step: BoundStep, s: Tensor, f: Any) -> Tensor:

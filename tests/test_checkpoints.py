@@ -6,6 +6,7 @@ the checkpoints.
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -665,12 +666,25 @@ def test_published_stages_have_the_gradients_of_naive_with_stochastic_depth():
     assert error(gradients(Reversible()), gradients(Naive())) < 1e-10
 
 
+@pytest.mark.parametrize(("load", "network"), [(load_pyslowfast, partial(RevViT, 8, 4)), (load_minrev, minrev_vit)])
+def test_what_is_no_checkpoint(load, network):
+    model = network(embed_dim=8, depth=1, num_heads=2)
+    with pytest.raises(TypeError, match=r"got the path 'file.pyth'; load it first, by torch.load\('file.pyth', map_"):
+        load(model, "file.pyth")
+    with pytest.raises(TypeError, match=r"got the path 'file.pyth'"):
+        load(model, Path("file.pyth"))
+    with pytest.raises(TypeError, match=r"expected a state_dict, .* got Linear; pass the mapping"):
+        load(model, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"no name in the checkpoint .* it holds 0.weight, 0.bias, and .* are sought"):
+        load(model, nn.Sequential(nn.Linear(2, 2)).state_dict())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"img_size": 40}, "img_size .* divisible by 16 .* got 40x40; resize to 48x48"),
         ({"num_heads": 3}, "embed_dim .* num_heads=3, got 8"),
-        ({"depths": (1, 0)}, r"depths .* at least one block, got \(1, 0\)"),
+        ({"depths": (1, 0)}, r"depths\[1\] takes a whole number from 1 up, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(wrong, message):

@@ -169,7 +169,9 @@ def test_beyond_the_limit_backward_raises_and_names_the_step():
     torch.manual_seed(0)
     stack = convert.residual([mlp(4) for _ in range(6)], limit=1.0)
     total = stack(2.0**12 * torch.randn(5, 4)).square().mean()
-    with pytest.raises(RuntimeError, match=r"step \d+ .* took its stream to a magnitude of \d+.*, beyond the limit"):
+    with pytest.raises(
+        RuntimeError, match=r"step \d+ .* magnitude of \d+.*, beyond the limit .* normalise what the function returns"
+    ):
         total.backward()
 
 
@@ -304,13 +306,30 @@ def test_what_is_no_branch_is_refused():
     [{"momentum": 0.3}, {"momentum": 1.0}, {"momentum": 0.0}, {"limit": 100.0}, {"resolution": 0.0}, {"group": 0}],
 )
 def test_settings_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    argument = next(iter(options))
+    with pytest.raises(
+        ValueError, match="group takes .* of functions from 1 up, got 0" if argument == "group" else argument
+    ):
         convert.residual([mlp(4) for _ in range(4)], **options)
+
+
+def test_an_unknown_option_is_refused_by_the_function_that_got_it():
+    known = "group, momentum, limit, resolution, scheduler"
+    for name, call in (
+        (r"convert\.vit .* inplace, ", lambda: convert.vit(tiny(2), gamma=1)),
+        (r"convert\.residual .* are ", lambda: convert.residual([mlp(4)], gamma=1)),
+    ):
+        with pytest.raises(TypeError, match=name) as found:
+            call()
+        assert "takes no keyword 'gamma'" in str(found.value)
+        assert sorted(str(found.value).split(" are ")[1].replace("inplace, ", "").split(", ")) == sorted(
+            known.split(", ")
+        )
 
 
 def test_what_cannot_be_undone_is_refused():
     branches = [nn.Identity() for _ in range(40)]
-    with pytest.raises(ValueError, match=r"cannot be undone with any momentum.*Raise group"):
+    with pytest.raises(ValueError, match=r"40 functions .* cannot be undone with any momentum.*Raise group"):
         convert.residual(branches, group=1)
     assert convert.residual(branches[:31], group=1).momentum == 0.5
     with pytest.raises(ValueError, match=r"must be 2\*\*-1 to"):

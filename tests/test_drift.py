@@ -385,6 +385,17 @@ def test_a_wrong_interval_is_refused():
         DriftMonitor(vit(1), every=0)
 
 
+def test_what_is_no_stack_cannot_be_monitored():
+    with pytest.raises(TypeError, match="takes a ReversibleSequence, got Linear, which holds none"):
+        DriftMonitor(nn.Linear(4, 4))
+    with pytest.raises(
+        TypeError, match="takes a ReversibleSequence, got Sequential, which holds one as '1'; pass that"
+    ):
+        DriftMonitor(nn.Sequential(nn.Linear(4, 4), vit(1)))
+    compiled = DriftMonitor(torch.compile(vit(1), backend="eager"), every=1)
+    assert compiled.report().endswith("nothing has been inverted yet")
+
+
 # ---------------------------------------------------------------------------------------------- research/drift.py
 def test_the_study_writes_its_tables_and_plots(tmp_path):
     pytest.importorskip("matplotlib")

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -155,6 +156,14 @@ def test_an_overflow_in_forward_is_left_to_the_grad_scaler():
 def test_the_limit_is_a_power_of_two(limit):
     with pytest.raises(ValueError, match=r"ExactAdditive\(limit=...\) takes a power of two such as 1024"):
         ExactAdditive(limit)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.int8, torch.complex64, 16], ids=repr)
+def test_functions_see_streams_in_a_floating_point_dtype(dtype):
+    with pytest.raises(
+        TypeError, match=r"ExactAdditive\(functions=...\) takes a floating-point dtype .* got " + re.escape(repr(dtype))
+    ):
+        ExactAdditive(functions=dtype)
 
 
 def test_a_step_that_does_not_repeat_its_bits_is_an_error():

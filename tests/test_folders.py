@@ -214,6 +214,19 @@ def test_a_batch_of_broken_files_alone_is_left_out(tmp_path):
     assert len(said) == 2  # each is named once a run
 
 
+def test_hidden_folders_are_no_classes(tmp_path):
+    root = pictures(tmp_path / "trees", 2)
+    want = folders.find_classes(root).samples
+    (root / ".ipynb_checkpoints").mkdir()
+    (root / ".thumbnails").mkdir()
+    Image.open(root / "oak" / "0.png").save(root / ".thumbnails" / "0.png")
+    tree = folders.find_classes(root)
+    assert tree.classes == ["ash", "elm", "oak"] and tree.samples == want
+    (tmp_path / "other" / ".thumbnails").mkdir(parents=True)
+    with pytest.raises(typer.BadParameter, match=r"find any class folder in .*; found .thumbnails\. Sort the images"):
+        folders.find_classes(tmp_path / "other")
+
+
 def test_no_readable_image_is_an_error(tmp_path):
     root = pictures(tmp_path / "trees", 2)
     for file in root.rglob("*.png"):

@@ -252,7 +252,7 @@ def test_rates_and_head():
         ({"clip_size": (4, 32, 24)}, r"clip_size .* \(2, 16, 16\), got \(4, 32, 24\); resize to \(4, 32, 32\)"),
         ({"clip_size": (3, 32, 16)}, r"clip_size .* resize to \(4, 32, 16\)"),
         ({"num_heads": 3}, "embed_dim .* num_heads=3, got 8"),
-        ({"depths": (2, 0)}, r"depths .* got \(2, 0\)"),
+        ({"depths": (2, 0)}, r"depths\[1\] takes a whole number from 1 up, got 0; depths is \(2, 0\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(wrong, message):

@@ -46,7 +46,7 @@ from revlib import (
     positionwise,
     reversible,
 )
-from revlib.bijections import ActNorm, Rearrange, Split
+from revlib.bijections import ActNorm, Concat, Inverse, Rearrange, Split
 from revlib.diagnostics import DriftMonitor
 from revlib.schedulers import Plan, Scheduler
 
@@ -423,10 +423,44 @@ def test_a_coupling_that_is_none(wrong):
 
 
 def test_plain_functions_in_a_module():
-    with pytest.raises(TypeError, match=r"F of a pair must be an nn.Module, got function.*revlib.reversible"):
+    with pytest.raises(TypeError, match=r"F of block 0 must be an nn.Module, got function.*revlib.reversible"):
         ReversibleSequence([(lambda x: x, lambda x: x)])
-    with pytest.raises(TypeError, match=r"G of a pair must be an nn.Module, got builtin_function"):
-        ReversibleSequence([(mlp(), torch.sin)])
+    stack = net(Reversible(), depth=3)
+    for index, block in ((3, 3), (1, 1), (-1, 2)):
+        with pytest.raises(TypeError, match=rf"G of block {block} must be an nn.Module, got builtin_function"):
+            stack.insert(index, (mlp(), torch.sin))
+    assert len(stack) == 3
+
+
+def test_a_class_in_place_of_a_module_says_to_call_it():
+    got = "got the class ReLU; call it to make one"
+    for attempt in (
+        lambda: ReversibleSequence([(mlp(), mlp()), (mlp(), nn.ReLU)]),
+        lambda: reversible([(torch.sin, torch.cos), (torch.sin, nn.ReLU)], *leaves()),
+    ):
+        with pytest.raises(TypeError, match=f"G of block 1 must be an nn.Module, {got}"):
+            attempt()
+    with pytest.raises(TypeError, match=rf"as block 0, {got}"):
+        ReversibleSequence([nn.ReLU])
+    with pytest.raises(TypeError, match=rf"Step\(fn=...\) takes a module or a function, {got}"):
+        Step(nn.ReLU)
+    with pytest.raises(TypeError, match=r"Inverse\(of=...\) takes a Bijection, .* got the class Split; call it"):
+        Inverse(Split)
+
+
+def test_a_pair_without_a_list_around_it():
+    with pytest.raises(TypeError, match=r"as block 0, got Sequential; .* put it into a list: \[\(F, G\)\]"):
+        ReversibleSequence((mlp(), mlp()))
+    with pytest.raises(TypeError, match=r"list of pairs .* got Sequential; put it into a list"):
+        ReversibleSequence(mlp())
+    assert len(ReversibleSequence(nn.Sequential(Step(mlp()), Split()))) == 2
+
+
+def test_bijections_of_the_wrong_kind():
+    with pytest.raises(TypeError, match=r"Inverse\(of=...\) takes a Bijection, .* got Linear"):
+        Inverse(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"Rearrange takes a pattern of einops such as .*, got 3"):
+        Rearrange(3)
 
 
 @pytest.mark.parametrize("items", [nn.Linear(4, 4), 3])
@@ -443,6 +477,34 @@ def test_a_function_that_does_not_take_what_it_is_given():
         reversible([(lambda x, mask: x, lambda x: x)], *leaves())
     with pytest.raises(TypeError, match=r"^cos\(\)"):  # its own mistake is not dressed up as the caller's
         reversible([(lambda x: torch.cos("x"), lambda x: x)], *leaves())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+@every_scheduler
+def test_an_error_of_torch_has_a_note_of_the_step(scheduler):
+    x = torch.randn(3, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as found:
+        net(scheduler)(x, x)
+    assert str(found.value).startswith("Given normalized_shape=[4], expected input")
+    (note,) = found.value.__notes__
+    assert re.fullmatch(r"This was raised by F of block 0 \(.*\), called with streams of shapes \[\(3, 2\)\].", note)
+    own = RuntimeError("its own")
+
+    def refuse(x):
+        raise own
+
+    for _ in range(2):  # the same exception may be raised again
+        with pytest.raises(RuntimeError) as found:
+            reversible([(refuse, refuse)], *leaves(), scheduler=scheduler)
+        assert found.value is own and len(own.__notes__) == 1
+
+
+def test_context_that_is_passed_by_position():
+    mask = torch.ones(3, 4)
+    with pytest.raises(TypeError, match=r"context such as a mask goes by keyword, seq\(x, x, mask=mask\)"):
+        net(Reversible())(*leaves(), mask)
+    with pytest.raises(TypeError, match=r"stream 2 must be .* or pass it by keyword, seq\(x, x, mask=mask\)"):
+        net(Reversible())(*leaves(), mask.bool())
 
 
 def test_a_plan_that_is_none():
@@ -462,7 +524,9 @@ TWO_LAYERS = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))  # which is one fun
     "item", [mlp(), TWO_LAYERS, 3, None, (mlp(),), (mlp(),) * 3], ids="module layers int none one three".split()
 )
 def test_an_item_that_is_neither_pair_nor_step(item):
-    with pytest.raises(TypeError, match=r"expected a pair \(F, G\) or a Step, got .*, or wrap each as Step\(fn\)"):
+    with pytest.raises(
+        TypeError, match=r"expected a pair \(F, G\) or a Step as block 0, got .*, or wrap each as Step\(fn\)"
+    ):
         ReversibleSequence([item])
 
 
@@ -484,6 +548,7 @@ def test_a_step_of_something_that_cannot_be_called():
     [
         (lambda n: Step(torch.sin, streams=n), "Step(streams=...) takes a whole number from 2 up"),
         (lambda n: Split(n), "Split(streams=...) takes a whole number from 2 up"),
+        (lambda n: Concat(n), "Concat(streams=...) takes a whole number from 2 up"),
         (lambda n: Rearrange("b c -> c b").on_last(n), "on_last(...) takes a whole number from 1 up"),
         (lambda n: ActNorm(n), "ActNorm takes a whole number of channels from 1 up"),
         (lambda n: positionwise(torch.sin, n), "positionwise(chunks=...) takes a whole number from 1 up"),
@@ -498,6 +563,11 @@ def test_a_step_of_something_that_cannot_be_called():
 def test_a_number_that_is_no_whole_number_or_too_small(make, argument, given):
     with pytest.raises(ValueError, match=re.escape(f"{argument}, got {given!r}")):
         make(given)
+
+
+def test_a_fraction_in_place_of_bytes():
+    with pytest.raises(ValueError, match=r"got 0.5; say Budget\(fraction=0.5\) for a part of what Naive would keep"):
+        Budget(0.5)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def test_both_streams_are_fused_after_every_stage(fusion):
         ({"img_size": 18}, "img_size .* divisible by 8 .*patch_size=2.* got 18x18; resize to 24x24"),
         ({"img_size": (8, 4)}, "img_size .* got 8x4; resize to 8x8"),
         ({"num_heads": 3}, "embed_dim .* num_heads=3, got 8"),
-        ({"depths": (2, 0)}, r"depths .* at least one block, got \(2, 0\)"),
+        ({"depths": (2, 0)}, r"depths\[1\] takes a whole number from 1 up, got 0; depths is \(2, 0\)"),
         ({"depths": ()}, r"depths .* got \(\)"),
     ],
 )

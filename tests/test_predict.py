@@ -122,6 +122,7 @@ def test_what_cannot_be_read_is_refused_or_skipped(learnt, tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     code, output = run(predict.app, out, tmp_path)
     assert code == 2 and "IMAGES" in output and squeeze("b.png is not an image") in output
+    assert "--corrupt" in output and "--resume" not in output  # there is no training to go on with
     result = CliRunner().invoke(predict.app, [str(out), str(tmp_path), "--corrupt", "skip", "--json"])
     assert result.exit_code == 0 and f"skipped {tmp_path}/b.png" in result.stderr
     assert [Path(json.loads(line)["image"]).name for line in result.stdout.splitlines()] == ["a.png", "c.png"]

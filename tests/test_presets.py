@@ -3,9 +3,12 @@
 import copy
 import inspect
 import json
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -224,6 +227,52 @@ def test_what_they_cannot_take_is_an_error():
     for name in TINY:
         with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
             build(name, pretrained=True)
+
+
+RATE, RATIO, SIZE = "a number from 0 to 1", "a finite number from 0 up", "a whole number from 1 up"
+WRONG = {
+    "drop_rate": (RATE, 1.5), "drop_path_rate": (RATE, 1.5, -0.1, math.nan, "0.1", True), "mlp_ratio": (RATIO, -1, "a"),
+    "in_chans": (SIZE, 0, 2.5), "embed_dim": (SIZE, -8), "patch_size": (SIZE, 0),
+    "num_classes": ("a whole number from 0 up", -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "given"), [(name, value) for name, (_, *values) in WRONG.items() for value in values]
+)
+@every_model
+def test_a_size_or_a_rate_that_is_none(name, argument, given):
+    with pytest.raises(ValueError, match=re.escape(f"{argument} takes {WRONG[argument][0]}, got {given!r}")):
+        build(name, **{argument: given})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "given", "message"),
+    [
+        *[("rev_vit_small", "depth", depth, f"depth takes {SIZE}, got {depth!r}") for depth in (0, -1, 2.5, "4")],
+        *[("rev_vit_small", "num_heads", heads, f"num_heads takes {SIZE}, got {heads}") for heads in (0, -4)],
+        ("rev_vit_small", "attn_drop_rate", 2, f"attn_drop_rate takes {RATE}, got 2"),
+        ("rev_vit_small", "proj_drop_rate", 2, f"proj_drop_rate takes {RATE}, got 2"),
+        ("rev_vit_small", "img_size", (16, -8), f"img_size[1] takes {SIZE}, got -8; img_size is (16, -8)"),
+        ("rev_swin_tiny", "num_heads", (1, 0, 4), f"num_heads[1] takes {SIZE}, got 0; num_heads is (1, 0, 4)"),
+        ("rev_swin_tiny", "num_heads", 4, "num_heads takes a list with a whole number for each stage, got 4"),
+        ("rev_swin_tiny", "depths", (1, 2.5, 1), f"depths[1] takes {SIZE}, got 2.5; depths is (1, 2.5, 1)"),
+        ("rev_swin_tiny", "depths", 3, "depths takes a list with a whole number for each stage, got 3"),
+        ("rev_mvit_base", "num_heads", 0, f"num_heads takes {SIZE}, got 0"),
+        ("rev_mvit_base", "kv_stride", 0, f"kv_stride takes {SIZE}, got 0"),
+    ],
+)
+def test_a_size_of_one_model_that_is_none(name, argument, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(name, **{argument: given})
+
+
+@every_model
+def test_numbers_of_numpy_and_lists_are_sizes_too(name):
+    given = {key: list(map(np.int64, v)) if isinstance(v, tuple) else np.int64(v) for key, v in TINY[name].items()}
+    rates = {"drop_path_rate": np.float32(0.1), "drop_rate": 1, "mlp_ratio": np.float64(2)}
+    model = timm.create_model(name, **given, **rates, num_classes=np.int64(5), in_chans=np.int32(3))
+    assert model(images()).shape == (3, 5)
 
 
 # timm's conventions

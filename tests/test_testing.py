@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import leaves, mlp, net
 from hypothesis import find, settings
+from torch import nn
 
 from revlib import Coupling, Naive, Reversible, ReversibleSequence, Step
 from revlib.schedulers import Scheduler
@@ -100,6 +101,16 @@ def test_live_bytes_counts_storages_from_birth_to_death():
         assert live.now == 120, "the view keeps its storage"
         del b, c
         assert (live.now, live.peak) == (0, 120)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"), [(nn.Linear(2, 2), "Linear"), (nn.Sequential(nn.Tanh()), "Sequential"), ([1], "int")]
+)
+def test_what_is_known_beforehand_must_be_tensors(given, kind):
+    with pytest.raises(TypeError, match=rf"known=...\) takes tensors, such as model.parameters\(\), got {kind}"):
+        LiveBytes(given)
+    with pytest.raises(TypeError, match=rf"parameters=...\) takes tensors, such as model.parameters\(\), got {kind}"):
+        footprint(lambda t: (t,), [torch.ones(2)], given)
 
 
 def test_the_footprint_of_one_multiplication():

@@ -738,7 +738,11 @@ def test_of_runs_that_are_the_same_none_hides_another(tmp_path):
 
 def test_compare_rejects_what_it_cannot_compare(tmp_path):
     a = write_log(tmp_path / "a", [0.9])
-    cases = [([a], "two or more"), ([a, a], "two or more"), ([a, tmp_path / "none"], "none")]
+    cases = [
+        ([a], "two or more"),
+        ([a, a], "two or more"),
+        ([a, tmp_path / "none"], "none cannot be read (No such file or directory); name folders"),
+    ]
     for text, word in [
         ("{}\n", "no finished epoch"),
         ("{}\nnope\n", "line 2"),

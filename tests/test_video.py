@@ -91,7 +91,7 @@ def test_as_many_parameters_as_torchvisions():
         ({"clip_size": (4, 16, 12)}, r"clip_size .* \(2, 8, 8\), got \(4, 16, 12\); resize to \(4, 16, 16\)"),
         ({"clip_size": (3, 16, 8)}, r"clip_size .* resize to \(4, 16, 8\)"),
         ({"num_heads": 3}, "embed_dim .* num_heads=3, got 8"),
-        ({"depths": (2, 0)}, r"depths .* got \(2, 0\)"),
+        ({"depths": (2, 0)}, r"depths\[1\] takes a whole number from 1 up, got 0; depths is \(2, 0\)"),
         ({"depths": (1,)}, r"depths .* two in all, got \(1,\)"),
     ],
 )

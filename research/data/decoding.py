@@ -27,13 +27,17 @@ Corrupt = Callable[[str, str], None]  # called with the path of a file that cann
 class Refuse:
     """Ends the program at the first file that cannot be read, and names it."""
 
-    def __init__(self, param_hint: str = "--data-dir") -> None:
-        self.param_hint = param_hint
+    def __init__(
+        self,
+        param_hint: str = "--data-dir",
+        advice: str = " A training run that has begun goes on with --resume.",
+    ) -> None:
+        self.param_hint, self.advice = param_hint, advice
 
     def __call__(self, path: str, reason: str) -> NoReturn:
         raise typer.BadParameter(
             f"{path} is not an image that can be read ({reason}). Repair or remove it, or skip such files with "
-            "--corrupt skip. A training run that has begun goes on with --resume.",
+            f"--corrupt skip.{self.advice}",
             param_hint=self.param_hint,
         )
 

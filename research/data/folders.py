@@ -52,12 +52,23 @@ def folder(data_dir: Path | None, cache_dir: Path, side: int | None = None, read
     )
 
 
+class Tree(datasets.ImageFolder):
+    """Folders of images. Hidden ones, such as those that notebooks and thumbnails leave, are no classes."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The names of the classes in their order, and the label of each."""
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: label for label, name in enumerate(names)}
+
+
 def find_classes(root: Path) -> datasets.ImageFolder:
     """The files of root/CLASS/*, and the names of the classes, in their order."""
     if not root.is_dir():
         reject(f"expected {root}/CLASS/*; found {contents(root)}. Name a folder that has one for each class.")
     try:
-        return datasets.ImageFolder(str(root))
+        return Tree(str(root))
     except FileNotFoundError as error:
         reject(
             f"expected {root}/CLASS/*, but: {str(error).rstrip('.')}; found {contents(root)}. "

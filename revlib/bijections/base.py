@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revlib._numbers import whole
 from revlib._torch import in_transform
 from revlib.couplings import Additive
-from revlib.step import NEEDS_DATA, BoundStep, Layout, State
+from revlib.step import NEEDS_DATA, BoundStep, Layout, State, given
 
 if TYPE_CHECKING:
     from typing_extensions import Never, Self
@@ -132,6 +132,9 @@ class Inverse(Bijection):
 
     Shapes, cost and errors are those of the bijection, with forward and inverse exchanged. Exact, if it is.
 
+    Raises:
+        TypeError: if ``of`` is no bijection.
+
     Example:
         >>> from revlib.bijections import Rearrange
         >>> Inverse(Rearrange("b (h w) -> b h w", h=2))(torch.ones(1, 2, 3)).shape
@@ -141,6 +144,10 @@ class Inverse(Bijection):
     def __init__(self, of: Bijection) -> None:
         """Hold the bijection as ``of``, with its parameters."""
         super().__init__()
+        if not isinstance(of, Bijection):
+            raise TypeError(
+                f"Inverse(of=...) takes a Bijection, which has an inverse of its own, got {given(of)}"
+            )
         self.of, self.takes, self.makes, self.exact = of, of.makes, of.takes, of.exact
 
     def forward(self, *streams: Tensor, **context: Any) -> Tensor | State:

@@ -29,6 +29,7 @@ class Rearrange(Bijection):
     Shapes: those of the pattern, of every stream. Cost: at most a copy of each, and nothing saved. Exact.
 
     Raises:
+        TypeError: the pattern is no string.
         ValueError: the two sides do not name the same axes, or a size is missing.
         EinopsError: a stream does not fit the pattern.
 
@@ -48,6 +49,11 @@ class Rearrange(Bijection):
     def __init__(self, pattern: str, **sizes: int) -> None:
         """Take a pattern of einops, and the sizes of axes that it cannot tell from a stream."""
         super().__init__()
+        if not isinstance(pattern, str):
+            raise TypeError(
+                'Rearrange takes a pattern of einops such as "b c (h p) -> b (c p) h", got '
+                f"{pattern!r}; write both sides into one string"
+            )
         self.pattern, self.sizes = pattern, sizes
         sides = [s.strip() for s in pattern.split("->")]
         axes = [sorted(s.replace("(", " ").replace(")", " ").split()) for s in sides]
@@ -163,6 +169,7 @@ class Concat(Bijection):
     def __init__(self, streams: int = 2, dim: int = 1) -> None:
         """Take the number of streams to join, and the dimension along which."""
         super().__init__()
+        whole("Concat(streams=...)", streams, 2)
         self.split = Split(streams, dim)
         self.takes = streams
 

@@ -19,7 +19,8 @@ Source: github.com/karttikeya/minREV; github.com/facebookresearch/SlowFast (reve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -226,6 +227,11 @@ def _load(
         elif not wrong:
             new[name] = _join([theirs[n] for n in sought], ours[name])
             matched.append((name, ", ".join(sought)))
+    if sizes and theirs and theirs.keys().isdisjoint(sizes):
+        raise ValueError(
+            f"no name in the checkpoint is one that {fmt.name} gives to {fmt.model}: it holds {_some(theirs)}, and "
+            f"{_some(sizes)} are sought. Nothing was loaded; pass a checkpoint of {fmt.name}"
+        )
     different = list(fmt.differs(model)) if same_function else []
     if ours_left or left or misshapen:
         there = settings(model, {n: t.shape for n, t in theirs.items() if not n.startswith(skip)})
@@ -258,6 +264,12 @@ def _load(
     return report
 
 
+def _some(names: Iterable[str]) -> str:
+    """The first of many names."""
+    every = list(names)
+    return ", ".join([*every[:3], *["..."] * (len(every) > 3)])
+
+
 def _save(fmt: Format, model: nn.Module, same_function: bool) -> dict[str, Tensor]:
     if same_function and (different := list(fmt.differs(model))):
         raise ValueError(f"{fmt.name} would compute something else of the weights of this {type(model).__name__}:"
@@ -284,6 +296,16 @@ def _save(fmt: Format, model: nn.Module, same_function: bool) -> dict[str, Tenso
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    if isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(
+            f"expected a checkpoint, got the path {os.fspath(checkpoint)!r}; load it first, by "
+            f"torch.load({os.fspath(checkpoint)!r}, map_location='cpu')"
+        )
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"expected a state_dict, or a checkpoint that holds one, got {type(checkpoint).__name__}; pass the mapping "
+            "of names to tensors"
+        )
     for key in ("model_state", "state_dict", "model"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]

@@ -22,6 +22,9 @@ class Plan:
         streams: steps of which the stream that they merge away is kept (of a bijection, its whole input). Such a step
             need not be inverted, so its function stops as soon as its activations are back.
 
+    Steps among ``activations`` that a stack does not have name nothing of it, so that a plan may say
+    ``range(length - 2, length)`` of a stack of one step.
+
     Cost: memory for what is named, from forward until backward has used it. Of a step, that is what autograd saves in
     it; of a state, all of its streams, less those that something else keeps alive anyway.
 

@@ -116,7 +116,8 @@ class ExactAdditive(Coupling):
 
     Raises:
         ValueError: ``limit`` is no power of two.
-        TypeError: in forward, for streams in other than float32 and float64, unless they are cast by ``functions``.
+        TypeError: ``functions`` is no floating-point dtype; in forward, for streams in other than float32 and float64,
+            unless they are cast by ``functions``.
         RuntimeError: in backward, where a stream has reached the limit.
 
     Source: the exactness of sums on a common grid is that of fixed-point numbers; Maclaurin et al. 2015 and MacKay et
@@ -136,6 +137,12 @@ class ExactAdditive(Coupling):
 
     def __post_init__(self) -> None:
         real("ExactAdditive(limit=...)", self.limit, is_power_of_two, "a power of two such as 1024")
+        dtype = self.functions
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(
+                "ExactAdditive(functions=...) takes a floating-point dtype such as torch.bfloat16, or None for that of "
+                f"the streams, got {dtype!r}"
+            )
 
     def merge(self, s: Tensor, f: Tensor) -> Tensor:
         return self._add(s, f, 1)

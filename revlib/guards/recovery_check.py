@@ -614,7 +614,8 @@ def _judge(
         if not size < limit:
             raise RuntimeError(
                 f"{name} took its stream to a magnitude of {size:.6g}, beyond the limit of {limit:g} below which its "
-                "coupling is exact. Give the coupling a larger limit, at a coarser resolution, or normalise the branch."
+                "coupling is exact. Give the coupling a larger limit, at a coarser resolution, or normalise what the "
+                "function returns."
             )
     for error, (what, allowed) in zip(errors, compared, strict=True):
         if error > allowed:

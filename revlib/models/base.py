@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,12 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from revlib._numbers import real, whole
 from revlib.models.tracing import NotScripted, Tap, joined
 from revlib.schedulers import Naive, Reversible, Scheduler
 from revlib.sequence import ReversibleSequence
 
-__all__ = ["Groups", "Layer", "Scheduled", "TimmModel", "placed"]
+__all__ = ["Groups", "Layer", "Scheduled", "TimmModel", "check_numbers", "placed"]
 
 Layer = str | Callable[..., nn.Module]  # a class, or what timm calls it
 # Patterns of the names of parameters, by groups of layers; a tuple is the number of a layer.
@@ -229,3 +231,39 @@ class TimmModel(Scheduled):
 def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[object]:
     """A context in which layers are made on a device; None leaves the choice to the context around it."""
     return contextlib.nullcontext() if device is None else torch.device(device)
+
+
+# The arguments of models that are sizes, and count from 1.
+SIZES = {"img_size", "clip_size", "patch_size", "window_size", "in_chans", "embed_dim", "depth"}
+SIZES |= {"depths", "num_heads", "kv_stride"}
+
+
+def check_numbers(arguments: Mapping[str, Any], *, per_stage: Sequence[str] = ()) -> None:
+    """Check the numbers among the arguments of a model, which are known by their names.
+
+    A ``_rate`` is a number from 0 to 1, and a ``_ratio`` a finite one from 0 up. ``num_classes`` is a whole number from
+    0 up, and ``SIZES`` are whole numbers from 1 up. A ``_size`` may be a list of them, and what is given ``per_stage``
+    must be one.
+
+    Raises: ValueError for the first that is none.
+    """
+    for name, value in arguments.items():
+        if name in per_stage and not (_is_list(value) and len(value)):
+            raise ValueError(
+                f"{name} takes a list with a whole number for each stage, got {value!r}; (2, 2) is two stages"
+            )
+        if name in per_stage or (name.endswith("_size") and _is_list(value)):
+            for i, number in enumerate(value):
+                whole(f"{name}[{i}]", number, 1, advice=f"; {name} is {tuple(value)}")
+        elif name in SIZES:
+            whole(name, value, 1)
+        elif name == "num_classes":
+            whole(name, value, 0, advice="; 0 leaves out the classifier")
+        elif name.endswith("_rate"):
+            real(name, value, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        elif name.endswith("_ratio"):
+            real(name, value, lambda x: 0 <= x < math.inf, "a finite number from 0 up")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and hasattr(value, "__len__") and not isinstance(value, str)

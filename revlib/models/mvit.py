@@ -12,7 +12,7 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Layer, Scheduled, TimmModel
+from revlib.models.base import Layer, Scheduled, TimmModel, check_numbers
 from revlib.models.blocks import Blocks, separable
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import resize_mvit
@@ -95,6 +95,7 @@ class RevMViT(Scheduled, MultiScaleVit):  # type: ignore[misc] # timm is untyped
         dtype: torch.dtype | None = None,
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
+        check_numbers(locals(), per_stage=("depths",))
         feat_size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         cfg = MultiScaleVitCfg(
             *(tuple(depths), embed_dim, num_heads, mlp_ratio),

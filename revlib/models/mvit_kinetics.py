@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from revlib.couplings import Coupling
+from revlib.models.base import check_numbers
 from revlib.models.blocks import Blocks
 from revlib.models.fusion import Mean
 from revlib.models.mvit_published import Concat, Published, init_weights
@@ -170,6 +171,7 @@ class PublishedRevMViTVideo(Published):
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
+        check_numbers(locals(), per_stage=("depths",))
         size = clip_grid(clip_size, patch_size, embed_dim, depths, num_heads)
         self.feat_size, (frames, *space) = size, size
         self.patch_embed = ClipPatches(in_chans, embed_dim, patch_size)

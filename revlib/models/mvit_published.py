@@ -13,7 +13,7 @@ from timm.models.mvitv2 import MultiScaleAttention, PatchEmbed
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Scheduled
+from revlib.models.base import Scheduled, check_numbers
 from revlib.models.blocks import Blocks
 from revlib.models.stage import PooledAttention, RevStage, patch_grid
 from revlib.models.tracing import traced
@@ -179,6 +179,7 @@ class PublishedRevMViT(Published):
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
+        check_numbers(locals(), per_stage=("depths",))
         self.feat_size = size = patch_grid(img_size, patch_size, embed_dim, depths, num_heads)
         kernel, padding = (2 * patch_size - 1,) * 2, (patch_size - 1,) * 2
         self.patch_embed = PatchEmbed(in_chans, embed_dim, kernel, (patch_size,) * 2, padding)

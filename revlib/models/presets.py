@@ -23,7 +23,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from revlib.models.base import TimmModel
+from revlib.models.base import TimmModel, check_numbers
 from revlib.models.fusion import ConcatMlp
 from revlib.models.mvit import RevMViT
 from revlib.models.sizes import checkpoint_of_mvit, checkpoint_of_swin, checkpoint_of_vit
@@ -115,7 +115,9 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         return built
 
     arguments = defaults | sizes | kwargs
-    levels = len(arguments["depths"]) if "depths" in arguments else arguments["depth"]
+    depth = "depths" if "depths" in arguments else "depth"
+    check_numbers({depth: arguments[depth]}, per_stage=("depths",))
+    levels = len(arguments["depths"]) if depth == "depths" else arguments["depth"]
     # A number asks for so many of the last feature maps.
     features: dict[str, Any] = {"out_indices": min(levels, 4), "feature_cls": "getter"}
     if kwargs.get("features_only"):

@@ -115,7 +115,7 @@ def patch_grid(
 ) -> tuple[int, int]:
     """Rows and columns of patches, for stages that each halve them. Raises: ValueError for sizes that do not fit."""
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    _check_stages(embed_dim, depths, num_heads)
+    divisible("embed_dim", embed_dim, "num_heads", num_heads)
     unit = patch_size * 2 ** (len(depths) - 1)
     if any(side % unit for side in sides):
         resized = "x".join(str(-(-side // unit) * unit) for side in sides)
@@ -134,7 +134,7 @@ def clip_grid(
     num_heads: int,
 ) -> tuple[int, int, int]:
     """As :func:`patch_grid` for clips: times, rows and columns of patches. Stages keep the frames' rate."""
-    _check_stages(embed_dim, depths, num_heads)
+    divisible("embed_dim", embed_dim, "num_heads", num_heads)
     shrink = 2 ** (len(depths) - 1)
     units = (patch_size[0], patch_size[1] * shrink, patch_size[2] * shrink)
     if any(pixels % unit for pixels, unit in zip(clip_size, units, strict=True)):
@@ -144,11 +144,3 @@ def clip_grid(
         )
     frames, height, width = clip_size
     return frames // patch_size[0], height // patch_size[1], width // patch_size[2]
-
-
-def _check_stages(embed_dim: int, depths: Sequence[int], num_heads: int) -> None:
-    if min(depths, default=0) < 1:
-        raise ValueError(
-            f"depths must give each stage at least one block, got {tuple(depths)}; drop empty stages"
-        )
-    divisible("embed_dim", embed_dim, "num_heads", num_heads)

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from revlib.couplings import Coupling
-from revlib.models.base import Groups, Layer, TimmModel, placed
+from revlib.models.base import Groups, Layer, TimmModel, check_numbers, placed
 from revlib.models.blocks import Blocks, separable
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.sizes import Size, grid_of, resize_swin
@@ -99,11 +99,12 @@ class RevSwin(TimmModel):
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
+        check_numbers(locals(), per_stage=("depths", "num_heads"))
         size, window = to_2tuple(img_size), to_2tuple(window_size)
-        if not 0 < len(depths) == len(num_heads) or min(*depths, *num_heads, *window) < 1:
-            got = f"got depths={depths}, num_heads={num_heads}, window_size={window_size}"
+        if len(depths) != len(num_heads):
             raise ValueError(
-                f"depths and num_heads take a number per stage, all and window_size at least 1, {got}"
+                "depths and num_heads must have as many numbers as there are stages, got "
+                f"depths={depths}, num_heads={num_heads}"
             )
         widths = [embed_dim * 2**i for i in range(len(depths))]
         if any(width % heads for width, heads in zip(widths, num_heads, strict=True)):

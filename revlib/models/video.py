@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from revlib.couplings import Coupling
-from revlib.models.base import Scheduled
+from revlib.models.base import Scheduled, check_numbers
 from revlib.models.blocks import Blocks
 from revlib.models.fusion import Fusion, Mean
 from revlib.models.stage import PooledAttention, RevStage, clip_grid
@@ -78,6 +78,7 @@ class RevMViTVideo(Scheduled, MViT):  # type: ignore[misc] # torchvision is unty
         scheduler: Scheduler | None = None,
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
+        check_numbers(locals(), per_stage=("depths",))
         inner = clip_grid(clip_size, patch_size, embed_dim, depths, num_heads)
         if sum(depths) < 2:
             raise ValueError(f"depths must be at least two in all, got {tuple(depths)}; add blocks")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from revlib import _numbers
 from revlib.couplings import Coupling
 from revlib.models.attention import SelfAttention
-from revlib.models.base import Groups, Layer, TimmModel, placed
+from revlib.models.base import Groups, Layer, TimmModel, check_numbers, placed
 from revlib.models.blocks import Blocks
 from revlib.models.sizes import divisible, resampled_positions, resize_vit
 from revlib.schedulers import Scheduler
@@ -94,6 +94,7 @@ class RevViT(TimmModel):
     ) -> None:
         """Make the model; the docstring of the class explains the arguments."""
         super().__init__()
+        check_numbers(locals())
         size = divisible(img_size, patch_size)
         _numbers.divisible("embed_dim", embed_dim, "num_heads", num_heads)
         self.in_chans, self.embed_dim, self.dynamic_img_size = in_chans, embed_dim, dynamic_img_size
@@ -106,7 +107,7 @@ class RevViT(TimmModel):
             self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, **embed)
             self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
             self.blocks = Blocks(coupling=coupling, scheduler=scheduler)
-            for rate in calculate_drop_path_rates(drop_path_rate, depth):
+            for rate in calculate_drop_path_rates(drop_path_rate, int(depth)):
                 dropout = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
                 attention = SelfAttention(embed_dim, num_heads, qkv_bias=True, **dropout)
                 mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), act_layer=act, drop=proj_drop_rate)

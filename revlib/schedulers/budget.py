@@ -79,6 +79,8 @@ class Budget(Wrapper):
             )
         if self.bytes is not None:
             advice = "; 2 * 2**30 is two gibibytes"
+            if isinstance(self.bytes, float) and 0 <= self.bytes <= 1:
+                advice = f"; say Budget(fraction={self.bytes}) for a part of what Naive would keep"
             whole("Budget(bytes=...)", self.bytes, 0, of="bytes", advice=advice)
         if self.fraction is not None:
             accepted = "a number from 0 to 1"

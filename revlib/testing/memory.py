@@ -25,6 +25,9 @@ class LiveBytes(TorchDispatchMode):
 
     Cost: a call of Python for every operation. It is for measuring, not for training.
 
+    Raises:
+        TypeError: ``known`` holds something other than tensors.
+
     Example:
         >>> x = torch.zeros(10)
         >>> with LiveBytes([x]) as live:
@@ -38,7 +41,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._bytes = {t.untyped_storage()._cdata: 0 for t in known}
+        tensors = _tensors("LiveBytes(known=...)", known)
+        self._bytes = {t.untyped_storage()._cdata: 0 for t in tensors}
 
     def _born(self, t: Tensor) -> None:
         storage = t.untyped_storage()
@@ -58,6 +62,15 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self._born(t)
         return result
+
+
+def _tensors(argument: str, given: Iterable[Tensor]) -> list[Tensor]:
+    found = list(given) if isinstance(given, Iterable) else [given]
+    for t in found:
+        if not isinstance(t, Tensor):
+            kind = type(t if isinstance(given, (list, tuple)) else given).__name__
+            raise TypeError(f"{argument} takes tensors, such as model.parameters(), got {kind}")
+    return found
 
 
 class Footprint(NamedTuple):
@@ -92,12 +105,15 @@ def footprint(
 
     Shapes: streams as ``run`` takes them. Cost: a forward and a backward, with a call of Python for every operation.
 
+    Raises:
+        TypeError: ``parameters`` holds something other than tensors.
+
     Example:
         >>> footprint(lambda t: (t.exp(),), [torch.randn(25, requires_grad=True)]).held  # what exp saves, and the loss
         104
     """
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in streams]
-    known = [*leaves, *parameters]
+    known = [*leaves, *_tensors("footprint(parameters=...)", parameters)]
     for t in known:
         if t.requires_grad:
             t.grad = torch.zeros_like(t)
