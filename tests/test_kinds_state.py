@@ -520,7 +520,7 @@ def test_a_variable_of_a_closure(stage: Stage):
     return train(stage.stack(make), steps=3)
 
 
-CALLS = 0
+CALLS, COUNTS = 0, np.zeros(3)
 
 
 @scene("3", refusal=NAMED)
@@ -534,6 +534,19 @@ def test_a_global_variable(stage: Stage):
         return linear(x * 0.97**CALLS)
 
     return [*train(stage.stack(lambda: Lambda(use, nn.Linear(4, 4))), steps=3), CALLS]
+
+
+@scene("3", refusal=NAMED)
+def test_a_global_array(stage: Stage):
+    """One that is read as well, and one that is only written."""
+    COUNTS[:] = 0
+
+    def use(linear, x):
+        COUNTS[0] += 1
+        COUNTS[1:] += x.detach().numpy().mean()
+        return linear(x * 0.97 ** COUNTS[0])
+
+    return [*train(stage.stack(lambda: Lambda(use, nn.Linear(4, 4))), steps=3), torch.from_numpy(COUNTS).clone()]
 
 
 @scene("3", refusal=NAMED)

@@ -1,9 +1,9 @@
 """Mutable things that are no modules and no tensors, but that a function may keep a state in.
 
 Catches: lists, dicts, sets, deques and their kin, byte arrays and NumPy arrays, the attributes of plain objects,
-namespaces, parameters, functions and classes, variables of closures and contexts, and those that a function assigns
-globally or in another file. What they hold is copied
-one level deep, and can be put back. Iterators, generators, and whatever is too large to copy can only be watched.
+namespaces, parameters, functions and classes, default arguments, variables of closures and contexts, and those that a
+function reads or assigns globally or in another file. What they hold is copied one level deep, and can be put back.
+Iterators, generators, and whatever is too large to copy can only be watched.
 Cannot see: objects of the standard library and of other packages that keep a state of their own, such as loggers.
 """
 
@@ -36,6 +36,7 @@ __all__ = [
     "container_holder",
     "defaults_holders",
     "global_holder",
+    "is_array",
     "is_installed",
     "is_of_a_user",
     "is_of_a_user_module",
@@ -148,12 +149,17 @@ def container_holder(held: Any, name: str) -> Holder | None:
         if len(held) > (LARGEST_ARRAY if kind is bytearray else LARGEST):
             return Holder(held, name, _look_at_large, None)
         return Holder(held, name, *CONTAINERS[kind])
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and kind is numpy.ndarray and held.flags.writeable:
+    if is_array(held) and held.flags.writeable:
         if held.nbytes > LARGEST_ARRAY or held.dtype.hasobject:
             return Holder(held, name, _read_some_numpy, None)
         return Holder(held, name, _read_numpy, _write_numpy)
     return None
+
+
+def is_array(thing: Any) -> bool:
+    """Whether a thing is an array of NumPy, which need not be imported."""
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and type(thing) is numpy.ndarray
 
 
 def _read_numpy(held: Any) -> Contents:

@@ -27,6 +27,7 @@ from revlib.guards.containers import (
     container_holder,
     defaults_holders,
     global_holder,
+    is_array,
     is_installed,
     is_of_a_user,
     is_of_a_user_module,
@@ -254,7 +255,8 @@ class _Found:
             return is_of_a_user_module(file) and not is_installed(file)
         kind = type(part)
         known = (nn.Module, ContextVar, partial, tuple)
-        return isinstance(part, known) or kind in CONTAINERS or is_of_a_user(kind)  # type: ignore
+        held = isinstance(part, known) or kind in CONTAINERS or is_array(part)
+        return held or is_of_a_user(kind)  # type: ignore
 
     def _visit_thing(self, value: Any, name: str, *, remote: bool) -> None:
         holder = container_holder(value, name)
