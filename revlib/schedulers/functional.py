@@ -43,8 +43,8 @@ class Functional(Scheduler):
     recovered inputs are compared with the original ones inside the graph, where a difference ends the process on CUDA.
     Random numbers such as those of ``torch.rand_like`` stay unnoticed if low precision makes the tolerance wide.
 
-    Backward compares the streams that enter the stack, each as a whole, and of the last activation of each function a
-    sample, as ``Reversible`` does. Under ``torch.func`` and in whole graphs it compares streams only. So a function
+    Backward compares the streams that enter the stack as a whole, and a sample of the last activation of each function,
+    as ``Reversible`` does. Under ``torch.func`` and in whole graphs it compares streams only. So a function
     that does not repeat stays unnoticed there while its results are zero, as where its last layer starts at zero.
 
     Shapes: as of :class:`~revlib.ReversibleSequence`; streams keep their dtypes.
